@@ -71,7 +71,7 @@ def build_mistral_tokenizer() -> FastTokenizer:
 
 
 def build_chatml_tokenizer() -> FastTokenizer:
-    """GPT-2-like bytes, with SmolLM2's roles: ``<|im_start|>`` is also the BOS token, ``<|im_end|>`` EOS and padding."""
+    """GPT-2-like bytes, with SmolLM2's roles: ``<|im_start|>`` is also BOS, ``<|im_end|>`` EOS and padding."""
     alphabet = _byte_alphabet()
     vocabulary = {piece: index for index, piece in enumerate([*CHATML_CONTROL, *alphabet])}
     tokenizer = Tokenizer(models.BPE(vocabulary, []))
