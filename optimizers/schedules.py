@@ -1,0 +1,94 @@
+"""Warm-up and decay of the learning rate, as a closed form of the step.
+
+A rate is a function of (step, total_steps) and of nothing that happened before, so that a resumed run goes on with the
+rate that an uninterrupted one would have::
+
+    rate / peak    1 |      .---.._
+                     |    /        ''-._          (cosine; a straight line in WarmupLinear)
+       final_ratio   |  /                ''-------
+                   0 +-------------------------------> step
+                        warm-up          total_steps
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+
+class _Warmup(LambdaLR):
+    """Linear warm-up, then ``_decay`` from 1 to 0 over the rest, rescaled to end at ``final_ratio``."""
+
+    def __init__(
+        self, optimizer: Optimizer, total_steps: int, warmup_steps: int | float = 0.03, final_ratio: float = 0.1
+    ) -> None:
+        warmup = _warmup_length(total_steps, warmup_steps)
+        if not 0 <= final_ratio <= 1:
+            raise ValueError(f"final_ratio {final_ratio} is not in [0, 1]; 0.1 ends at a tenth of the peak")
+        decay = self._decay
+
+        # A plain function: LambdaLR would save a callable object's attributes, and on resume put the checkpoint's
+        # schedule silently over the one that the config asks for.
+        def factor(step: int) -> float:
+            if step < warmup:
+                return (step + 1) / (warmup + 1)
+            progress = min(1.0, (step - warmup) / (total_steps - warmup))
+            return final_ratio + (1 - final_ratio) * decay(progress)
+
+        super().__init__(optimizer, factor)
+
+    _decay: Callable[[float], float]
+
+
+class WarmupCosine(_Warmup):
+    """Linear warm-up, then half a cosine down to a share of the peak (Loshchilov and Hutter, arXiv 1608.03983, eq. 5).
+
+    Args:
+        optimizer: its groups' rates are the peaks.
+        total_steps: optimizer steps of the whole run; the rate stays at its final value after them.
+        warmup_steps: steps before the peak, or their share of ``total_steps`` if below 1. The first step has
+            1 / (warmup_steps + 1) of the peak, never 0, since a step without effect is a batch lost.
+        final_ratio: rate at the end, as a share of the peak.
+
+    Raises:
+        ValueError: an argument out of range, or more warm-up than steps.
+    """
+
+    @staticmethod
+    def _decay(progress: float) -> float:
+        return 0.5 * (1 + math.cos(math.pi * progress))
+
+
+class WarmupLinear(_Warmup):
+    """Linear warm-up, then a straight line down to a share of the peak.
+
+    Args:
+        optimizer: its groups' rates are the peaks.
+        total_steps: optimizer steps of the whole run; the rate stays at its final value after them.
+        warmup_steps: steps before the peak, or their share of ``total_steps`` if below 1.
+        final_ratio: rate at the end, as a share of the peak.
+
+    Raises:
+        ValueError: an argument out of range, or more warm-up than steps.
+    """
+
+    @staticmethod
+    def _decay(progress: float) -> float:
+        return 1 - progress
+
+
+def _warmup_length(total_steps: int, warmup_steps: int | float) -> int:
+    """Steps of warm-up, from a number or a share."""
+    if not 1 <= total_steps < math.inf:
+        raise ValueError(f"total_steps {total_steps} is not a number of steps; set trainer.max_steps")
+    share = isinstance(warmup_steps, float) and warmup_steps < 1
+    warmup = round(warmup_steps * total_steps) if share else warmup_steps
+    if warmup != int(warmup) or not 0 <= warmup < total_steps:
+        raise ValueError(
+            f"warmup_steps {warmup_steps} is neither a share below 1 nor a number below total_steps {total_steps}; "
+            "0.03 warms up for 3 % of any run"
+        )
+    return int(warmup)
