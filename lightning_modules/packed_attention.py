@@ -121,7 +121,9 @@ class _PackedAttention(torch.autograd.Function):
         out, lse_HN = _attend(query, key, value, *own)
         for prefix in plan.prefixes:
             behind = slice(prefix.start + prefix.length, prefix.end)
-            part, part_lse = _attend(query[behind], _copies(key, prefix), _copies(value, prefix), *_dense(prefix, scale))
+            part, part_lse = _attend(
+                query[behind], _copies(key, prefix), _copies(value, prefix), *_dense(prefix, scale)
+            )
             _merge_(out[behind], lse_HN[:, behind], part, part_lse)
         ctx.save_for_backward(query, key, value, out, lse_HN)
         ctx.plan, ctx.scale = plan, scale
@@ -134,7 +136,10 @@ class _PackedAttention(torch.autograd.Function):
         own = (plan.cu_segments, plan.cu_segments, plan.longest, plan.longest, True, scale)
         grad_query, grad_key, grad_value = _attend_backward(grad_out, query, key, value, out, lse_HN, *own)
         for prefix in plan.prefixes:
-            behind, before = slice(prefix.start + prefix.length, prefix.end), slice(prefix.start, prefix.start + prefix.length)
+            behind, before = (
+                slice(prefix.start + prefix.length, prefix.end),
+                slice(prefix.start, prefix.start + prefix.length),
+            )
             parts = _attend_backward(
                 grad_out[behind], query[behind], _copies(key, prefix), _copies(value, prefix), out[behind],
                 lse_HN[:, behind].contiguous(), *_dense(prefix, scale),
@@ -163,7 +168,15 @@ def _merge_(out: Tensor, lse_HN: Tensor, part: Tensor, part_lse_HN: Tensor) -> N
 
 
 def _attend(
-    query: Tensor, key: Tensor, value: Tensor, cu_q: Tensor, cu_k: Tensor, max_q: int, max_k: int, causal: bool, scale: float
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    cu_q: Tensor,
+    cu_k: Tensor,
+    max_q: int,
+    max_k: int,
+    causal: bool,
+    scale: float,
 ) -> tuple[Tensor, Tensor]:
     """Variable-length attention: (out_NHD, lse_HN in fp32)."""
     if query.is_cuda:

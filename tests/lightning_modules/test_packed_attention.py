@@ -27,9 +27,7 @@ def dense(query, key, value, segment_ids, scale):
         k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
         seg = segment_ids[row]
         place = torch.arange(tokens)
-        mask = (place[:, None] >= place[None]) & (
-            (seg[:, None] == seg[None]) | ((seg[None] == 0) & (seg[:, None] > 0))
-        )
+        mask = (place[:, None] >= place[None]) & ((seg[:, None] == seg[None]) | ((seg[None] == 0) & (seg[:, None] > 0)))
         scores = torch.einsum("qhd,khd->hqk", q, k) * scale
         outs.append(torch.einsum("hqk,khd->qhd", scores.masked_fill(~mask, float("-inf")).softmax(-1), v))
     return torch.cat(outs)
