@@ -40,7 +40,7 @@ class Prefix:
         end: one past the row's last token that is no padding.
         cu_queries: int32 [chunks + 1], bounds of the query groups, counted from ``start + length``.
         cu_keys: int32 [chunks + 1], bounds of the prefix's copies.
-        longest: most queries in a group.
+        longest: most queries in a group, or 2.
     """
 
     start: int
@@ -57,7 +57,7 @@ class SegmentPlan:
 
     Attributes:
         cu_segments: int32 [S + 1], bounds of every segment (prefix, examples, padding) of all rows.
-        longest: tokens of the longest segment.
+        longest: tokens of the longest segment, or 2.
         prefixes: one entry for each row that has a prefix.
     """
 
@@ -93,9 +93,14 @@ def plan_segments(segment_ids_BT: Tensor, chunks: int = CHUNKS) -> SegmentPlan:
         if 0 < length < end:
             cu_queries = torch.linspace(0, end - length, chunks + 1).round().to(torch.int32)
             cu_keys = torch.arange(chunks + 1, dtype=torch.int32) * length
-            longest = int(cu_queries.diff().max())
+            longest = _at_least_two(cu_queries)
             prefixes.append(Prefix(row * tokens, length, row * tokens + end, cu_queries, cu_keys, longest))
-    return SegmentPlan(bounds, int(bounds.diff().max()), tuple(prefixes))
+    return SegmentPlan(bounds, _at_least_two(bounds), tuple(prefixes))
+
+
+def _at_least_two(bounds: Tensor) -> int:
+    """The longest sequence; 1 would make the kernel swap heads and queries, as it does for decoding."""
+    return max(2, int(bounds.diff().max()))
 
 
 def packed_attention(query_NHD: Tensor, key_NKD: Tensor, value_NKD: Tensor, plan: SegmentPlan, scale: float) -> Tensor:
