@@ -1,0 +1,48 @@
+# Every target works in an environment of its own, .venv, which the first one makes.
+PYTHON ?= python3
+VENV ?= .venv
+BIN = $(VENV)/bin
+INSTALLED = $(VENV)/.installed
+
+.PHONY: help fit validate test test-slow test-gpu check bench lock clean
+.DEFAULT_GOAL := help
+
+help: ## show this list
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
+
+$(INSTALLED): requirements.lock pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.12 fit")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements.lock
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
+	@touch $@
+
+fit: $(INSTALLED) ## install, then fine-tune the embedded model on generated findings and show what it learned
+	$(BIN)/python main.py fit
+
+validate: $(INSTALLED) ## evaluate the newest run
+	$(BIN)/python main.py validate
+
+test: $(INSTALLED) ## run the tests (parallel)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
+
+test-slow: $(INSTALLED) ## run the minutes-long tests
+	$(BIN)/python -m pytest -m slow --timeout 3600
+
+test-gpu: $(INSTALLED) ## run the tests that need a CUDA device
+	$(BIN)/python -m pytest -m gpu --timeout 900
+
+check: $(INSTALLED) ## lint, types, spelling
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/codespell
+
+bench: $(INSTALLED) ## run the benchmarks that need no GPU
+	$(BIN)/python benchmarks/data.py
+
+lock: ## write requirements.lock from the environment in use
+	$(BIN)/python -m pip freeze --exclude-editable --all | grep -v '^pip==' > requirements.lock
+
+clean: ## remove the environment and caches (runs stay)
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
