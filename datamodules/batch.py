@@ -27,7 +27,7 @@ PADDING = -1  #: segment id of padding
 PREFIX = 0  #: segment id of the shared prefix
 
 
-@dataclass(frozen=True)
+@dataclass  # not frozen: Lightning's half-precision plugins rebuild a dataclass field by field
 class Batch:
     """Fixed-shape rows of token ids.
 
@@ -36,9 +36,12 @@ class Batch:
         position_ids_BT: int64, rotary positions; 0 in padding.
         labels_BT: int64, already shifted: the label of position t is the token to predict there; -100 where none.
         segment_ids_BT: int64, see the module's docstring.
-        findings: how many examples the rows hold (for throughput; no tensor, so that counting costs no transfer).
+        findings: how many findings the rows' examples are about (for throughput; no tensor, so that counting costs
+            no transfer).
         supervised: how many labels the rows hold.
         extras: what an objective or a kernel wants beside it: cached teacher targets, host-built block masks.
+        cursor: where in the data this batch ends (a :class:`datamodules.stream.Cursor`); the data module reads it to
+            know what was consumed, everybody else passes it on.
     """
 
     input_ids_BT: Tensor
@@ -48,6 +51,7 @@ class Batch:
     findings: int = 0
     supervised: int = 0
     extras: dict[str, Tensor] | None = None
+    cursor: object | None = None
 
     def to(self, device: torch.device | str, non_blocking: bool = True) -> Batch:
         """Copies every tensor to a device; the name is Lightning's protocol for custom batches."""
