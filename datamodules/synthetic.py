@@ -21,11 +21,13 @@ depend on the generator's version only. One shard is in memory at a time.
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import io
 import tarfile
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -90,7 +92,9 @@ def iter_documents(
     check_arguments(findings, seed, layout, findings_per_shard, duplicates, conflicts)
     for shard in range(-(-findings // findings_per_shard)):
         count = min(findings_per_shard, findings - shard * findings_per_shard)
-        yield _document(count, seed, shard, layout, duplicates, conflicts)
+        with _no_collection():
+            document = _document(count, seed, shard, layout, duplicates, conflicts)
+        yield document
 
 
 def check_arguments(
@@ -119,6 +123,18 @@ def _document(count: int, seed: int, shard: int, layout: Layout, duplicates: flo
     dataset_id = hashlib.blake2b(f"{GENERATOR_VERSION} {seed} {shard}".encode(), digest_size=8).hexdigest()
     build = ground_truth_document if whole else batch_document
     return build(findings, correlations, dataset_id=dataset_id, stamp=stamp)
+
+
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """Pauses the cycle collector: a shard is a hundred thousand new objects without a cycle (a fifth of the time)."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def _time(shard: int) -> datetime:

@@ -15,6 +15,7 @@ import pytest
 
 from datamodules.errors import UserError
 from datamodules.records import BASELINE_STATUSES, CATEGORIES, SEVERITIES, SUBSCORES
+from datamodules.sources import open_source, parse
 from datamodules.synthetic import correlate, iter_documents, synthesize, truth
 from datamodules.synthetic_rules import TABLES
 
@@ -121,6 +122,31 @@ def test_archive_reads_with_tarfile_and_equals_the_folder(tmp_path):
     assert members == expected
     assert list(members)[:2] == [f"massive_datasets/batch_00{i}_20250919_0811{s}.json" for i, s in ((1, 19), (2, 21))]
     assert list(members)[-1] == "massive_datasets/generation_report.json"
+
+
+@pytest.mark.parametrize("layout", ["batch", "ground_truth"])
+@pytest.mark.parametrize("envelope", [True, False])
+@pytest.mark.parametrize("name", ["folder", "some.tar.gz"])
+def test_sources_read_back_what_was_written(tmp_path, name, envelope, layout):
+    options = {"seed": 4, "findings_per_shard": 150, "layout": layout}
+    synthesize(tmp_path / name, findings=400, envelope=envelope, **options)
+    parsed = [parse(raw) for raw in open_source(str(tmp_path / name)).raw_documents()]
+    assert not [record for part in parsed for record in part.quarantined]
+    assert not sum((part.repairs for part in parsed), Counter())
+    expected, read = list(iter_documents(400, **options)), [part.document for part in parsed if part.document.findings]
+    fields = ("id", "title", "category", "description", "severity", "risk_score", "metadata", "tags", "baseline_status",
+              "risk_subscores", "probability_actionable", "correlation_refs")  # fmt: skip
+    written = {f["id"]: tuple(f[name] for name in fields) for document in expected for f in findings_of(document)}
+    assert {f.id: tuple(getattr(f, name) for name in fields) for d in read for f in d.findings} == written
+    correlations = [
+        c for d in expected for c in (d["correlations"] if layout == "ground_truth" else d["data"]["correlations"])
+    ]
+    key = "related_finding_ids" if layout == "ground_truth" else "correlation_refs"
+    assert [(c.id, c.type, c.finding_ids) for d in read for c in d.correlations] == [
+        (c["id"], c["correlation_type"], c[key]) for c in correlations
+    ]
+    if layout == "ground_truth":
+        assert [(d.summaries, d.actions) for d in read] == [(d["summaries"], d["actions"]) for d in expected]
 
 
 def test_archive_keeps_its_name_free_until_it_is_complete(tmp_path):
