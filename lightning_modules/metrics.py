@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 INVALID = len(SEVERITIES)  #: column of the confusion matrix for answers without one of the severities
 ECE_BINS = 10
+_OF_ONE_FINDING = {"severity", "risk_score", "risk_subscores", "probability_actionable", "tags"}
 
 
 class AnswerMetric(Metric):
@@ -272,26 +273,29 @@ class AnswerMetrics(MetricCollection):
 
     Args:
         task: whose answers are measured.
+        **kwargs: of ``torchmetrics.Metric``; ``sync_on_compute=False`` where every rank saw all answers.
     """
 
-    def __init__(self, task: Task) -> None:
+    def __init__(self, task: Task, **kwargs: Any) -> None:
         keys = set(task.answer_schema.get("properties", {}))
-        metrics: dict[str, Metric] = {"validity": Validity()}
+        metrics: dict[str, Metric] = {"validity": Validity(**kwargs)}
         if "severity" in keys:
-            metrics["severity"] = SeverityAgreement()
+            metrics["severity"] = SeverityAgreement(**kwargs)
         if "risk_score" in keys:
-            metrics["risk"] = NumberError("risk", _number_at("risk_score"))
+            metrics["risk"] = NumberError("risk", _number_at("risk_score"), **kwargs)
         if "risk_subscores" in keys:
-            metrics["subscores"] = NumberError("subscore", _subscores)
+            metrics["subscores"] = NumberError("subscore", _subscores, **kwargs)
         if "probability_actionable" in keys:
-            metrics["actionable"] = NumberError("actionable", _number_at("probability_actionable"))
-            metrics["calibration"] = Calibration()
+            metrics["actionable"] = NumberError("actionable", _number_at("probability_actionable"), **kwargs)
+            metrics["calibration"] = Calibration(**kwargs)
         if "tags" in keys:
-            metrics["tags"] = SetF1("tags", lambda answer: set(strings(answer.get("tags"))))
-        if not keys & {"risk_score", "risk_subscores"}:  # about several findings, or in sentences
-            metrics["ids"] = SetF1("ids", lambda answer: set(named_ids(answer)))
-            metrics["faithfulness"] = Faithfulness()
-            metrics["overlap"] = WordOverlap()
+            metrics["tags"] = SetF1("tags", lambda answer: set(strings(answer.get("tags"))), **kwargs)
+        if keys & {"related_finding_ids", "top_findings"}:
+            metrics["ids"] = SetF1("ids", lambda answer: set(named_ids(answer)), **kwargs)
+        if keys - _OF_ONE_FINDING:  # answers in sentences
+            metrics["overlap"] = WordOverlap(**kwargs)
+            if "actions" not in keys:  # a command may hold numbers (a mode, a port to allow) that no input holds
+                metrics["faithfulness"] = Faithfulness(**kwargs)
         super().__init__(metrics, compute_groups=False)  # type: ignore[arg-type]
 
     def results(self) -> dict[str, float]:

@@ -35,8 +35,11 @@ CORRELATION = SimpleNamespace(
     name="correlation",
     answer_schema={
         "type": "object",
-        "required": ["correlations"],
-        "properties": {"correlations": {"type": "array", "items": {"type": "object", "required": ["finding_ids"]}}},
+        "required": ["related_finding_ids"],
+        "properties": {
+            "related_finding_ids": {"type": "array", "items": {"type": "string"}},
+            "why": {"type": "string"},
+        },
     },
 )
 
@@ -162,8 +165,8 @@ def test_tags_by_hand():
 
 def test_correlation_ids_and_inventions_by_hand():
     content = json.dumps({"findings": [{"id": "f1", "port": 4444}, {"id": "f2"}, {"id": "f3"}]})
-    expected = {"correlations": [{"finding_ids": ["f1", "f2"], "why": "Both use port 4444; 2 in all."}]}
-    said = {"correlations": [{"finding_ids": ["f1", "f9"], "why": "Port 4444 and 5555, sha256."}]}
+    expected = {"related_finding_ids": ["f1", "f2"], "why": "Both use port 4444; 2 in all."}
+    said = {"related_finding_ids": ["f1", "f9"], "why": "Port 4444 and 5555, sha256."}
     items = [
         judged(expected, said, CORRELATION, content),
         judged(expected, expected, CORRELATION, content),
@@ -178,7 +181,7 @@ def test_correlation_ids_and_inventions_by_hand():
 
 
 def test_word_overlap_is_rouge_1():
-    items = [judged({"correlations": ["the port is open"]}, {"correlations": ["the open open door"]}, CORRELATION)]
+    items = [judged({"why": "the port is open"}, {"why": "the open open door"}, CORRELATION)]
     assert results(items, CORRELATION)["word_overlap"] == pytest.approx(2 * 2 / 8)
 
 

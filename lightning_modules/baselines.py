@@ -1,0 +1,96 @@
+"""What a model must beat: answers to the risk task without a model, from the training pairs alone.
+
+They write the same JSON as a model, so that they pass through the same metrics. Counts and medians only: fitted in
+milliseconds, and nothing to tune.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Hashable, Iterable, Sequence
+from statistics import median
+from typing import TYPE_CHECKING, Any
+
+from datamodules.prompts import compact, number
+from lightning_modules.answers import as_number, parse
+
+if TYPE_CHECKING:
+    from datamodules.prompts import Pair
+
+
+class MajorityClass:
+    """Says of every finding what most training findings got.
+
+    Args:
+        pairs: training pairs of the risk task.
+    """
+
+    name = "majority class"
+
+    def __init__(self, pairs: Sequence[Pair]) -> None:
+        self._answer = typical(answer for pair in pairs if (answer := parse(pair.completion)) is not None)
+
+    def __call__(self, content: str) -> str:
+        """Returns the answer to a prompt's content."""
+        return self._answer
+
+
+class TitleLookup:
+    """Says what the training findings of the same category and title got; of unseen ones what most got.
+
+    Args:
+        pairs: training pairs of the risk task.
+
+    Attributes:
+        seen: distinct categories and titles.
+    """
+
+    name = "title look-up"
+
+    def __init__(self, pairs: Sequence[Pair]) -> None:
+        answers: dict[Hashable, list[dict[str, Any]]] = defaultdict(list)
+        for pair in pairs:
+            if (answer := parse(pair.completion)) is not None:
+                answers[_title(pair.content)].append(answer)
+        self._answers = {key: typical(group) for key, group in answers.items()}
+        self._otherwise = MajorityClass(pairs)
+        self.seen = len(answers)
+
+    def __call__(self, content: str) -> str:
+        """Returns the answer to a prompt's content."""
+        return self._answers.get(_title(content)) or self._otherwise(content)
+
+
+def typical(answers: Iterable[dict[str, Any]]) -> str:
+    """One answer in the place of many: the most frequent severity and tags, the medians of all numbers.
+
+    Ties go to the severity or tags met first. Fields that no answer has are left out.
+
+    Raises:
+        ValueError: there are no answers.
+    """
+    group = list(answers)
+    if not group:
+        raise ValueError("a baseline needs training pairs whose completions are JSON objects")
+    result: dict[str, Any] = {}
+    for key in dict.fromkeys(key for answer in group for key in answer):
+        value = _typical([answer[key] for answer in group if key in answer])
+        if value is not None:
+            result[key] = value
+    return compact(result)
+
+
+def _typical(values: list[Any]) -> Any:
+    if all(isinstance(value, dict) for value in values):
+        keys = dict.fromkeys(key for value in values for key in value)
+        return {key: _typical([value[key] for value in values if key in value]) for key in keys}
+    figures = [figure for value in values if (figure := as_number(value)) is not None]
+    if len(figures) == len(values):
+        return number(median(figures))
+    frequent = Counter(map(compact, values)).most_common(1)[0][0]
+    return next(value for value in values if compact(value) == frequent)
+
+
+def _title(content: str) -> Hashable:
+    finding = parse(content) or {}
+    return finding.get("category"), finding.get("title")
