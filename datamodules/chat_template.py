@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from typing import Any, TypeAlias
 
 from datamodules.errors import UserError
@@ -16,7 +15,8 @@ from datamodules.errors import UserError
 Piece: TypeAlias = int | str  #: a control token's id, or text
 
 _SYSTEM, _USER, _ASSISTANT = (f"\ue000{role}\ue001" for role in ("system", "user", "assistant"))
-_TODAY = datetime(2025, 1, 1, tzinfo=UTC)
+#: shadows the function that gives a template the date; as a macro, because a template takes no function from outside
+_FIXED_DATE = "{%- macro strftime_now(format) -%}01 Jan 2025{%- endmacro %}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,10 +99,14 @@ def _render(tokenizer: Any, **stand_ins: str) -> list[str] | None:
     from jinja2 import TemplateError
 
     messages = [{"role": role, "content": text} for role, text in stand_ins.items()]
-    fixed = {"strftime_now": _TODAY.strftime, "enable_thinking": False}
-    prompt_only = "assistant" not in stand_ins
+    source = template_source(tokenizer)
+    options = {
+        "chat_template": _FIXED_DATE + source if "strftime_now" in source else source,
+        "add_generation_prompt": "assistant" not in stand_ins,
+        "enable_thinking": False,  # Qwen 3: an empty thought in the prompt instead of a free one in the answer
+    }
     try:
-        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt_only, **fixed)
+        text = tokenizer.apply_chat_template(messages, tokenize=False, **options)
     except TemplateError:
         return None
     parts = re.split(f"({'|'.join(stand_ins.values())})", text)

@@ -47,12 +47,12 @@ def resolve(name: str, *, weights: bool = True) -> str:
     if name.startswith("embedded:"):
         return str(_embedded(name))
     folder = Path(name).expanduser()
-    if folder.exists():
+    if name and folder.exists():
         if weights:
             _check_folder(folder)
         return str(folder)
     if not _HUB_NAME.fullmatch(name):
-        raise UserError(f"model {name}: no such folder; give an existing folder, a hub name or {EMBEDDED}")
+        raise UserError(f"model {name!r}: no such folder; give an existing folder, a hub name or {EMBEDDED}")
     return name
 
 
@@ -83,7 +83,10 @@ def _check_folder(folder: Path) -> None:
         hint = "it is a LoRA adapter, so name its base model here" if adapter else "give a Hugging Face model folder"
         raise UserError(f"model {folder}: config.json is missing; {hint}")
     index = folder / "model.safetensors.index.json"
-    files = set(json.loads(index.read_bytes())["weight_map"].values()) if index.is_file() else {"model.safetensors"}
+    try:
+        files = set(json.loads(index.read_bytes())["weight_map"].values()) if index.is_file() else {"model.safetensors"}
+    except (ValueError, KeyError, AttributeError, TypeError):
+        raise UserError(f"model {folder}: {index.name} is damaged; download it again") from None
     missing = sorted(file for file in files if not (folder / file).is_file())
     if missing:
         hint = "weights as pickles (*.bin) are not read; " if any(folder.glob("*.bin")) else ""
