@@ -148,19 +148,16 @@ class CorrelationTask:
 
     def content(self, findings: Sequence[Finding]) -> str:
         """Writes scored findings, one object each."""
+        return self._content(findings, shown_ids(findings), {})
+
+    def _content(self, findings: Sequence[Finding], ids: Sequence[str], written: dict[tuple[str, int], str]) -> str:
         lines = []
-        for finding, shown in zip(findings, shown_ids(findings), strict=True):
-            lines.append(
-                {
-                    "id": shown,
-                    "title": clip(finding.title, schemas.MAX_TITLE),
-                    "description": clip(finding.description, 200),
-                    "category": clip(finding.category, schemas.MAX_ID),
-                    "severity": finding.severity,
-                    "risk_score": number(finding.risk_score),
-                }
-            )
-        return compact({"findings": lines})
+        for finding, shown in zip(findings, ids, strict=True):
+            key = (shown, id(finding))
+            if key not in written:
+                written[key] = compact(_described(finding, shown))
+            lines.append(written[key])
+        return f'{{"findings":[{",".join(lines)}]}}'
 
     def pairs(self, document: Document) -> Iterator[Pair]:
         """Yields one pair per correlation with two findings in the document; counts the others as skipped."""
@@ -175,25 +172,31 @@ class CorrelationTask:
         for index, members in enumerate(members_of):
             for member in members:
                 tied.setdefault(member, set()).add(index)
+        written: dict[tuple[str, int], str] = {}  # a finding stands in hundreds of correlations: its JSON is made once
         for correlation, members in zip(document.correlations, members_of, strict=True):
             if len(members) > 1:
-                yield self._pair(document, correlation, members, tied)
+                yield self._pair(document, correlation, members, tied, written)
             else:
                 self.skipped["no finding present" if not members else "only one finding present"] += 1
 
     def _pair(
-        self, document: Document, correlation: Correlation, members: list[int], tied: dict[int, set[int]]
+        self,
+        document: Document,
+        correlation: Correlation,
+        members: list[int],
+        tied: dict[int, set[int]],
+        written: dict[tuple[str, int], str],
     ) -> Pair:
         seed = int.from_bytes(blake2b(correlation.id.encode("utf-8", "replace"), digest_size=8).digest(), "big")
         chosen = spread(members, self.members, seed)
         others = self._distractors(len(document.findings), chosen, tied, seed)
         positions = sorted([*chosen, *others])
         findings = [document.findings[position] for position in positions]
-        kept = set(chosen)
-        ids = [shown for shown, position in zip(shown_ids(findings), positions, strict=True) if position in kept]
+        shown, kept = shown_ids(findings), set(chosen)
+        ids = [name for name, position in zip(shown, positions, strict=True) if position in kept]
         severity = correlation.severity or max((finding.severity for finding in findings), key=SEVERITIES.index)
         answer = compact(correlation_answer(correlation, ids))
-        return Pair(self.name, self.content(findings), answer, severity, "correlation", len(findings))
+        return Pair(self.name, self._content(findings, shown, written), answer, severity, "correlation", len(findings))
 
     def _distractors(self, count: int, chosen: Sequence[int], tied: dict[int, set[int]], seed: int) -> list[int]:
         """Draws findings that share no correlation with the chosen ones; fewer where few tries find them."""
@@ -203,10 +206,23 @@ class CorrelationTask:
                 break
             # a golden-ratio walk visits all parts of the document evenly
             position = ((seed + step * 0x9E3779B97F4A7C15) % 2**64 * count) >> 64
-            ties = tied.get(position, set())
-            if position not in chosen and all(ties.isdisjoint(tied[member]) for member in chosen):
+            if position in chosen:
+                continue
+            ties = tied.get(position)
+            if ties is None or all(map(ties.isdisjoint, map(tied.__getitem__, chosen))):
                 found[position] = None
         return list(found)
+
+
+def _described(finding: Finding, shown: str) -> dict[str, Any]:
+    return {
+        "id": shown,
+        "title": clip(finding.title, schemas.MAX_TITLE),
+        "description": clip(finding.description, 200),
+        "category": clip(finding.category, schemas.MAX_ID),
+        "severity": finding.severity,
+        "risk_score": number(finding.risk_score),
+    }
 
 
 def spread(items: Sequence[int], most: int, seed: int) -> list[int]:

@@ -146,17 +146,18 @@ def shown_ids(findings: Sequence[Finding]) -> list[str]:
 
     Scanners use whole paths as ids; at inference the caller maps the answer back by position.
     """
-    taken = {finding.id for finding in findings if len(finding.id) <= MAX_ID}
+    ids = [finding.id for finding in findings]
+    taken = set(ids)
+    if len(taken) == len(ids) and "" not in taken and max(map(len, ids), default=0) <= MAX_ID:
+        return ids
     seen: set[str] = set()
-    ids = []
-    for position, finding in enumerate(findings, 1):
-        shown = finding.id
+    for position, shown in enumerate(list(ids), 1):
         if not shown or len(shown) > MAX_ID or shown in seen:
             shown = f"f{position}"
             while shown in taken or shown in seen:
                 shown += "_"
         seen.add(shown)
-        ids.append(shown)
+        ids[position - 1] = shown
     return ids
 
 
@@ -189,8 +190,8 @@ def executive_summary(window: Window) -> str:
     titles = Counter(finding.title for finding in window.findings)
     risks: dict[str, str] = {}
     for finding, _ in window.ranked():
-        times = f", {titles[finding.title]} findings" if titles[finding.title] > 1 else ""
-        risks.setdefault(finding.title, f"{clip(finding.title, 80)} (risk {number(finding.risk_score)}{times})")
+        times = f"{titles[finding.title]} findings, highest " if titles[finding.title] > 1 else ""
+        risks.setdefault(finding.title, f"{clip(finding.title, 80)} ({times}risk {number(finding.risk_score)})")
     sentences = [
         f"{_findings(len(window.findings))}: {severity_counts(window)}.",
         f"Top risks: {'; '.join(list(risks.values())[:3])}.",
