@@ -35,7 +35,7 @@ class _Warmup(LambdaLR):
         def factor(step: int) -> float:
             if step < warmup:
                 return (step + 1) / (warmup + 1)
-            progress = min(1.0, (step - warmup) / (total_steps - warmup))
+            progress = min(1.0, (step - warmup) / max(1, total_steps - warmup))
             return final_ratio + (1 - final_ratio) * decay(progress)
 
         super().__init__(optimizer, factor)
@@ -50,11 +50,12 @@ class WarmupCosine(_Warmup):
         optimizer: its groups' rates are the peaks.
         total_steps: optimizer steps of the whole run; the rate stays at its final value after them.
         warmup_steps: steps before the peak, or their share of ``total_steps`` if below 1. The first step has
-            1 / (warmup_steps + 1) of the peak, never 0, since a step without effect is a batch lost.
+            1 / (warmup_steps + 1) of the peak, never 0, since a step without effect is a batch lost. A run shorter
+            than its warm-up (a trial of a few steps) ends before the peak.
         final_ratio: rate at the end, as a share of the peak.
 
     Raises:
-        ValueError: an argument out of range, or more warm-up than steps.
+        ValueError: an argument out of range, or an unknown number of steps.
     """
 
     @staticmethod
@@ -72,7 +73,7 @@ class WarmupLinear(_Warmup):
         final_ratio: rate at the end, as a share of the peak.
 
     Raises:
-        ValueError: an argument out of range, or more warm-up than steps.
+        ValueError: an argument out of range, or an unknown number of steps.
     """
 
     @staticmethod
@@ -86,9 +87,8 @@ def _warmup_length(total_steps: int, warmup_steps: int | float) -> int:
         raise ValueError(f"total_steps {total_steps} is not a number of steps; set trainer.max_steps")
     share = isinstance(warmup_steps, float) and warmup_steps < 1
     warmup = round(warmup_steps * total_steps) if share else warmup_steps
-    if warmup != int(warmup) or not 0 <= warmup < total_steps:
+    if warmup != int(warmup) or warmup < 0:
         raise ValueError(
-            f"warmup_steps {warmup_steps} is neither a share below 1 nor a number below total_steps {total_steps}; "
-            "0.03 warms up for 3 % of any run"
+            f"warmup_steps {warmup_steps} is neither a share below 1 nor a number of steps; 0.03 is 3 % of any run"
         )
     return int(warmup)

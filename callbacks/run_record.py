@@ -1,0 +1,186 @@
+"""``run.json``: what ran, on what, with which data, and how it ended; and the last words on the console."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+from rich.console import Console
+
+from callbacks.folders import checkpoint_folder, run_folder
+from callbacks.preemption import Interrupted
+
+REPOSITORY = Path(__file__).parents[1]
+PACKAGES = (
+    "torch", "lightning", "transformers", "peft", "bitsandbytes", "tokenizers", "safetensors", "datasets", "numpy",
+    "torchmetrics", "jsonargparse", "torch_xla", "triton",
+)  # fmt: skip
+
+
+class RunRecord(Callback):
+    """Writes ``<run>/run.json`` when a fit starts and when it ends, and says where the results lie.
+
+    The file is replaced atomically. Its ``state`` is ``running``, ``finished``, ``interrupted`` or ``failed``; a run
+    killed without a chance stays ``running``. A resumed run writes into the same file and keeps the earlier ones
+    under ``previous``. Passwords in URLs of the command line are masked. Only rank zero writes.
+
+    Args:
+        config: file name of the resolved config that LightningCLI leaves in the run folder.
+    """
+
+    def __init__(self, config: str = "config.yaml") -> None:
+        self.config = config
+        self._run = Path()
+        self._record: dict[str, Any] = {}
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Asks for the run folder, on every rank."""
+        self._run = run_folder(trainer)
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Writes what is known before the first step."""
+        if not trainer.is_global_zero or trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
+        previous = self._previous()
+        self._record = describe(trainer, pl_module) | {"config": self.config, "previous": previous}
+        self._write()
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Notes how far it came, while the trainer still knows."""
+        if self._record:  # empty on all ranks but zero
+            self._record |= progress(trainer)
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Writes the end of a fit, behind all other callbacks' words at the end of training."""
+        if self._record:
+            self._finish(trainer, "finished")
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Writes how a fit was cut short."""
+        if not self._record:
+            return
+        self._record |= progress(trainer)
+        if isinstance(exception, (Interrupted, KeyboardInterrupt, SIGTERMException)):
+            self._finish(trainer, "interrupted")
+        else:
+            self._record["error"] = f"{type(exception).__name__}: {exception}"[:2000]
+            self._finish(trainer, "failed")
+
+    def _finish(self, trainer: Trainer, state: str) -> None:
+        self._record |= {"state": state, "ended": _now()}
+        self._write()
+        if state != "failed":
+            console = Console()
+            console.print(closing_words(self._run, checkpoint_folder(trainer, self._run), self.config, self._record),
+                          highlight=False, soft_wrap=True, markup=False)  # fmt: skip
+        self._record = {}
+
+    def _previous(self) -> list[dict[str, Any]]:
+        try:
+            record = json.loads((self._run / "run.json").read_text(encoding="utf-8"))
+            return [*record.pop("previous", []), record]
+        except (OSError, ValueError):
+            return []
+
+    def _write(self) -> None:
+        self._run.mkdir(parents=True, exist_ok=True)
+        file = self._run / "run.json"
+        unfinished = file.with_suffix(".json.unfinished")
+        unfinished.write_text(json.dumps(self._record, indent=2, default=str) + "\n", encoding="utf-8")
+        unfinished.replace(file)
+
+
+def describe(trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
+    """What is known before the first step: command, code, packages, machine, data."""
+    fingerprint = getattr(getattr(trainer, "datamodule", None), "fingerprint", None)
+    return {
+        "state": "running",
+        "started": _now(),
+        "command": re.sub(r"(://)[^/@\s]+@", r"\1***@", shlex.join([Path(sys.executable).name, *sys.argv])),
+        "git": git_state(REPOSITORY),
+        "packages": package_versions(),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "devices": device_names(pl_module.device, trainer.world_size),
+        "data": fingerprint() if callable(fingerprint) else None,
+    }
+
+
+def progress(trainer: Trainer) -> dict[str, Any]:
+    """How far a fit came and the last value of each metric."""
+    metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
+    return {"step": trainer.global_step, "epoch": trainer.current_epoch, "metrics": metrics}
+
+
+def git_state(folder: Path) -> dict[str, Any] | None:
+    """Commit of a checkout and whether files differ from it; None outside a checkout or without git."""
+    git = shutil.which("git")
+    if git is None or not (folder / ".git").exists():
+        return None
+    try:
+        commit, status = (
+            subprocess.run([git, *command], cwd=folder, capture_output=True, text=True, check=True, timeout=30).stdout  # noqa: S603
+            for command in (("rev-parse", "HEAD"), ("status", "--porcelain"))
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return {"commit": commit.strip(), "dirty": bool(status.strip())}
+
+
+def package_versions() -> dict[str, str]:
+    """Versions of the installed ones among the packages that a result depends on."""
+    versions = {}
+    for package in PACKAGES:
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return versions
+
+
+def device_names(device: torch.device, ranks: int) -> list[str]:
+    """One name a rank, those of this host's GPUs by their own names."""
+    if device.type == "cuda":
+        names = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+        return names[:ranks] if len(names) >= ranks else names
+    if device.type == "cpu":
+        return [
+            f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
+        ]
+    return [device.type] * ranks
+
+
+def closing_words(run: Path, checkpoints: Path, config: str, record: dict[str, Any]) -> str:
+    """The block that ends a fit: where the adapter lies, and the commands that go on from here."""
+    name = "best" if (run / "adapter" / "best").is_dir() else "last"
+    adapter = run / "adapter" / name
+    here, python = shlex.quote(str(run)), "python main.py"
+    lines = [f"{record['state']} at step {record.get('step', 0)}: {run}"]
+    if adapter.is_dir():
+        lines.append(f"  adapter   {adapter}")
+    if record["state"] == "interrupted" and (checkpoints / "last.ckpt").exists():
+        checkpoint = shlex.quote(str(checkpoints / "last.ckpt"))
+        lines.append(f"  go on     {python} fit --config {shlex.quote(str(run / config))} --ckpt_path {checkpoint}")
+    lines += [
+        f"  validate  {python} validate --config {shlex.quote(str(run / config))} --ckpt_path {here}",
+        f"  analyze   {python} analyze --model {here} --report REPORT.json --output ENRICHED.json",
+        f"  export    {python} export --run {here} --output FOLDER --format adapter",
+    ]
+    return "\n".join(lines)
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")

@@ -1,0 +1,110 @@
+import json
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from tiny_run import TinyData, TinyModule, best_and_last, make_trainer
+
+from callbacks import AdapterExport, RunRecord
+from callbacks.run_record import closing_words, device_names, git_state
+
+
+def fit(folder, module=None, callbacks=(), **options):
+    trainer = make_trainer(folder, [RunRecord(), AdapterExport(), *callbacks], **options)
+    trainer.fit(module or TinyModule(), TinyData(), ckpt_path=options.pop("ckpt_path", None))
+    return json.loads((folder / "version_0/run.json").read_text())
+
+
+def test_a_finished_run(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["main.py", "fit", "--data.sources", "s3://me:secret@host/a b.tar"])
+    record = fit(tmp_path, callbacks=[best_and_last()])
+    assert record["state"] == "finished" and record["step"] == 12 and record["previous"] == []
+    assert "fit" in record["command"] and "secret" not in record["command"] and "***@host/a b" in record["command"]
+    assert record["config"] == "config.yaml" and record["data"] == "12-3"
+    assert record["packages"]["torch"] == torch.__version__
+    assert record["started"] <= record["ended"]
+    assert set(record["metrics"]) >= {"train/loss", "val/loss"}
+    assert record["devices"] and record["python"] and record["platform"]
+    words = capsys.readouterr().out
+    run = tmp_path / "version_0"
+    assert f"finished at step 12: {run}" in words
+    assert f"adapter   {run}/adapter/best" in words
+    assert f"validate --config {run}/config.yaml --ckpt_path {run}" in words
+    assert f"analyze --model {run} --report" in words
+    assert f"export --run {run} --output" in words
+    assert "go on" not in words
+
+
+def test_while_it_runs_it_says_so(tmp_path):
+    seen = []
+    file = tmp_path / "version_0/run.json"
+    fit(tmp_path, TinyModule(lambda stage, index: seen.append(json.loads(file.read_text())["state"])))
+    assert set(seen) == {"running"}
+    assert {path.name for path in file.parent.iterdir() if "json" in path.name} == {"run.json"}
+
+
+def test_a_failed_run_says_why_and_the_next_one_keeps_it(tmp_path, capsys):
+    def fail(stage, index):
+        if index == 3:
+            raise RuntimeError("broken at three")
+
+    with pytest.raises(RuntimeError, match="broken at three"):
+        fit(tmp_path, TinyModule(fail))
+    record = json.loads((tmp_path / "version_0/run.json").read_text())
+    assert record["state"] == "failed" and record["step"] == 3
+    assert record["error"] == "RuntimeError: broken at three"
+    assert "failed" not in capsys.readouterr().out
+    record = fit(tmp_path)
+    assert record["state"] == "finished" and [run["state"] for run in record["previous"]] == ["failed"]
+    record = fit(tmp_path)
+    assert [run["state"] for run in record["previous"]] == ["failed", "finished"]
+    assert all("previous" not in run for run in record["previous"])
+
+
+def test_a_broken_record_of_before_is_no_hindrance(tmp_path):
+    (tmp_path / "version_0").mkdir()
+    (tmp_path / "version_0/run.json").write_text("{")
+    assert fit(tmp_path)["previous"] == []
+
+
+def test_validate_and_a_trial_run_leave_no_record(tmp_path):
+    make_trainer(tmp_path, [RunRecord()]).validate(TinyModule(), TinyData())
+    trainer = make_trainer(tmp_path, [RunRecord()], fast_dev_run=True, default_root_dir=tmp_path)
+    trainer.fit(TinyModule(), TinyData())
+    assert not list(tmp_path.rglob("run.json*"))
+
+
+def test_an_interrupted_run_says_how_to_go_on(tmp_path):
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints/last.ckpt").touch()
+    words = closing_words(tmp_path, tmp_path / "checkpoints", "config.yaml", {"state": "interrupted", "step": 7})
+    assert words.startswith(f"interrupted at step 7: {tmp_path}\n")
+    assert f"fit --config {tmp_path}/config.yaml --ckpt_path {tmp_path}/checkpoints/last.ckpt" in words
+    assert "adapter  " not in words
+
+
+def test_git_state(tmp_path):
+    git = shutil.which("git")
+    if git is None:
+        pytest.skip("needs git")
+    assert git_state(tmp_path) is None
+
+    def run(*command):
+        identity = ["-c", "user.name=t", "-c", "user.email=t@example.org", "-c", "commit.gpgsign=false"]
+        subprocess.run([git, *identity, *command], cwd=tmp_path, check=True, capture_output=True)
+
+    run("init")
+    (tmp_path / "file").write_text("one")
+    run("add", "file")
+    run("commit", "-m", "one")
+    state = git_state(tmp_path)
+    assert len(state["commit"]) >= 40 and state["dirty"] is False
+    (tmp_path / "file").write_text("two")
+    assert git_state(tmp_path) == {"commit": state["commit"], "dirty": True}
+
+
+def test_device_names():
+    assert "cores" in device_names(torch.device("cpu"), 1)[0]
+    assert device_names(torch.device("meta"), 2) == ["meta", "meta"]
