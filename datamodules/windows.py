@@ -209,7 +209,7 @@ def triage_summary(window: Window) -> str:
     counts = Counter(finding.severity for finding in window.findings)
     urgent = sum(counts[name] for name in URGENT)
     waiting = len(window.findings) - urgent - counts["medium"]
-    verb = "needs" if urgent == 1 else "need"
+    verb = "needs" if 1 in (urgent, len(window.findings)) else "need"
     text = (
         f"{urgent} of {_findings(len(window.findings))} {verb} attention now; "
         f"{counts['medium']} can be planned and {waiting} can wait."
