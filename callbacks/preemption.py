@@ -35,11 +35,12 @@ class Preemption(Callback):
 
     The signal only sets a flag. After the next optimizer step (so that no accumulated gradient is lost), or after the
     next validation batch, the state is saved beside the other checkpoints and :class:`Interrupted` is raised. A second
-    Ctrl-C stops at once, without saving. An interrupted validation is not repeated on resume; training goes on exactly.
+    Ctrl-C stops at once, without saving, and so does any signal once training has ended. An interrupted validation is
+    not repeated on resume; training goes on exactly.
 
     Lightning's own SIGTERM handler stops in the middle of an accumulation window and saves nothing, and its broadcast
-    from inside a signal handler may deadlock several ranks; this one takes its place while training runs, and then
-    gives it back. Under SLURM with automatic requeueing, SIGUSR1 stays Lightning's.
+    from inside a signal handler may deadlock several ranks; this one takes its place from the first step on, until the
+    fit is over. Under SLURM with automatic requeueing, SIGUSR1 stays Lightning's.
 
     Args:
         agree_every_n_steps: with several ranks, optimizer steps between two checks whether any has got a signal, one
@@ -57,7 +58,7 @@ class Preemption(Callback):
         self._received: int | None = None
         self._previous: dict[int, Any] = {}
         self._last_step = 0
-        self._between_steps = False
+        self._between_steps = self._training = False
         self._run = Path()
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -67,7 +68,7 @@ class Preemption(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Takes the signals over, after Lightning has installed its own handlers."""
         self._received, self.interrupted = None, None
-        self._last_step, self._between_steps = trainer.global_step, True
+        self._last_step, self._between_steps, self._training = trainer.global_step, True, True
         self._install()
         if trainer.received_sigterm:  # while the model was built: there is nothing to save yet
             self.interrupted = signal.SIGTERM
@@ -96,11 +97,9 @@ class Preemption(Callback):
             self._stop_if_asked(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Stops after a signal that came behind the last step, and gives the signals back."""
-        try:
-            self._stop_if_asked(trainer)
-        finally:
-            self._restore()
+        """Stops after a signal that came behind the last step; what follows (an evaluation) may be stopped at once."""
+        self._stop_if_asked(trainer)
+        self._training = False
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Gives the signals back."""
@@ -123,13 +122,14 @@ class Preemption(Callback):
     def _restore(self) -> None:
         while self._previous:
             signum, handler = self._previous.popitem()
-            signal.signal(signum, handler if handler is not None else signal.SIG_DFL)
+            if signal.getsignal(signum) == self._receive:  # Lightning may have put back what was there before it
+                signal.signal(signum, handler if handler is not None else signal.SIG_DFL)
 
     def _receive(self, signum: int, frame: FrameType | None) -> None:
+        if not self._training or (self._received is not None and signum == signal.SIGINT):
+            self.interrupted = signal.Signals(signum)
+            raise Interrupted(signum)
         if self._received is not None:
-            if signum == signal.SIGINT:
-                self.interrupted = signal.Signals(signum)
-                raise Interrupted(signum)
             return
         self._received = signum
         text = f"\n{signal.Signals(signum).name}: saving after this optimizer step; Ctrl-C (again) stops at once\n"

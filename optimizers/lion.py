@@ -35,7 +35,7 @@ class Lion(Optimizer):
         params: parameters or parameter groups; a group may set ``lr``, ``betas`` and ``weight_decay``.
         lr: learning rate, a float or a tensor of one value.
         betas: weight of the momentum in the update, and in the momentum itself.
-        weight_decay: λ; :func:`decay_matrices_only` makes groups that spare vectors.
+        weight_decay: λ; a group of norm scales, biases or DoRA magnitudes sets 0, as decay would only rescale a layer.
         master_weights: keeps a float32 copy of each bf16 or fp16 parameter, and its momentum in float32. Half a unit in
             the last place of a bf16 weight of 0.02 is 6e-5: smaller steps round to nothing without it.
         foreach: one kernel over many tensors instead of one for each; the same numbers.
@@ -137,24 +137,6 @@ class Lion(Optimizer):
         else:
             for param, master in pairs:
                 param.copy_(master)
-
-
-def decay_matrices_only(parameters: Iterable[Tensor]) -> list[dict[str, Any]]:
-    """Splits trainable parameters into a group of matrices, which decay, and one of vectors, which don't.
-
-    Norm scales, biases and DoRA's magnitudes have no direction that decay could keep small; shrinking them only
-    scales the layer. A group without members is left out.
-
-    Args:
-        parameters: the parameters; frozen ones are skipped.
-
-    Returns:
-        Parameter groups for any optimizer.
-    """
-    trainable = [parameter for parameter in parameters if parameter.requires_grad]
-    matrices = {"params": [parameter for parameter in trainable if parameter.ndim >= 2]}
-    vectors = {"params": [parameter for parameter in trainable if parameter.ndim < 2], "weight_decay": 0.0}
-    return [group for group in (matrices, vectors) if group["params"]]
 
 
 def _single_lion(

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from tiny_run import TinyData, TinyModule, best_and_last, make_trainer
 
 from callbacks import AdapterExport, Interrupted, Preemption, RunRecord
@@ -106,6 +106,20 @@ def test_a_signal_in_the_last_validation_stops_before_what_comes_after_training(
     trainer, _, preemption, interrupted = fit(tmp_path, on_step)
     assert interrupted and preemption.interrupted == signal.SIGTERM
     assert trainer.global_step == 8
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+def test_an_evaluation_after_training_is_stopped_at_once(tmp_path, signum):
+    class Evaluation(Callback):
+        def on_train_end(self, trainer, pl_module):
+            os.kill(os.getpid(), signum)
+            pytest.fail("goes on")
+
+    trainer = make_trainer(tmp_path, [Preemption(), Evaluation(), best_and_last()])
+    with pytest.raises(Interrupted) as stop:
+        trainer.fit(TinyModule(), TinyData())
+    assert stop.value.signal == signum and trainer.global_step == 12
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
 def test_previous_handlers_come_back(tmp_path):
