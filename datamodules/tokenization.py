@@ -183,8 +183,8 @@ class ChatFormat:
             if kept < 2:
                 raise UserError(f"prompt limit {limit}: too small for a content of task {task.name}; raise it")
             end, start = spans[kept - kept // 2 - 1][1], spans[-(kept // 2)][0]
-            # one character can be several tokens, all of the same span: it must not stand on both sides
-            text = content[:end] + _CUT.format(tokens=cut) + content[max(start, end) :]
+            # a character of several tokens can't stand on both sides: the cut is longer, to make room for the marker
+            text = content[:end] + _CUT.format(tokens=cut) + content[start:]
             ids = self.prompt_ids(task, [text])[0]
         return ids, cut
 
