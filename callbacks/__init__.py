@@ -1,9 +1,10 @@
-"""Callbacks: speed and memory, progress, run record, adapters, stopping by signal."""
+"""Callbacks: speed and memory, progress, run record, adapters, evaluation, stopping by signal."""
 
 from callbacks.adapter import AdapterExport
+from callbacks.evaluation import Evaluation
 from callbacks.preemption import Interrupted, Preemption
 from callbacks.progress import ConsoleProgress
 from callbacks.run_record import RunRecord
 from callbacks.throughput import Throughput
 
-__all__ = ["AdapterExport", "ConsoleProgress", "Interrupted", "Preemption", "RunRecord", "Throughput"]
+__all__ = ["AdapterExport", "ConsoleProgress", "Evaluation", "Interrupted", "Preemption", "RunRecord", "Throughput"]

@@ -12,14 +12,13 @@ the model once, alone; their keys and values are copied before each row of every
 
 Masks and positions are given explicitly, so that padding between prefix and prompt changes nothing. Prompts are sorted
 by length (rows of a batch need little padding), rows that end leave the batch, and only the last position goes
-through the output layer. The tokens are those of ``model.generate`` called on one prompt at a time; over 50 findings
-that is what a batch costs, less the padding and less four tenths of the prompts.
+through the output layer. The tokens are those of ``model.generate`` called on one prompt at a time.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -178,7 +177,7 @@ def forced_choice(
     shared = len(_common(min(tails, key=len), tails))  # the stem's tokens: the same for every choice
     stem_ids, ends = tails[0][:shared], [tail[shared:] for tail in tails]
     rows = [list(ids) + stem_ids for ids in chat.prompt_ids(task, contents)]
-    result_NC = torch.zeros(len(rows), len(choices))
+    result_NC = torch.zeros(len(rows), len(choices), dtype=torch.float32)
     with evaluating(model), torch.no_grad():
         prefix = Prefix(model, _common(chat.prefix_ids(task), rows))
         for batch in _batches([len(row) for row in rows], batch_size):
@@ -188,14 +187,32 @@ def forced_choice(
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Puts a model in evaluation mode and gives every module its own mode back."""
+    """Puts a model in evaluation mode, and gives every module its own mode back.
+
+    As in training, a base in half precision computes in it where its adapter is kept in float32. FlexAttention, which
+    would compile a kernel for every length, is replaced by SDPA meanwhile.
+    """
     training = [module for module in model.modules() if module.training]
+    base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+    attention = getattr(getattr(base, "config", None), "_attn_implementation", None)
     model.eval()
     try:
-        yield
+        if attention == "flex_attention":
+            base.set_attn_implementation("sdpa")
+        with _autocast(model, adapted=base is not model):
+            yield
     finally:
+        if attention == "flex_attention":
+            base.set_attn_implementation(attention)
         for module in training:
             module.training = True
+
+
+def _autocast(model: nn.Module, adapted: bool) -> AbstractContextManager[Any]:
+    weight = model.get_input_embeddings().weight  # type: ignore[operator]
+    if not adapted or weight.dtype not in (torch.bfloat16, torch.float16):
+        return nullcontext()
+    return torch.autocast(weight.device.type, dtype=weight.dtype)
 
 
 class _Room(DynamicLayer):

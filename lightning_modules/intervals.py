@@ -59,7 +59,7 @@ def wilson(successes: float, n: int) -> tuple[float, float]:
     share, denominator = successes / n, 1 + z * z / n
     centre = (share + z * z / (2 * n)) / denominator
     half = z / denominator * (share * (1 - share) / n + z * z / (4 * n * n)) ** 0.5
-    return max(0.0, centre - half), min(1.0, centre + half)
+    return (centre - half if successes else 0.0), (centre + half if successes < n else 1.0)  # exact at the ends
 
 
 def _macro_f1(classes_RN2: NDArray[np.intp]) -> NDArray[np.float64]:

@@ -176,7 +176,9 @@ class Calibration(Metric):
             if q is None or p is None or not 0 <= p <= 1:
                 continue
             self.brier += q * (1 - p) ** 2 + (1 - q) * p**2
-            self.bins[min(int(p * ECE_BINS), ECE_BINS - 1)] += torch.tensor([1.0, p, q]).to(self.bins)
+            self.bins[min(int(p * ECE_BINS), ECE_BINS - 1)] += torch.tensor(
+                [1.0, p, q], dtype=self.bins.dtype, device=self.bins.device
+            )
 
     def compute(self) -> dict[str, Tensor]:
         """``actionable_brier`` and ``actionable_ece``."""

@@ -140,6 +140,34 @@ def test_bfloat16_answers_like_itself_alone(tiny_llama):
     assert [answer.token_ids for answer in answers] == expected
 
 
+def test_adapter_in_float32_on_a_base_in_half_precision(tiny_llama):
+    """As the backbone builds it; the products run in the base's type, and the probabilities are finite."""
+    model, chat = load(tiny_llama, adapter=True), Bytes()
+    for name, parameter in model.named_parameters():
+        if "lora" not in name:
+            parameter.data = parameter.data.bfloat16()
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = [tokens for tokens, _ in one_by_one(model, chat, CONTENTS, 1)]
+    answers = generate(model, chat, TASK, CONTENTS, max_new_tokens=1, batch_size=1)
+    assert [answer.token_ids for answer in answers] == expected
+    assert all(answer.logprob < 0 for answer in answers)
+
+
+def test_flex_attention_gives_way_to_sdpa_and_comes_back(tiny_llama):
+    model, chat = load(tiny_llama, adapter=True), Bytes()
+    expected = generate(model, chat, TASK, CONTENTS, max_new_tokens=5)
+    model.get_base_model().set_attn_implementation("flex_attention")
+    assert generate(model, chat, TASK, CONTENTS, max_new_tokens=5) == expected
+    assert model.config._attn_implementation == "flex_attention"
+
+
+def test_gradient_checkpointing_changes_nothing(tiny_llama):
+    model, chat = load(tiny_llama, adapter=True), Bytes()
+    expected = generate(model, chat, TASK, CONTENTS, max_new_tokens=5)
+    model.get_base_model().gradient_checkpointing_enable({"use_reentrant": False})
+    assert generate(model.train(), chat, TASK, CONTENTS, max_new_tokens=5) == expected
+
+
 def test_constraint_restricts_every_step_and_ends_the_answer(tiny_llama):
     model, chat = load(tiny_llama), Bytes()
     allowed = [[10, 11], [20, 21, 22], [chat.eos_id]]

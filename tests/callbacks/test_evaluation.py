@@ -1,0 +1,295 @@
+"""Evaluation in a real Trainer with a tiny model: table, file, resuming, validate, and what it must not touch."""
+
+import json
+import math
+import random
+from contextlib import nullcontext
+from io import StringIO
+from types import SimpleNamespace
+
+import pytest
+import torch
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.loggers import TensorBoardLogger
+from rich.console import Console
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from transformers import AutoModelForCausalLM
+
+from callbacks.evaluation import Evaluation
+from callbacks.gauge import Gauge
+from callbacks.report_table import comparison, markdown
+from datamodules.errors import UserError
+from datamodules.prompts import Pair, compact
+from datamodules.tasks import RiskTask
+from datamodules.tokenization import ChatFormat
+from lightning_modules.evaluation import Outcome, answer_pairs, differences, score, token_limit
+
+
+def short_task():
+    """The risk task behind a short instruction: a byte is a token here."""
+    task = RiskTask()
+    task.system, task.instruction = "", "Rate.\n"
+    return task
+
+
+def make_pair(index):
+    severity = ("info", "low", "high")[index % 3]
+    content = compact({"title": f"t{index % 3}", "category": "network", "n": index})
+    answer = compact({"severity": severity, "risk_score": 10 * (index % 3)})
+    return Pair("risk", content, answer, severity, "network", 1)
+
+
+PAIRS = {"val": [make_pair(i) for i in range(7)], "test": [make_pair(i) for i in range(50, 54)]}
+PAIRS["train"] = [make_pair(i) for i in range(100, 130)]
+
+
+class Data(LightningDataModule):
+    def __init__(self, tokenizer):
+        super().__init__()
+        self.chat, self.tasks, self.asked = ChatFormat(tokenizer), {"risk": short_task()}, []
+
+    def pairs(self, split, task, limit, *, balanced=False):
+        self.asked.append((split, task, limit, balanced))
+        return PAIRS[split][:limit]
+
+    def loader(self, split):
+        examples = self.chat.encode(self.tasks["risk"], PAIRS[split])
+        rows = [torch.tensor([[*e.prompt_ids.tolist(), *e.completion_ids.tolist()]]) for e in examples]
+        return torch.utils.data.DataLoader(rows, batch_size=None)
+
+    def train_dataloader(self):
+        return self.loader("train")
+
+    def val_dataloader(self):
+        return self.loader("val")
+
+    def test_dataloader(self):
+        return self.loader("test")
+
+
+class Module(LightningModule):
+    def __init__(self, folder):
+        super().__init__()
+        self.folder, self.model = folder, None
+
+    def configure_model(self):
+        if self.model is None:
+            self.model = AutoModelForCausalLM.from_pretrained(self.folder, dtype=torch.float32)
+
+    def training_step(self, batch, batch_idx):
+        return self.model(input_ids=batch, labels=batch).loss
+
+    def validation_step(self, batch, batch_idx):
+        pass
+
+    test_step = validation_step
+
+    def configure_optimizers(self):
+        return torch.optim.AdamW(self.parameters(), lr=3e-3)
+
+
+def make_trainer(folder, callback, steps=0, logger=False, **options):
+    callback.console = Console(file=StringIO(), width=120)
+    return Trainer(
+        max_steps=steps, accelerator="cpu", devices=1, logger=logger, default_root_dir=folder, callbacks=[callback],
+        enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False, num_sanity_val_steps=0,
+        limit_val_batches=1, **options,
+    )  # fmt: skip
+
+
+def read(folder, name="evaluation.json"):
+    return json.loads((folder / name).read_text())["tasks"]["risk"]
+
+
+def test_fit_compares_before_and_after_with_baselines(tmp_path, tiny_llama, chatml_tokenizer):
+    callback, data, module = Evaluation(samples=5, batch_size=2), Data(chatml_tokenizer), Module(tiny_llama)
+    logger = TensorBoardLogger(tmp_path, name="", version="")
+    make_trainer(tmp_path, callback, 20, logger).fit(module, datamodule=data)
+    result = read(tmp_path)
+    columns = result["columns"]
+    assert list(columns) == ["untuned", "tuned", "majority class", "title look-up"]
+    assert result["n"] == 5
+    assert columns["tuned"]["figures"]["loss"] < 0.8 * columns["untuned"]["figures"]["loss"]
+    assert columns["untuned"]["figures"]["schema_valid"] == 0
+    assert columns["title look-up"]["figures"]["severity_accuracy"] == 1  # the toy severity follows from the title
+    assert columns["majority class"]["figures"]["severity_accuracy"] == pytest.approx(2 / 5)
+    assert "loss" not in columns["majority class"]["figures"]
+    low, high = columns["tuned"]["intervals"]["severity_accuracy"]
+    assert 0 <= low <= columns["tuned"]["figures"]["severity_accuracy"] <= high <= 1
+    assert [q["content"] for q in result["questions"]] == [pair.content for pair in PAIRS["val"][:5]]
+    printed = callback.console.file.getvalue()
+    for text in ("5 held-out pairs", "untuned", "title look-up", "severity accuracy", "95 % intervals", "expected"):
+        assert text in printed
+    events = EventAccumulator(str(tmp_path)).Reload()
+    assert len(events.Scalars("evaluation_risk/schema_valid")) == 2
+    assert events.Tags()["tensors"] == ["evaluation_risk/samples/text_summary"]
+
+
+def test_loss_is_that_of_a_plain_forward_pass(tiny_llama, chatml_tokenizer):
+    data, module = Data(chatml_tokenizer), Module(tiny_llama)
+    module.configure_model()
+    task, pairs = data.tasks["risk"], PAIRS["val"]
+    outcomes = answer_pairs(module.model, data.chat, task, pairs, max_new_tokens=2, batch_size=3, forced=True)
+    total = count = 0
+    for example in data.chat.encode(task, pairs):
+        ids = torch.tensor([[*example.prompt_ids.tolist(), *example.completion_ids.tolist()]])
+        labels = ids.clone()
+        labels[:, : len(example.prompt_ids)] = -100
+        with torch.no_grad():
+            total += module.model(input_ids=ids, labels=labels).loss.item() * len(example.completion_ids)
+        count += len(example.completion_ids)
+    scores = score(task, pairs, outcomes)
+    assert scores.figures["loss"] == pytest.approx(total / count, rel=1e-5)
+    low, high = scores.intervals["loss"]
+    assert low <= scores.figures["loss"] <= high
+    assert all(outcome.forced in ("info", "low", "medium", "high", "critical") for outcome in outcomes)
+    assert scores.figures["complete"] == 0
+
+
+def test_token_limit_has_room_for_the_longest_expected_answer(chatml_tokenizer):
+    data = Data(chatml_tokenizer)
+    longest = max(len(pair.completion) for pair in PAIRS["val"]) + 1  # bytes, and the end
+    assert token_limit(data.chat, data.tasks["risk"], PAIRS["val"]) == longest * 3 // 2 + 16
+
+
+def test_training_is_what_it_is_without_evaluation(tmp_path, tiny_llama, chatml_tokenizer):
+    """Neither weights nor random states notice; a module in evaluation mode stays so."""
+    weights = []
+    for name, extra in (("with", Evaluation(samples=2, every_n_validations=1)), ("without", None)):
+        torch.manual_seed(0)
+        random.seed(0)
+        data, module = Data(chatml_tokenizer), Module(tiny_llama)
+        module.configure_model()
+        module.model.lm_head.eval()
+        modes = [m.training for m in module.modules()]
+        trainer = make_trainer(tmp_path / name, extra or Evaluation(before=False, samples=1), 3, val_check_interval=2)
+        if extra is None:
+            trainer.callbacks.clear()
+        trainer.fit(module, datamodule=data)
+        assert extra is None or [m.training for m in module.modules()] == modes
+        weights.append((module.state_dict(), torch.rand(1), random.random()))
+    assert all(torch.equal(weights[0][0][key], weights[1][0][key]) for key in weights[0][0])
+    assert weights[0][1:] == weights[1][1:]
+    assert read(tmp_path / "with")["columns"]["tuned"]["seconds"] > 0
+
+
+def test_resumed_fit_remembers_the_untuned_model(tmp_path, tiny_llama, chatml_tokenizer):
+    data, module = Data(chatml_tokenizer), Module(tiny_llama)
+    trainer = make_trainer(tmp_path, Evaluation(samples=3), 1)
+    trainer.fit(module, datamodule=data)
+    trainer.save_checkpoint(tmp_path / "last.ckpt")
+    before = read(tmp_path)["columns"]["untuned"]
+    module = Module(tiny_llama)
+    make_trainer(tmp_path, Evaluation(samples=3), 2).fit(module, datamodule=data, ckpt_path=tmp_path / "last.ckpt")
+    assert read(tmp_path)["columns"]["untuned"] == before
+    make_trainer(tmp_path, Evaluation(samples=4), 3).fit(module, datamodule=data, ckpt_path=tmp_path / "last.ckpt")
+    assert list(read(tmp_path)["columns"]) == ["tuned", "majority class", "title look-up"]  # other questions
+
+
+@pytest.mark.parametrize(("command", "split", "n"), [("validate", "val", 7), ("test", "test", 4)])
+def test_validate_and_test_measure_the_loaded_model_once(
+    tmp_path, tiny_llama, chatml_tokenizer, command, split, n, capsys
+):
+    data, module, callback = Data(chatml_tokenizer), Module(tiny_llama), Evaluation()
+    getattr(make_trainer(tmp_path, callback), command)(module, datamodule=data)
+    result = read(tmp_path, f"evaluation_{split}.json")
+    assert list(result["columns"]) == ["this model", "majority class", "title look-up"]
+    assert (result["n"], result["split"]) == (n, split)
+    assert "this model" in callback.console.file.getvalue()
+
+
+def test_interrupted_fit_is_not_measured(tmp_path, tiny_llama, chatml_tokenizer):
+    callback = Evaluation(before=False, samples=2)
+    callback._exams = [object()]
+    callback.on_train_end(SimpleNamespace(interrupted=True), None)  # would fail on the object
+    make_trainer(tmp_path, Evaluation(), 1, fast_dev_run=True).fit(
+        Module(tiny_llama), datamodule=Data(chatml_tokenizer)
+    )
+    assert not (tmp_path / "evaluation.json").exists()
+
+
+def test_each_rank_answers_its_share_and_sees_all(monkeypatch, tmp_path, tiny_llama, chatml_tokenizer):
+    """Three ranks one after the other: the last to come receives what the others have sent."""
+    data, module, sent, columns = Data(chatml_tokenizer), Module(tiny_llama), {}, []
+    module.configure_model()
+    monkeypatch.setattr(Evaluation, "_log", lambda *arguments: None)
+    for ranks, rank in ((1, 0), (3, 0), (3, 1), (3, 2)):
+
+        def exchange(everybody, mine, rank=rank, ranks=ranks):
+            sent[rank] = mine
+            everybody[:] = [sent.get(other, [Outcome("")] * len(PAIRS["val"][other::ranks])) for other in range(ranks)]
+
+        monkeypatch.setattr(torch.distributed, "all_gather_object", exchange)
+        callback = Evaluation(samples=7, max_new_tokens=5)
+        trainer = SimpleNamespace(
+            world_size=ranks, global_rank=rank, is_global_zero=False, datamodule=data,
+            precision_plugin=SimpleNamespace(forward_context=nullcontext),
+        )  # fmt: skip
+        callback._exams = callback._questions(trainer, "val")
+        callback._measure(trainer, module, "tuned")
+        columns.append(callback._exams[0].columns["tuned"])
+    alone, together = columns[0], columns[-1]
+    assert [len(sent[rank]) for rank in range(3)] == [3, 2, 2]
+    assert [outcome.text for outcome in together.outcomes] == [outcome.text for outcome in alone.outcomes]
+    assert together.figures["loss"] == pytest.approx(alone.figures["loss"], rel=1e-5)
+
+
+def test_unknown_task_and_empty_split_are_the_users_to_mend(tmp_path, tiny_llama, chatml_tokenizer, monkeypatch):
+    data, module = Data(chatml_tokenizer), Module(tiny_llama)
+    with pytest.raises(UserError, match="'poetry' is none of risk"):
+        make_trainer(tmp_path, Evaluation(tasks=["poetry"])).validate(module, datamodule=data)
+    monkeypatch.setitem(PAIRS, "val", PAIRS["val"][:0])
+    monkeypatch.setattr(data, "val_dataloader", data.train_dataloader)
+    with pytest.raises(UserError, match="val split holds no pair of risk"):
+        make_trainer(tmp_path, Evaluation()).validate(module, datamodule=data)
+    with pytest.raises(UserError, match="data module"):
+        make_trainer(tmp_path, Evaluation()).validate(module, dataloaders=data.loader("train"))
+    with pytest.raises(ValueError, match="samples 0"):
+        Evaluation(samples=0)
+
+
+def test_differences_and_escaped_markdown():
+    pair = make_pair(1)
+    assert differences(pair.completion, '{"risk_score":10,"severity":"high"}') == {"severity": ("low", "high")}
+    assert set(differences(pair.completion, "nonsense")) == {"severity", "risk_score"}
+    hostile = Pair("risk", '{"title":"<script>|x"}', pair.completion, "low", "network", 1)
+    scores = score(RiskTask(), [hostile], [Outcome("a|b\n<b>", nll=1.0, tokens=2)])
+    table = markdown([hostile], {"tuned": scores})
+    assert "<" not in table
+    assert all(line.count("|") == 5 for line in table.splitlines())
+
+
+def test_table_writes_what_could_not_be_measured_as_a_dash():
+    pairs = [make_pair(0), make_pair(1)]
+    half = score(RiskTask(), pairs, [Outcome(pairs[0].completion, nll=2.0, tokens=4), Outcome("", nll=6.0, tokens=4)])
+    none = score(RiskTask(), pairs, [Outcome(""), Outcome("")])
+    assert half.figures["loss"] == 1.0
+    assert math.isnan(none.figures["risk_error"])
+    console = Console(file=StringIO(), width=100)
+    console.print(comparison("title", {"half": half, "none": none}))
+    rows = {line.split("  ")[0].strip("│┃ "): line for line in console.file.getvalue().splitlines()}
+    assert "0.0 on 50%" in rows["risk error (points of 100)"]
+    assert rows["risk error (points of 100)"].rstrip("│ ").endswith("-")
+    assert "50%" in rows["severity accuracy"]
+
+
+def test_gauge_writes_lines_with_time_left_where_there_is_no_terminal():
+    console = Console(file=StringIO(), width=80)
+    with Gauge("work", console, line_seconds=0) as gauge:
+        gauge(0.25)
+        gauge(1.0)
+    lines = console.file.getvalue().splitlines()
+    assert lines[0] == "work ..."
+    assert lines[1].startswith("work 25%")
+    assert lines[1].endswith("left")
+    assert len(lines) == 4
+    with Gauge("silent", None) as gauge:
+        gauge(0.5)
+
+
+def test_gauge_is_a_bar_on_a_terminal_even_beside_another():
+    console = Console(file=StringIO(), width=80, force_terminal=True)
+    with Gauge("outer", console) as outer, Gauge("inner", console) as inner:
+        inner(0.5)
+        outer(0.5)
+    assert "inner" in console.file.getvalue()
