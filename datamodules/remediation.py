@@ -46,7 +46,7 @@ _VALUES = {
     "ip": (("foreign_address", "remote_ip", "ip"), re.compile(r"(?!0\.|127\.)\d{1,3}(?:\.\d{1,3}){3}")),
     "client_ip": (("client_ip",), re.compile(r"(?!0\.|127\.)\d{1,3}(?:\.\d{1,3}){3}")),
     "domain": (("domain", "query"), re.compile(r"[a-z0-9](?:[a-z0-9.-]{0,251}[a-z0-9])?", re.IGNORECASE)),
-    "user": (("user",), re.compile(r"(?!root$)[a-z_][a-z0-9_-]{0,31}")),
+    "user": (("account", "user"), re.compile(r"(?!root$)[a-z_][a-z0-9_-]{0,31}")),
     "module": (("module",), re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,55}")),
     "path": (("path", "file"), re.compile(r"(?!.*\.\.)(?:/[A-Za-z0-9._+][A-Za-z0-9._+-]{0,63}){2,8}")),
     "parameter": (("parameter", "key"), re.compile(r"[a-z][a-z0-9_.-]{2,63}")),

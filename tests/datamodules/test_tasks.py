@@ -14,11 +14,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from datamodules.errors import UserError
-from datamodules.prompts import SYSTEM, clip, compact, number
+from datamodules.prompts import MAX_CONTENT, SYSTEM, clip, compact, number
 from datamodules.records import SEVERITIES, Correlation, Document, Finding
 from datamodules.sources import open_source, parse
 from datamodules.splits import split_document
-from datamodules.tasks import MAX_CONTENT, TASKS, CorrelationTask, build_tasks
+from datamodules.tasks import TASKS, CorrelationTask, build_tasks
 from datamodules.windows import MAX_LINKS, Window, executive_summary, shown_ids, windows
 
 REPOSITORY = Path(__file__).parents[2]
@@ -340,8 +340,8 @@ def test_correlation_pair_to_the_letter():
     )
     assert pair.content == (
         '{"findings":[{"id":"f_0","title":"Open port 0","description":"A port is open","category":"network",'
-        '"severity":"high","risk_score":80},{"id":"f_1","title":"Open port 1","description":"A port is open",'
-        '"category":"network","severity":"low","risk_score":30}]}'
+        '"metadata":{"port":0},"severity":"high","risk_score":80},{"id":"f_1","title":"Open port 1","description":'
+        '"A port is open","category":"network","metadata":{"port":1},"severity":"low","risk_score":30}]}'
     )
     assert (pair.severity, pair.category) == ("high", "correlation")
 
