@@ -141,11 +141,17 @@ def _kind(head: bytes, name: str) -> str:
     first, _, rest = text.partition(b"\n")
     if not rest.strip():  # one line, or one so long that its end is not seen
         return "lines" if by_name == "lines" else "json"
+    if by_name != "lines":
+        return "lines" if _is_object(first) else "json"
+    # under this name one good line among the first tells it from a document that is printed over many lines
+    return "lines" if any(map(_is_object, text.splitlines())) or len(first.strip()) > 1 else "json"
+
+
+def _is_object(line: bytes) -> bool:
     try:
-        return "lines" if isinstance(orjson.loads(first), dict) else "json"
+        return isinstance(orjson.loads(line), dict)
     except orjson.JSONDecodeError:
-        # a bad first line of JSON Lines, or the first line of a document that is printed over many
-        return "lines" if by_name == "lines" and len(first.strip()) > 1 else "json"
+        return False
 
 
 def _check(source: Source, limits: Limits) -> None:

@@ -29,6 +29,9 @@ GOOD = {
 }
 
 
+STRING = {"number_from_string": 1}
+
+
 def read(**changes):
     repairs = Counter()
     record = {**GOOD, **changes}
@@ -81,7 +84,7 @@ def test_a_good_record_needs_no_repair():
         ({"probability_actionable": "0.5"}, "probability_actionable", 0.5, {"number_from_string": 1}),
         ({"probability_actionable": 1.5}, "probability_actionable", 1.0, {"subscore_clamped": 1}),
         ({"probability_actionable": ...}, "probability_actionable", None, {}),
-        ({"risk_subscores": {"impact": "0.5", "exposure": None}}, "risk_subscores", {"impact": 0.5}, {"number_from_string": 1}),
+        ({"risk_subscores": {"impact": "0.5", "anomaly": None}}, "risk_subscores", {"impact": 0.5}, STRING),
         ({"risk_subscores": {"impact": 7}}, "risk_subscores", {"impact": 1.0}, {"subscore_clamped": 1}),
         ({"risk_subscores": [1]}, "risk_subscores", {}, {"unreadable_number": 1}),
     ],
@@ -227,9 +230,14 @@ def test_any_values_in_any_fields_are_refused_or_sound(changes):
         assert finding.category in CATEGORIES
 
 
+CORRELATION_FIELDS = (
+    "id", "title", "description", "rationale", "correlation_refs", "metadata", "related_finding_ids", "severity",
+    "risk_score", "correlation_strength", "tags", "correlation_type",
+)  # fmt: skip
+
+
 @settings(max_examples=100, deadline=None)
-@given(st.dictionaries(st.sampled_from(["id", "title", "description", "rationale", "correlation_refs", "metadata",
-    "related_finding_ids", "severity", "risk_score", "correlation_strength", "tags", "correlation_type"]), JSON))  # fmt: skip
+@given(st.dictionaries(st.sampled_from(CORRELATION_FIELDS), JSON))
 def test_any_correlation_is_refused_or_sound(record):
     try:
         correlation = read_correlation(record, Counter())
