@@ -11,6 +11,7 @@ from typing import Any, Self
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from datamodules.tokenization import Example
 
@@ -33,23 +34,23 @@ class Columns:
         names: the distinct texts.
     """
 
-    tokens: np.ndarray
-    prompts: np.ndarray
-    completions: np.ndarray
-    prefixes: np.ndarray
-    keys: np.ndarray
-    inputs: np.ndarray
-    findings: np.ndarray
-    texts: np.ndarray
+    tokens: NDArray[np.int32]
+    prompts: NDArray[np.int32]
+    completions: NDArray[np.int32]
+    prefixes: NDArray[np.int32]
+    keys: NDArray[np.uint64]
+    inputs: NDArray[np.uint64]
+    findings: NDArray[np.int32]
+    texts: NDArray[np.int32]
     names: list[str]
 
     def __len__(self) -> int:
         return len(self.keys)
 
     @property
-    def lengths(self) -> np.ndarray:
+    def lengths(self) -> NDArray[np.int32]:
         """int32 [N], tokens of each example."""
-        return np.add(self.prompts, self.completions)
+        return self.prompts + self.completions
 
     @classmethod
     def of(cls, examples: Sequence[Example]) -> Self:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import numpy as np
+from numpy.typing import NDArray
 
 MAX_COPIES = 16  #: of one example in one block: balance must not make a model learn three rare findings by heart
 
 _U64 = np.uint64
 
 
-def uniform(keys: np.ndarray, *seeds: int) -> np.ndarray:
+def uniform(keys: NDArray[np.uint64], *seeds: int) -> NDArray[np.float64]:
     """Numbers in [0, 1) that depend on key and seeds only: the finaliser of SplitMix64.
 
     Args:
@@ -22,17 +23,19 @@ def uniform(keys: np.ndarray, *seeds: int) -> np.ndarray:
     value = keys.copy()
     for seed in seeds:
         value = _mix(value ^ _U64(seed & 0xFFFFFFFFFFFFFFFF))
-    return np.multiply(value >> _U64(11), 2.0**-53, dtype=np.float64)
+    return (value >> _U64(11)).astype(np.float64) * 2.0**-53
 
 
-def _mix(value: np.ndarray) -> np.ndarray:
+def _mix(value: NDArray[np.uint64]) -> NDArray[np.uint64]:
     value = value + _U64(0x9E3779B97F4A7C15)
     value = (value ^ (value >> _U64(30))) * _U64(0xBF58476D1CE4E5B9)
     value = (value ^ (value >> _U64(27))) * _U64(0x94D049BB133111EB)
-    return np.bitwise_xor(value, value >> _U64(31))
+    return value ^ (value >> _U64(31))
 
 
-def mixture_copies(keys: np.ndarray, shares: np.ndarray, *, seed: int, epoch: int) -> np.ndarray:
+def mixture_copies(
+    keys: NDArray[np.uint64], shares: NDArray[np.float64], *, seed: int, epoch: int
+) -> NDArray[np.int64]:
     """Copies of each example by its task's share: 0.3 keeps three of ten, another three in the next epoch; 1.5 repeats.
 
     Args:
@@ -45,10 +48,11 @@ def mixture_copies(keys: np.ndarray, shares: np.ndarray, *, seed: int, epoch: in
         int64 [N].
     """
     whole = np.floor(shares)
-    return np.add(whole, uniform(keys, seed, epoch) < shares - whole).astype(np.int64)
+    copies: NDArray[np.int64] = (whole + (uniform(keys, seed, epoch) < shares - whole)).astype(np.int64)
+    return copies
 
 
-def balance_copies(strata: np.ndarray, strength: float, start: float) -> np.ndarray:
+def balance_copies(strata: NDArray[np.int64], strength: float, start: float) -> NDArray[np.int64]:
     """Copies of each example that bring the strata nearer to equal size, their sum staying about N.
 
     An example of a stratum of n among C strata of N examples has the weight (1 - s) + s N / (C n), at most

@@ -1,5 +1,7 @@
 """Rows: exact layout, properties of the packing, and the same loss and gradients in every mode."""
 
+from itertools import combinations
+
 import numpy as np
 import pytest
 import torch
@@ -138,11 +140,30 @@ def naive_best_fit_decreasing(lengths, capacity):
     return sorted(capacity - room for room in rooms)
 
 
-@given(st.lists(st.integers(1, 50), min_size=1, max_size=120))
+@given(st.lists(st.integers(20, 50), min_size=1, max_size=120))
 @settings(max_examples=100, deadline=None)
-def test_rows_are_those_of_best_fit_decreasing(lengths):
+def test_few_examples_a_row_are_packed_best_fit_decreasing(lengths):
     rows = pack([example([5] * n, [2]) for n in lengths], row_tokens=51, mode="packed")
     assert sorted(row.tokens for row in rows) == naive_best_fit_decreasing([n + 1 for n in lengths], 51)
+
+
+@given(st.lists(st.integers(1, 40), min_size=1, max_size=14))
+@settings(max_examples=100, deadline=None)
+def test_the_first_row_of_many_examples_is_as_full_as_can_be(lengths):
+    needed = [n + 1 for n in lengths]
+    capacity = max(41, 8 * sum(needed) // len(needed) + 1)
+    rows = pack([example([5] * n, [2]) for n in lengths], row_tokens=capacity, mode="packed")
+    others = sorted(needed)[:-1]
+    sums = {sum(chosen) + max(needed) for k in range(len(others) + 1) for chosen in combinations(others, k)}
+    assert rows[0].tokens == max(n for n in sums if n <= capacity)
+
+
+def test_rows_of_8192_tokens_are_full():
+    lengths = np.random.default_rng(0).integers(200, 1100, 4000)
+    examples = [example(range(n - 1), [2], prefix=100) for n in lengths]
+    for mode in ("packed", "shared_prefix"):
+        rows = pack(examples, row_tokens=8192, mode=mode)
+        assert sum(row.tokens for row in rows) / (8192 * len(rows)) > 0.99
 
 
 def test_exact_ids_and_labels_through_the_toy_tokenizer(mistral_tokenizer):

@@ -1,0 +1,408 @@
+"""FindingsDataModule: wires sources, tasks, tokenizer, packing and order; owns the resume state."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+import orjson
+import torch
+from lightning.pytorch import LightningDataModule
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+
+from datamodules.blocks import BalanceBy, BlockStart, Recipe, blocks
+from datamodules.cache import TokenCache
+from datamodules.errors import UserError
+from datamodules.ledger import Ledger
+from datamodules.order import epoch_order, walk
+from datamodules.packing import Packing, Row, to_batch
+from datamodules.prepare import Conflicts, Preparer
+from datamodules.records import SEVERITIES
+from datamodules.stream import Cursor, DocumentStream, Share, deal, prefetch, read_documents
+
+if TYPE_CHECKING:
+    from datamodules.batch import Batch
+    from datamodules.splits import Split
+    from datamodules.tasks import Pair, Task
+    from datamodules.tokenization import ChatFormat
+
+FIRST_BLOCK = 512  #: examples that the first training batch waits for: a quarter of a second
+FIRST_EVAL_BLOCK = 128  #: held-out examples are few; the sanity check waits for these
+KEPT_TOKENS = 1 << 24  #: a held-out split of up to so many tokens (64 MiB, some 40,000 findings) stays in memory
+MAX_SCANNED = 50  #: pairs read per pair asked for, where severities are to be balanced
+
+
+class FindingsDataModule(LightningDataModule):
+    """Batches of findings for training and evaluation, streamed.
+
+    An epoch of training goes on where the last consumed batch ended, also where ``limit_train_batches`` cut Lightning's
+    epoch short; its tail of less than one batch for every rank is dropped. Validation and test use each distinct
+    example once.
+
+    Args:
+        sources: archives, folders, files, URLs or data set names.
+        tokenizer: model name or path that the tokenizer and its chat template come from.
+        tasks: share of each task's examples that an epoch uses (above 1 repeats); risk scoring alone where None.
+        row_tokens: tokens a row, T.
+        batch_rows: rows a batch, B, on each rank.
+        packing: ``none`` (one example a row), ``packed``, or ``shared_prefix`` (rows of one task, whose instruction
+            stands once).
+        val: share of findings for validation, by a hash of their content.
+        test: share of findings for test.
+        seed: of split and order.
+        balance: 0 uses every example once, 1 resamples severities to equal numbers within a block.
+        balance_by: what ``balance`` evens out.
+        conflicts: the same input with another answer: ``keep`` both, ``drop`` all but the first, or ``merge`` by the
+            median within a document and drop across documents.
+        num_workers: reading processes; 0 reads in the training process.
+        block_findings: examples that are shuffled and packed together.
+        max_quarantine: greatest share of records that may be unusable.
+        quarantine_path: file (JSON Lines) for unusable records; None counts only.
+        cache_dir: folder for tokenised documents and source indexes; None keeps none.
+        agent_templates: folder of the agent's prompt templates, for the tasks ``agent_*``.
+        storage_options: of fsspec, for remote sources.
+        val_rows: at most so many rows of validation, on all ranks together; None is all.
+        val_packing: packing of validation and test; as ``packing`` where None.
+        prefetch_batches: batches made ahead by a thread; 0 makes each when asked.
+    """
+
+    def __init__(
+        self,
+        sources: list[str],
+        tokenizer: str,
+        tasks: dict[str, float] | None = None,
+        row_tokens: int = 2048,
+        batch_rows: int = 1,
+        packing: Packing = "packed",
+        val: float = 0.02,
+        test: float = 0.02,
+        seed: int = 0,
+        balance: float = 0.0,
+        balance_by: BalanceBy = "severity",
+        conflicts: Conflicts = "keep",
+        num_workers: int = 1,
+        block_findings: int = 4096,
+        max_quarantine: float = 0.01,
+        quarantine_path: str | None = None,
+        cache_dir: str | None = None,
+        agent_templates: str | None = None,
+        storage_options: dict[str, Any] | None = None,
+        val_rows: int | None = None,
+        val_packing: Packing | None = None,
+        prefetch_batches: int = 4,
+    ) -> None:
+        super().__init__()
+        self.shares = dict(tasks) if tasks is not None else {"risk": 1.0}
+        self.row_tokens, self.batch_rows, self.packing, self.val_packing = row_tokens, batch_rows, packing, val_packing
+        self.seed, self.balance, self.balance_by, self.conflicts = seed, balance, balance_by, conflicts
+        self.val, self.test, self.val_rows = val, test, val_rows
+        self.num_workers, self.block_findings, self.prefetch_batches = num_workers, block_findings, prefetch_batches
+        self.max_quarantine, self.quarantine_path, self.cache_dir = max_quarantine, quarantine_path, cache_dir
+        self._preparer = Preparer(
+            sources=sources,
+            tokenizer=tokenizer,
+            tasks=list(self.shares),
+            val=val,
+            test=test,
+            seed=seed,
+            conflicts=conflicts,
+            agent_templates=agent_templates,
+            storage_options=storage_options,
+            cache_dir=cache_dir,
+        )
+        self._cursor = Cursor(BlockStart())
+        self._unfinished: tuple[Cursor, int] | None = None  # cursor before the batch in hand, and that batch's number
+        self._counts: Counter[str] = Counter()
+        self._kept: dict[str, list[list[Row]]] = {}
+        #: batches of a rank in an epoch; None until one was read to its end
+        self.steps_per_epoch: int | None = None
+
+    # ---------------------------------------------------------------- what the house asks of it
+
+    @property
+    def chat(self) -> ChatFormat:
+        """The tokenizer's chat format."""
+        return self._preparer.chat
+
+    @property
+    def tasks(self) -> dict[str, Task]:
+        """Tasks by name."""
+        return self._preparer.tasks
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Counters of the training epoch that was read last; see :class:`datamodules.ledger.Ledger`."""
+        return dict(self._counts)
+
+    def setup(self, stage: str | None = None) -> None:
+        """Opens sources, tasks and tokenizer, and checks what can be checked without reading.
+
+        Raises:
+            UserError: an option can't be served.
+        """
+        for option, value, low in (("row_tokens", self.row_tokens, 2), ("batch_rows", self.batch_rows, 1)):
+            if value < low:
+                raise UserError(f"data.init_args.{option}: {value} is too small; set it to {low} or more")
+        for task, share in self.shares.items():
+            if share < 0:
+                raise UserError(f"data.init_args.tasks: the share of {task} is {share}; set it to 0 or more")
+        if not any(self.shares.values()):
+            raise UserError(f"data.init_args.tasks: {self.shares} uses no example; give a task a share above 0")
+        if not 0 <= self.balance <= 1:
+            raise UserError(f"data.init_args.balance: {self.balance} is not in 0..1")
+        if self.val < 0 or self.test < 0 or self.val + self.test >= 1:
+            raise UserError(
+                f"data.init_args: val={self.val} and test={self.test} must be shares >= 0 with a sum below 1"
+            )
+        _ = self._preparer.sources
+        for name, built in self.tasks.items():
+            prefix = len(self.chat.prefix_ids(built))
+            if prefix >= self.row_tokens:
+                raise UserError(
+                    f"data.init_args.row_tokens: {self.row_tokens} is less than the instruction of task {name} "
+                    f"alone, {prefix} tokens; set it to some hundred more"
+                )
+        if stage == "fit" and self.trainer is not None and not self.trainer.fit_loop.epoch_loop.total_batch_idx + 1:
+            self._cursor, self._unfinished = Cursor(BlockStart()), None  # a new run; a checkpoint is loaded after this
+
+    def train_dataloader(self) -> _Batches:
+        """Training batches of this rank, from what was consumed to the end of the epoch."""
+        return _Batches(self._train)
+
+    def val_dataloader(self) -> _Batches | list[Any]:
+        """Validation batches of this rank, each example once; none where ``val`` is 0."""
+        return _Batches(lambda: self.eval_batches("val", self._share)) if self.val else []
+
+    def test_dataloader(self) -> _Batches | list[Any]:
+        """Test batches of this rank, each example once; none where ``test`` is 0."""
+        return _Batches(lambda: self.eval_batches("test", self._share)) if self.test else []
+
+    def train_batches(self, epoch: int = 0, share: Share | None = None) -> Iterator[Batch]:
+        """Training batches of one epoch, without Lightning.
+
+        Args:
+            epoch: from 0.
+            share: rank and number of ranks; one rank where None.
+
+        Raises:
+            UserError: the data can't be used, or is less than one batch for every rank.
+        """
+        yield from self._epoch(Cursor(BlockStart(epoch)), share or Share())
+
+    def eval_batches(self, split: Split, share: Share | None = None) -> Iterator[Batch]:
+        """Batches of a held-out split. The last may hold rows of padding; every rank has equally many.
+
+        Raises:
+            UserError: the split is empty.
+        """
+        share = share or Share()
+        key = f"{split}-{share.rank}-{share.ranks}"
+        if key in self._kept:
+            yield from map(self._lay_out, self._kept[key])
+            return
+        kept: list[list[Row]] | None = []
+        room, empty = KEPT_TOKENS // share.ranks, True
+        dealt = self._deal(split, Cursor(BlockStart()), share, Ledger(self.max_quarantine))
+        for rows, batch in prefetch(dealt, self.prefetch_batches, lambda item: (item[0], self._lay_out(item[0]))):
+            room -= sum(row.tokens for row in rows)
+            kept = [*kept, rows] if kept is not None and room >= 0 else None
+            empty = False
+            yield batch
+        if empty:
+            raise UserError(
+                f"data.init_args.{split}: {getattr(self, split)} leaves no {split} example in this data; raise the "
+                f"share, or set it to 0 to do without"
+            )
+        if kept is not None:
+            self._kept[key] = kept
+
+    def pairs(self, split: Split, task: str, limit: int, *, balanced: bool = False) -> list[Pair]:
+        """The first distinct pairs of a split, in the order of epoch 0.
+
+        Args:
+            split: which.
+            task: one of this module's tasks.
+            limit: at most so many.
+            balanced: equally many of each severity as far as the data has them; what is missing is filled up with the
+                rest. Reads at most 50 pairs for each one asked for.
+
+        Raises:
+            UserError: the task is none of this module's.
+        """
+        if task not in self.tasks:
+            raise UserError(f"data.init_args.tasks: {task!r} is none of {sorted(self.tasks)}; add it there")
+        chosen: dict[str, list[Pair]] = defaultdict(list)
+        seen: set[str] = set()
+        quota = -(-limit // len(SEVERITIES)) if balanced else limit
+        sources = self._preparer.sources
+        for _, _, raw in walk(sources, epoch_order(sources, epoch=0, seed=self.seed)):
+            assert raw is not None  # no cache was asked
+            for pair in self._preparer.pairs(raw, task, split):
+                if pair.content not in seen:
+                    seen.add(pair.content)
+                    chosen[pair.severity if balanced else ""].append(pair)
+            full = sum(min(len(pairs), quota) for pairs in chosen.values())
+            if full >= limit or len(seen) >= MAX_SCANNED * limit:
+                break
+        first = [pair for pairs in chosen.values() for pair in pairs[:quota]]
+        rest = [pair for pairs in chosen.values() for pair in pairs[quota:]]
+        return (first + rest)[:limit]
+
+    def fingerprint(self) -> str:
+        """Digest of the sources and of everything that turns them into batches."""
+        sources = [source.fingerprint() for source in self._preparer.sources]
+        facts = [sources, self.chat.fingerprint(), self._settings(), self.batch_rows]
+        return hashlib.blake2b(orjson.dumps(facts), digest_size=16).hexdigest()
+
+    # ---------------------------------------------------------------- resume
+
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """Takes note of a training batch: Lightning calls this right before the step, not when it prefetches."""
+        cursor = getattr(batch, "cursor", None)
+        if isinstance(cursor, Cursor) and self.trainer is not None and self.trainer.training:
+            progress = self.trainer.fit_loop.epoch_loop.batch_progress
+            if cursor.first:
+                # a checkpoint of an epoch's last batch is resumed in the next epoch with the old epoch's batch count,
+                # which would shift gradient accumulation (Lightning resets it only where the length is known)
+                progress.current.reset()
+            self._unfinished = self._cursor, progress.total.ready + 1
+            self.consumed(batch)
+        return batch
+
+    def consumed(self, batch: Batch) -> None:
+        """Notes that a batch of :meth:`train_batches` was trained on; Lightning's loop does it by itself."""
+        cursor = batch.cursor
+        assert isinstance(cursor, Cursor)
+        self._cursor = _next_epoch(cursor) if cursor.last else cursor
+
+    def state_dict(self) -> dict[str, Any]:
+        """What was consumed, for a checkpoint that ``torch.load(weights_only=True)`` reads."""
+        cursor = self._cursor
+        if self._unfinished and self.trainer is not None:  # interrupted in a step: its batch is not consumed
+            before, number = self._unfinished
+            if self.trainer.fit_loop.epoch_loop.batch_progress.total.state_dict()["processed"] < number:
+                cursor = before
+        state = {"rows": cursor.rows, "batches": cursor.batches, "digest": cursor.digest, "settings": self._settings()}
+        return cursor.start.state_dict() | state
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Goes on where a checkpoint ended; with other workers, ranks or batch rows too."""
+        saved, now = state_dict["settings"], self._settings()
+        changed = [f"{name} {saved.get(name)} -> {value}" for name, value in now.items() if saved.get(name) != value]
+        if changed:
+            rank_zero_warn(f"data settings differ from the checkpoint's, resuming is not exact: {', '.join(changed)}")
+        start = BlockStart.from_state_dict(state_dict)
+        self._cursor = Cursor(start, state_dict["rows"], state_dict["batches"], state_dict["digest"])
+        self._unfinished = None
+        if self.trainer is not None and (fetcher := self.trainer.fit_loop._data_fetcher) is not None:
+            iter(fetcher)  # `estimated_stepping_batches` may have opened the loader, and fetched, before this
+
+    def _settings(self) -> dict[str, Any]:
+        """What the sequence of examples depends on, beside the data."""
+        return {
+            "tasks": self.shares, "row_tokens": self.row_tokens, "packing": self.packing, "val": self.val,
+            "test": self.test, "seed": self.seed, "balance": self.balance, "balance_by": self.balance_by,
+            "conflicts": self.conflicts, "block_findings": self.block_findings,
+        }  # fmt: skip
+
+    # ---------------------------------------------------------------- wiring
+
+    @property
+    def _share(self) -> Share:
+        kwargs = self.trainer.distributed_sampler_kwargs if self.trainer is not None else None
+        return Share(kwargs["rank"], kwargs["num_replicas"]) if kwargs else Share()
+
+    def _train(self) -> Iterator[Batch]:
+        overfit = self.trainer is not None and getattr(self.trainer, "overfit_batches", False)
+        yield from self._epoch(Cursor(BlockStart()) if overfit else self._cursor, self._share)
+
+    def _epoch(self, start: Cursor, share: Share) -> Iterator[Batch]:
+        """Batches from a cursor to the end of its epoch, or of the next where nothing is left of it."""
+        began, count, epoch = time.monotonic(), 0, start.start.epoch
+        ledger = self._ledger(start, share)
+        dealt = self._deal("train", start, share, ledger)
+        for batch in prefetch(dealt, self.prefetch_batches, lambda item: self._lay_out(*item)):
+            if not count and not start.fresh:
+                seconds = time.monotonic() - began
+                rank_zero_info(f"resumed at epoch {epoch}, {start.start.place}, row {start.rows}, in {seconds:.1f} s")
+            count += 1
+            yield batch
+        ledger.close()
+        if count:
+            self.steps_per_epoch = count if start.fresh else self.steps_per_epoch
+        elif start.fresh:
+            self._raise_empty(share, ledger.counts)
+        else:  # resumed on more ranks: the rest of the epoch is no batch for each of them
+            self._cursor = _next_epoch(start)
+            yield from self._epoch(self._cursor, share)
+
+    def _ledger(self, start: Cursor, share: Share) -> Ledger:
+        writes = share.rank == 0 and start.start.epoch == 0
+        ledger = Ledger(self.max_quarantine, self.quarantine_path if writes else None, start.start.ledger)
+        self._counts = ledger.counts
+        return ledger
+
+    def _deal(self, split: Split, start: Cursor, share: Share, ledger: Ledger) -> Iterator[tuple[list[Row], Cursor]]:
+        """Opens the reading processes, here and now, and returns the pipeline behind them."""
+        training = split == "train"
+        recipe = Recipe(
+            tasks=self.shares,
+            row_tokens=self.row_tokens,
+            packing=self.packing if training else self.val_packing or self.packing,
+            block_examples=self.block_findings,
+            first_block=min(FIRST_BLOCK if training else FIRST_EVAL_BLOCK, self.block_findings),
+            seed=self.seed,
+            balance=self.balance,
+            balance_by=self.balance_by,
+            keep_conflicts=self.conflicts == "keep",
+            training=training,
+        )
+        order = epoch_order(self._preparer.sources, epoch=start.start.epoch, seed=self.seed)
+        cache = TokenCache(self.cache_dir, self._preparer, split) if self.cache_dir else None
+        documents = read_documents(
+            DocumentStream(self._preparer, split, order, start.start.place, cache), self.num_workers
+        )
+        quantum = self.batch_rows * share.ranks
+        made = blocks(documents, recipe, start.start.fresh(), ledger, quantum=quantum, skip=start.rows)
+        return deal(made, start, share, batch_rows=self.batch_rows, limit=None if training else self._limit(split))
+
+    def _limit(self, split: Split) -> int | None:
+        return self.val_rows if split == "val" else None
+
+    def _lay_out(self, rows: list[Row], cursor: Cursor | None = None) -> Batch:
+        batch = to_batch(rows, self.row_tokens, batch_rows=self.batch_rows)
+        batch.cursor = cursor
+        on_gpu = self.trainer is not None and self.trainer.strategy.root_device.type == "cuda"
+        return batch.pin_memory() if on_gpu and torch.cuda.is_available() else batch
+
+    def _raise_empty(self, share: Share, counts: Counter[str]) -> None:
+        examples = sum(n for name, n in counts.items() if name.startswith("examples."))
+        if not examples:
+            raise UserError(
+                f"data.init_args.sources: {self._preparer.specs} hold no training example of tasks {list(self.shares)} "
+                f"({counts['records']} records, {counts['quarantined']} unusable, {counts['overflow']} too long)"
+            )
+        raise UserError(
+            f"data.init_args.batch_rows: {examples} training examples make less than the "
+            f"{self.batch_rows * share.ranks} rows that {share.ranks} ranks need; lower batch_rows or row_tokens"
+        )
+
+
+class _Batches:
+    """Batches that start anew whenever they are iterated; nothing happens before the first is asked for.
+
+    Lightning must find no length here (it is not known) and no state (the data module keeps it).
+    """
+
+    def __init__(self, start: Callable[[], Iterator[Batch]]) -> None:
+        self._start = start
+
+    def __iter__(self) -> Iterator[Batch]:
+        yield from self._start()
+
+
+def _next_epoch(cursor: Cursor) -> Cursor:
+    return Cursor(BlockStart(cursor.start.epoch + 1), batches=cursor.batches, digest=cursor.digest)
