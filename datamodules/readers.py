@@ -163,7 +163,7 @@ class Archive(Source):
         file: the file.
         kind: "tar" or "lines".
         compression: "gzip", "zstd" or "".
-        cache_dir: folder for the index of members and seek points; None: none is kept.
+        cache_dir: folder for the index of members and seek points; None: it is only kept in memory.
         limits: what members may unpack to.
     """
 
@@ -180,12 +180,13 @@ class Archive(Source):
         self.kind, self.compression = kind, compression
         self.sequential = compression != ""
         self.index_path = cache_dir / "index" / f"{self.fingerprint()}.idx" if cache_dir is not None else None
+        self._complete: SeekIndex | None = None
 
     def raw_documents(self, start: tuple[int, int] = (0, 0)) -> Iterator[RawDocument]:
-        """See :class:`Source`. A pass with a ``cache_dir`` extends the index as far as it reads."""
+        """See :class:`Source`. A pass extends the index as far as it reads."""
         index = self._index()
         number, position, offset = index.nearest(*start)
-        build = self.index_path is not None and not index.complete
+        build = not index.complete
         try:
             # from the start of a known archive nothing is sought and nothing noted: the faster reader will do
             stream = self._stream(None if index.complete and offset == 0 else index.points, build)
@@ -213,13 +214,12 @@ class Archive(Source):
             return [""]
         index = self._index()
         if not index.complete:
-            index, stream = SeekIndex(), self._stream(None, self.index_path is not None)
+            index, stream = SeekIndex(), self._stream(None, build=True)
             records = (m for m in tar_members(stream) if m.damage is not None or is_record_file(m.name))
             for number, member in enumerate(records):
                 index.add(number, 0, member.start, member.name)
             index.complete = True
-            if self.index_path is not None:
-                self._save(index, stream)
+            self._save(index, stream)
             stream.close()
         return index.names
 
@@ -231,12 +231,17 @@ class Archive(Source):
         return ByteStream(lambda: self.location.open(self.file), self.compression, points=points, build=build)
 
     def _index(self) -> SeekIndex:
-        return (SeekIndex.load(self.index_path) if self.index_path is not None else None) or SeekIndex()
+        if self._complete is not None:
+            return self._complete
+        index = (SeekIndex.load(self.index_path) if self.index_path is not None else None) or SeekIndex()
+        self._complete = index if index.complete else None
+        return index
 
     def _save(self, index: SeekIndex, stream: ByteStream) -> None:
-        assert self.index_path is not None
         index.points = stream.seek_points() or index.points
-        index.save(self.index_path)
+        self._complete = index if index.complete else None
+        if self.index_path is not None:
+            index.save(self.index_path)
 
     def _lines(self, stream: ByteStream, index: SeekIndex, start: tuple[int, int]) -> Iterator[RawDocument]:
         if start[0] > 0:

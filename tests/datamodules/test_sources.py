@@ -322,7 +322,7 @@ def big_archive(tmp_path):
     return write(tmp_path / "a.tar.gz", gzip.compress(tar(members)))
 
 
-def test_a_pass_writes_seek_points_and_a_later_start_uses_them(tmp_path, small_steps, big_archive, monkeypatch):
+def test_a_pass_writes_seek_points_and_a_later_start_uses_them(tmp_path, small_steps, big_archive):
     source = open_source(big_archive, cache_dir=tmp_path / "cache")
     assert drain(source)[0] == list(range(40))
     (path,) = (tmp_path / "cache").rglob("*.idx")
@@ -330,7 +330,8 @@ def test_a_pass_writes_seek_points_and_a_later_start_uses_them(tmp_path, small_s
     assert index.complete and len(index.names) == 40
     assert len(index.points) > 10 * 32768  # a window of 32 KiB each
     opened = []
-    monkeypatch.setattr(source.location.__class__, "open", lambda self, file: Counted(file.path, opened))
+    source = open_source(big_archive, cache_dir=tmp_path / "cache")  # another process
+    source.location = CountingLocation(source.location.spec, opened)
     documents = source.raw_documents((35, 0))
     assert next(documents).member == "d/35.json"
     documents.close()
@@ -349,6 +350,25 @@ class Counted(io.FileIO):
         data = super().read(size)
         self.read_bytes += len(data)
         return data
+
+
+def test_without_a_cache_the_index_is_kept_in_memory(small_steps, big_archive):
+    source = open_source(big_archive)
+    assert len(source.members()) == 40
+    opened = []
+    source.location = CountingLocation(source.location.spec, opened)
+    assert [raw.member_index for raw in source.read_member(35)] == [35]
+    assert sum(file.read_bytes for file in opened) < 0.6 * Path(big_archive).stat().st_size
+
+
+class CountingLocation:
+    """A location that counts what is read from its files."""
+
+    def __init__(self, spec, opened):
+        self.spec, self.opened = spec, opened
+
+    def open(self, file):
+        return Counted(file.path, self.opened)
 
 
 def test_an_interrupted_pass_leaves_an_index_that_the_next_one_extends(tmp_path, small_steps, big_archive):
@@ -377,6 +397,7 @@ def test_a_corrupt_index_is_rebuilt(tmp_path, small_steps, big_archive, damage):
     (path,) = (tmp_path / "cache").rglob("*.idx")
     path.write_bytes(damage(path.read_bytes()))
     assert SeekIndex.load(path) is None
+    source = open_source(big_archive, cache_dir=tmp_path / "cache")  # another process
     assert drain(source, (30, 0))[0] == list(range(30, 40))
     assert drain(source)[0] == list(range(40))
     assert SeekIndex.load(path).complete
@@ -482,6 +503,14 @@ def test_of_a_truncated_archive_what_came_before_is_read(tmp_path, packing, cach
         source = open_source(write(tmp_path / f"{number}.tar{packing}", squeezed), **options)
         assert drain(source) == ([0, 1, 2], ["truncated_archive"])
         assert len(source.members()) == 4
+
+
+@pytest.mark.parametrize("cut", [0, 300])
+def test_several_gzip_members_in_one_file(tmp_path, cut):
+    data = b"".join(gzip.compress(lines(n, n + 1)) for n in range(0, 400, 2)) + b"\0" * 100
+    ids, reasons = read(write(tmp_path / "a.jsonl.gz", data[: len(data) - cut]), cache_dir=tmp_path / "cache")
+    assert ids == list(range(len(ids)))
+    assert (len(ids), reasons) == (400, []) if not cut else (len(ids) > 390 and "truncated_archive" in reasons)
 
 
 def test_of_a_truncated_jsonl_what_came_before_is_read(tmp_path):
