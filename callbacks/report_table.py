@@ -62,6 +62,8 @@ def cell(scores: Scores, name: str, form: str) -> str:
     if name not in scores.intervals:
         return text
     low, high = scores.intervals[name]
+    if low == high:  # a bootstrap of equal values has no width, which would be taken for certainty
+        return text
     return f"{text}\n{format(low, form).rstrip('%')}..{format(high, form)}"
 
 
@@ -72,7 +74,7 @@ def sample(pair: Pair, outcomes: Mapping[str, str], width: int = 600) -> Rendera
         lines.append(_line(heading, text.strip() or "(nothing)", width))
         differing = differences(pair.completion, text)
         said = "equal to the expected answer" if not differing else "differs: " + _differing(differing)
-        lines.append(Text(f"{'':<10}{said}", style="dim"))
+        lines.append(Text(f"{'':<12}{said}", style="dim"))
     return Group(*lines)
 
 
@@ -90,7 +92,7 @@ def markdown(pairs: Sequence[Pair], columns: Mapping[str, Scores], rows: int = 1
 
 def _line(heading: str, text: str, width: int) -> Text:
     shown = text if len(text) <= width else text[: width - 1] + "…"
-    return Text.assemble((f"{heading:<10}", "bold"), shown.replace("\n", "⏎"))
+    return Text.assemble((f"{heading:<12}", "bold"), shown.replace("\n", "⏎"))
 
 
 def _differing(differing: Mapping[str, tuple[object, object]]) -> str:

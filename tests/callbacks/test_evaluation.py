@@ -271,6 +271,7 @@ def test_table_writes_what_could_not_be_measured_as_a_dash():
     assert "0.0 on 50%" in rows["risk error (points of 100)"]
     assert rows["risk error (points of 100)"].rstrip("│ ").endswith("-")
     assert "50%" in rows["severity accuracy"]
+    assert "0.00..0.00" not in console.file.getvalue()  # nothing right is not certainty
 
 
 def test_gauge_writes_lines_with_time_left_where_there_is_no_terminal():
