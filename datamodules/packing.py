@@ -4,8 +4,8 @@ Shapes in names: B rows, T tokens a row, N tokens of a row in use. The contract 
 
 The three modes are one: a row is ``prefix_length`` tokens that stand once (0 outside ``shared_prefix``), then each
 example without them. On the real shards rows of 8,192 tokens behind a shared prefix are 99.7 % full with risk scoring
-and correlation, plainly packed ones 99.9 % (best-fit decreasing alone: 97.8 % and 99.0 %). Windows of 2,000 tokens, four
-a row, fill no more than 95 %.
+and correlation, plainly packed ones 99.9 % (best-fit decreasing alone: 97.8 % and 99.0 %). Windows of 2,000 tokens,
+four a row, fill no more than 95 %.
 """
 
 from __future__ import annotations
