@@ -116,6 +116,10 @@ def _forget_other_class(config: dict[str, Any], path: list[str], class_path: str
         if not isinstance(slot, dict) or key not in slot:
             return
         slot = slot[key]
-    if isinstance(slot, dict) and "class_path" in slot and slot["class_path"].split(".")[-1] != class_path.split(".")[-1]:
+    if (
+        isinstance(slot, dict)
+        and "class_path" in slot
+        and slot["class_path"].split(".")[-1] != class_path.split(".")[-1]
+    ):
         slot.clear()
         slot["class_path"] = class_path

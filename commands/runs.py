@@ -63,7 +63,9 @@ def resolve_checkpoint(ckpt_path: str | None, root: Path) -> Path | None:
     if path.is_dir():
         found = checkpoint_of(path, "best")
         if found is None:
-            raise UserError(f"--ckpt_path {ckpt_path}: a folder without checkpoints/*.ckpt; give a run folder or a file")
+            raise UserError(
+                f"--ckpt_path {ckpt_path}: a folder without checkpoints/*.ckpt; give a run folder or a file"
+            )
         return found
     if not path.is_file():
         raise UserError(f"--ckpt_path {ckpt_path}: no such file; `last` takes the newest run below {root}")

@@ -1,0 +1,131 @@
+"""The plain forward pass of any Hugging Face causal LM over packed rows.
+
+Shapes in names: B rows, T tokens a row, N supervised tokens, C channels, V vocabulary.
+
+Logits are wanted at supervised positions only (some 30 % of a row), so the decoder and the head are called apart:
+hidden states of all positions, then the head on some. This path works for every architecture, and is the reference that
+the fast one is tested against.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from datamodules.batch import IGNORE_INDEX, Batch
+from datamodules.errors import UserError
+from lightning_modules.attention import attention_mask
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+_LAYER_TYPES = {"full_attention", "sliding_attention"}
+
+
+class Decoder:
+    """A view of a causal LM as decoder and head; holds nothing of its own.
+
+    Args:
+        model: a causal LM, as it is or wrapped by PEFT.
+
+    Raises:
+        UserError: some layers can't be told where a packed example ends (state-space, linear or chunked attention).
+    """
+
+    def __init__(self, model: Any) -> None:
+        self.model = model.get_base_model() if hasattr(model, "get_base_model") else model
+        self.config = self.model.config.get_text_config()
+        self._layer_types = set(getattr(self.config, "layer_types", None) or ())
+        if unknown := self._layer_types - _LAYER_TYPES:
+            name = self.config.name_or_path or self.config.model_type
+            raise UserError(
+                f"model {name}: layers of type {', '.join(sorted(unknown))} "
+                "would mix the examples of a packed row; choose a model with full or sliding attention"
+            )
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of the hidden states: that of the embeddings, whatever type the adapter has."""
+        dtype: torch.dtype = self.model.get_input_embeddings().weight.dtype
+        return dtype
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """Computes in the base's half-precision type where the adapter's weights are float32."""
+        if self.dtype not in (torch.bfloat16, torch.float16):
+            return nullcontext()
+        return torch.autocast(self.model.get_input_embeddings().weight.device.type, dtype=self.dtype)
+
+    def hidden_states(self, batch: Batch) -> Tensor:
+        """Computes the last hidden states [B, T, C], behind the final norm."""
+        with self.autocast():
+            output = self.model.get_decoder()(
+                input_ids=batch.input_ids_BT,
+                position_ids=batch.position_ids_BT,
+                attention_mask=self._mask(batch),
+                use_cache=False,
+            )
+        hidden_BTC: Tensor = output.last_hidden_state
+        return hidden_BTC
+
+    def head(self, hidden_NC: Tensor) -> Tensor:
+        """Computes logits [N, V] in float32 (float64 where the model is), scaled and capped as the model does it."""
+        with self.autocast():
+            logits_NV: Tensor = self.model.get_output_embeddings()(hidden_NC)
+        logits_NV = logits_NV.to(torch.promote_types(logits_NV.dtype, torch.float32))
+        config = self.config
+        if (scale := getattr(config, "logit_scale", None)) is not None:  # Cohere
+            logits_NV = logits_NV * scale
+        if (scaling := getattr(config, "logits_scaling", None)) is not None:  # Granite
+            logits_NV = logits_NV / scaling
+        if (cap := getattr(config, "final_logit_softcapping", None)) is not None:  # Gemma
+            logits_NV = cap * torch.tanh(logits_NV / cap)
+        return logits_NV
+
+    def _mask(self, batch: Batch) -> Any:
+        """The mask, or one a layer type where rows are longer than the window of some layers."""
+        window = getattr(self.config, "sliding_window", None)
+        if window is not None and batch.input_ids_BT.shape[1] <= window:
+            window = None
+
+        def mask(window: int | None) -> Any:
+            return attention_mask(batch, self.config._attn_implementation, self.dtype, window)
+
+        if window is None or self._layer_types == {"full_attention"}:
+            return mask(None)
+        if self._layer_types == _LAYER_TYPES:
+            return {"full_attention": mask(None), "sliding_attention": mask(window)}
+        return mask(window)
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """Hidden states at supervised positions and the head that makes logits of them, a chunk at a time.
+
+    Attributes:
+        hidden_NC: hidden states of the supervised positions.
+        head: hidden states [n, C] -> logits [n, V] in float32 or float64.
+    """
+
+    hidden_NC: Tensor
+    head: Callable[[Tensor], Tensor]
+
+
+def supervised_positions(batch: Batch, multiple: int = 1) -> Tensor:
+    """Indices [N] into the flattened rows of the positions that carry a label, in order.
+
+    The count comes from the host (``batch.supervised``), so that nothing waits for the device; a batch that does not
+    say is counted there.
+
+    Args:
+        batch: labelled rows.
+        multiple: N is rounded up to it with positions that carry none (they count nothing): XLA compiles a graph a
+            shape.
+    """
+    unlabelled = (batch.labels_BT == IGNORE_INDEX).flatten()
+    count = batch.supervised or int((~unlabelled).sum())
+    count = min(-(-count // multiple) * multiple, len(unlabelled))
+    return torch.argsort(unlabelled, stable=True)[:count]

@@ -1,0 +1,163 @@
+"""What is minimised: sums over supervised tokens, in chunks, so that logits of a whole row never exist.
+
+Shapes in names: N supervised tokens, C channels, V vocabulary.
+
+An objective returns sums, and the module divides them once by the supervised tokens of the whole optimizer step. A
+chunk's logits are computed again in the backward pass: the head is 2 % of a 7B model's work on a third of the tokens,
+whereas 5,000 tokens' logits in float32, their softmax and its gradient would be 2 GB at V = 32,768.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy, log_softmax
+from torch.utils.checkpoint import checkpoint
+
+from datamodules.batch import IGNORE_INDEX
+from lightning_modules.backbone import Backbone
+from lightning_modules.decoder import Predictions
+
+Divergence = Literal["forward_kl", "reverse_kl", "jsd"]
+
+
+class Objective(ABC):
+    """A loss over supervised tokens. Subclasses are frozen dataclasses of plain data, so that checkpoints hold them."""
+
+    @property
+    def teacher_recipe(self) -> Backbone | Literal["base"] | None:
+        """The teacher whose predictions the call wants; None for none."""
+        return None
+
+    @abstractmethod
+    def __call__(self, student: Predictions, labels_N: Tensor, teacher: Predictions | None = None) -> dict[str, Tensor]:
+        """Computes sums over the labels that are not -100.
+
+        Args:
+            student: hidden states and head of the model that is trained.
+            labels_N: int64, the token to predict at each position; -100 counts nothing.
+            teacher: the frozen model's predictions at the same positions, where there is a teacher.
+
+        Returns:
+            Scalars: ``loss``, which is minimised; ``correct``, tokens whose label has the highest logit; and whatever
+            parts are worth a curve. All but ``loss`` may be detached.
+        """
+
+
+@dataclass(frozen=True)
+class CompletionCrossEntropy(Objective):
+    """Cross-entropy of the labels: maximum likelihood of the completions."""
+
+    chunk: int = 2048
+    """Tokens whose logits exist at a time."""
+
+    def __call__(self, student: Predictions, labels_N: Tensor, teacher: Predictions | None = None) -> dict[str, Tensor]:
+        """See :class:`Objective`."""
+
+        def sums(hidden_NC: Tensor, labels_N: Tensor) -> tuple[Tensor, ...]:
+            logits_NV = student.head(hidden_NC)
+            return _cross_entropy(logits_NV, labels_N), _correct(logits_NV, labels_N)
+
+        loss, correct = _chunked(sums, self.chunk, student.hidden_NC, labels_N)
+        return {"loss": loss, "correct": correct}
+
+
+@dataclass(frozen=True)
+class Distillation(Objective):
+    """Follows a teacher: ``alpha T^2 D(teacher, student) + (1 - alpha) CE`` (Hinton et al., arXiv 1503.02531).
+
+    D compares the softmaxes of both models' logits divided by T. T^2 keeps its gradient's size as T grows. ``kl`` of
+    the result is D itself, with the teacher's entropy and without alpha and T^2: zero where both models agree.
+    """
+
+    teacher: Backbone | Literal["base"] = "base"
+    """Another model (its tokenizer must be the student's), or base: the student's own base without the adapter, which
+    takes no memory. A Backbone with an adapter, and with the student's model, revision, quantization and dtype, shares
+    the student's weights: it takes the memory of its adapter only."""
+    alpha: float = 0.5
+    """Share of the teacher; at 0 it is neither loaded nor computed."""
+    temperature: float = 2.0
+    """Divides the logits of both; above 1 it shows what the teacher holds possible beside its first choice."""
+    divergence: Divergence = "forward_kl"
+    """forward_kl: KL(teacher || student), covers what the teacher does; reverse_kl: KL(student || teacher), keeps to
+    the teacher's best; jsd: the generalised Jensen-Shannon divergence between them (GKD, arXiv 2306.13649, eq. 1)."""
+    beta: float = 0.5
+    """Weight of the teacher in the mixture of jsd, in (0, 1)."""
+    chunk: int = 1024
+    """Tokens whose logits, of both models, exist at a time."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.alpha <= 1:
+            raise ValueError(f"objective.alpha {self.alpha} is not in [0, 1]; 0.5 weighs teacher and labels alike")
+        if not self.temperature > 0:
+            raise ValueError(f"objective.temperature {self.temperature} is not positive; 2.0 is usual")
+        if not 0 < self.beta < 1:
+            raise ValueError(f"objective.beta {self.beta} is not in (0, 1); its limits are forward_kl and reverse_kl")
+
+    @property
+    def teacher_recipe(self) -> Backbone | Literal["base"] | None:
+        """The teacher, or None where it would have no weight."""
+        return self.teacher if self.alpha > 0 else None
+
+    def __call__(self, student: Predictions, labels_N: Tensor, teacher: Predictions | None = None) -> dict[str, Tensor]:
+        """See :class:`Objective`; adds ``ce`` and ``kl``."""
+        if self.alpha == 0:
+            sums = CompletionCrossEntropy(self.chunk)(student, labels_N)
+            return {**sums, "ce": sums["loss"].detach()}
+        if teacher is None:
+            raise ValueError("Distillation was called without the teacher's predictions")
+        head = teacher.head
+
+        def sums_of(hidden_NC: Tensor, labels_N: Tensor, teacher_NC: Tensor) -> tuple[Tensor, ...]:
+            logits_NV = student.head(hidden_NC)
+            with torch.no_grad():
+                teacher_NV = head(teacher_NC).to(logits_NV)
+            kl = self._divergence(logits_NV, teacher_NV, labels_N)
+            return _cross_entropy(logits_NV, labels_N), kl, _correct(logits_NV, labels_N)
+
+        ce, kl, correct = _chunked(sums_of, self.chunk, student.hidden_NC, labels_N, teacher.hidden_NC)
+        loss = self.alpha * self.temperature**2 * kl + (1 - self.alpha) * ce
+        return {"loss": loss, "correct": correct, "ce": ce.detach(), "kl": kl.detach()}
+
+    def _divergence(self, logits_NV: Tensor, teacher_NV: Tensor, labels_N: Tensor) -> Tensor:
+        """Sum of the divergence at T over the labelled positions."""
+        # One tokenizer, but some models round their vocabulary up: the rows behind it are no tokens
+        vocabulary = min(logits_NV.shape[-1], teacher_NV.shape[-1])
+        student = log_softmax(logits_NV[:, :vocabulary] / self.temperature, dim=-1)
+        teacher = log_softmax(teacher_NV[:, :vocabulary] / self.temperature, dim=-1)
+        if self.divergence == "forward_kl":
+            kl_N = _kl(teacher, student)
+        elif self.divergence == "reverse_kl":
+            kl_N = _kl(student, teacher)
+        else:
+            mixture = torch.logaddexp(teacher + math.log(self.beta), student + math.log1p(-self.beta))
+            kl_N = self.beta * _kl(teacher, mixture) + (1 - self.beta) * _kl(student, mixture)
+        return (kl_N * (labels_N != IGNORE_INDEX)).sum()
+
+
+def _kl(log_p_NV: Tensor, log_q_NV: Tensor) -> Tensor:
+    return (log_p_NV.exp() * (log_p_NV - log_q_NV)).sum(dim=-1)
+
+
+def _cross_entropy(logits_NV: Tensor, labels_N: Tensor) -> Tensor:
+    return cross_entropy(logits_NV, labels_N, ignore_index=IGNORE_INDEX, reduction="sum")
+
+
+def _correct(logits_NV: Tensor, labels_N: Tensor) -> Tensor:
+    return (logits_NV.detach().argmax(dim=-1) == labels_N).sum().to(logits_NV.dtype)
+
+
+def _chunked(function: Callable[..., tuple[Tensor, ...]], chunk: int, *tensors: Tensor) -> tuple[Tensor, ...]:
+    """Adds up a function over pieces of tensors along their first axis; what it saves for backward is made again."""
+    pieces = zip(*(torch.split(tensor, chunk) for tensor in tensors), strict=True)
+    if not torch.is_grad_enabled():
+        results = [function(*piece) for piece in pieces]
+    else:
+        results = [checkpoint(function, *piece, use_reentrant=False, preserve_rng_state=False) for piece in pieces]
+    return tuple(sum(parts[1:], parts[0]) for parts in zip(*results, strict=True))
