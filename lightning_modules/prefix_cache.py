@@ -1,7 +1,7 @@
 """A prompt prefix that is computed once: its keys and values in front of every row of every batch.
 
-Shapes in names: B rows, P prefix tokens, S tokens of the rest of a prompt, L tokens in the cache, H heads, D head width,
-V vocabulary. See :mod:`lightning_modules.generation` for the layout of the cache.
+Shapes in names: B rows, P prefix tokens, S tokens of the rest of a prompt, L tokens in the cache, H heads, D head
+width, V vocabulary. See :mod:`lightning_modules.generation` for the layout of the cache.
 """
 
 from __future__ import annotations
