@@ -32,7 +32,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 from datamodules.errors import UserError
 
@@ -54,7 +54,8 @@ RATES: dict[Kernels, tuple[float, str]] = {
 }
 
 
-class Device(NamedTuple):
+@dataclass(frozen=True)
+class Device:
     """An accelerator.
 
     Attributes:
@@ -236,7 +237,7 @@ def memory(architecture: Architecture, setup: Setup) -> Memory:
     kept = _layers(a, setup) * _kept(a, setup) * tokens + _masks(a, setup)
     logits = piece * a.vocabulary * (2 * b + 12) + tokens * a.hidden * (b + 4 + 2 * b * setup.supervised)
     wide = 4 * tokens if setup.kernels in ("full", "checkpointed", "plain") else 6 * piece
-    backward = b * (wide * a.inner + 2 * a.inner * a.hidden + 3 * a.hidden * tokens)
+    backward: float = b * (wide * a.inner + 2 * a.inner * a.hidden + 3 * a.hidden * tokens)
     again = {"low": "balanced", "checkpointed": "plain"}.get(setup.kernels)  # a layer's own forward pass, made again
     backward += _kept(a, setup, again) * tokens if again else 0.0
     layer = _kept(a, setup) * tokens
