@@ -40,6 +40,7 @@ class Batch:
             no transfer).
         supervised: how many labels the rows hold.
         extras: what an objective or a kernel wants beside it: cached teacher targets, host-built block masks.
+        plan: what a model's attention kernel wants to know of the segments, made on the host by the module that trains.
         cursor: where in the data this batch ends (a :class:`datamodules.stream.Cursor`); the data module reads it to
             know what was consumed, everybody else passes it on.
     """
@@ -51,11 +52,13 @@ class Batch:
     findings: int = 0
     supervised: int = 0
     extras: dict[str, Tensor] | None = None
+    plan: Any = None
     cursor: object | None = None
 
     def to(self, device: torch.device | str, non_blocking: bool = True) -> Batch:
         """Copies every tensor to a device; the name is Lightning's protocol for custom batches."""
-        return self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+        moved = self._map(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+        return moved if self.plan is None else replace(moved, plan=self.plan.to(device, non_blocking))
 
     def pin_memory(self) -> Batch:
         """Copies every tensor to page-locked memory, so that the transfer to a GPU runs beside the computation."""

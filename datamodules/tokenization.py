@@ -104,6 +104,7 @@ class ChatFormat:
         tokenizer: a fast Hugging Face tokenizer with a chat template; it is not changed.
 
     Attributes:
+        tokenizer: what was given.
         bos_id: the token that stands once, at the start; None where the format has none.
         eos_id: the token that stands once, at the end of the completion.
         pad_id: what to fill rows with (often the EOS, so never look for padding by it).
@@ -113,6 +114,7 @@ class ChatFormat:
     """
 
     def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer = tokenizer
         self._backend: Tokenizer = tokenizer.backend_tokenizer
         state = json.loads(self._backend.to_str()) | {"padding": None, "truncation": None}
         self._fingerprint = _digest(json.dumps(state, sort_keys=True), template_source(tokenizer))

@@ -15,6 +15,7 @@ from datamodules.pretrained import loading_error, resolve
 from lightning_modules.attention import Attention
 
 Quantization = Literal["nf4", "int8", "none"]
+ActivationMemory = Literal["full", "balanced", "low"]
 RANDOM = "random:"  #: prefix of a model name: the architecture of a folder's config.json with random weights
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -59,6 +60,12 @@ class Backbone:
     """Adapters to train; null trains every weight (of an unquantised model)."""
     gradient_checkpointing: bool = False
     """Computes each layer twice instead of keeping its activations: a third slower, far less memory."""
+    kernels: Literal["auto", "fast", "plain"] = "auto"
+    """Forward and backward pass in training: fast are the fused functions for Llama and Mistral, plain is transformers'
+    and PEFT's own modules, for everything; auto takes fast where it can."""
+    activation_memory: ActivationMemory = "full"
+    """What the fast path keeps for the backward pass: full, balanced (computes the MLP's inner products twice), or low
+    (whole layers twice, their inputs in host memory)."""
     revision: str | None = None
     """Branch, tag or commit on the hub."""
     adapter: str | None = None
@@ -219,9 +226,9 @@ def _float32_default() -> Iterator[None]:
 
 
 def _enable_checkpointing(model: Any) -> None:
-    # the name until transformers 5.22 or so, and its successor
-    old, new = (getattr(model, f"{kind}_checkpointing_enable", None) for kind in ("gradient", "activation"))
-    (new or old)({"use_reentrant": False})
+    # the method's name is activation_checkpointing_enable in the newest transformers, which deprecate the old one
+    name = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
+    getattr(model, f"{name}_checkpointing_enable")({"use_reentrant": False})
 
 
 def _check_bitsandbytes(quantization: str, device: torch.device) -> None:

@@ -12,11 +12,13 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
@@ -25,9 +27,11 @@ from torch.optim.lr_scheduler import LRScheduler
 from datamodules.batch import IGNORE_INDEX, Batch
 from datamodules.errors import UserError
 from lightning_modules.backbone import Backbone, out_of_memory_advice
-from lightning_modules.decoder import Decoder, Predictions, supervised_positions
+from lightning_modules.decoder import Predictions, supervised_positions
+from lightning_modules.fast_decoder import FastDecoder, decoder_for
 from lightning_modules.hyperparameters import INSTANTIATOR, to_plain
 from lightning_modules.objectives import Objective
+from lightning_modules.packed_attention import plan_segments
 from lightning_modules.teacher import Teacher, build_teacher
 
 XLA_MULTIPLE = 256  #: supervised tokens are padded to it on a TPU: a new count would be a new compilation
@@ -70,6 +74,7 @@ class CausalLMModule(LightningModule):
         self.strict_loading = False  # checkpoints lack the frozen base; load_state_dict checks the rest
         self.model: Any = None
         self.step_metrics: dict[str, Tensor] = {}
+        self._decoder: Any = None  # a view of the model, plain or fast
         self._teacher: Teacher | None = None  # no nn.Module, so that it is in no state_dict, parameters() or train()
         self._pending: dict[str, Tensor] = {}  # sums of the micro-batches since the last optimizer step
         self._evaluated: dict[str, Tensor] = {}  # sums of the validation or test so far
@@ -83,9 +88,15 @@ class CausalLMModule(LightningModule):
             device = trainer.strategy.root_device if trainer is not None else torch.get_default_device()
             self.model = self.backbone.build(device)
             self.model.train(self.training)
+            recipe = self.backbone
+            self._decoder, why = decoder_for(self.model, recipe.kernels, recipe.activation_memory, torch.device(device))
+            rank_zero_info(why)
             # every rank loads the same base: DDP need not broadcast gigabytes at the start, and buffers at each step
             # (which would hang ranks that have unequal numbers of validation rows)
-            same = [*(n for n, p in self.named_parameters() if not p.requires_grad), *(n for n, _ in self.named_buffers())]
+            same = [
+                *(n for n, p in self.named_parameters() if not p.requires_grad),
+                *(n for n, _ in self.named_buffers()),
+            ]
             DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self, same)
 
     def to(self, *args: Any, **kwargs: Any) -> CausalLMModule:
@@ -104,7 +115,13 @@ class CausalLMModule(LightningModule):
 
     def forward(self, batch: Batch) -> Tensor:
         """Computes the last hidden states [B, T, C]."""
-        return Decoder(self.model).hidden_states(batch)
+        return self._decoder.hidden_states(batch)
+
+    def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
+        """Plans the fast path's attention while the segments are still on the host, then copies."""
+        if isinstance(self._decoder, FastDecoder) and batch.segment_ids_BT.device.type == "cpu":
+            batch = replace(batch, plan=plan_segments(batch.segment_ids_BT))
+        return batch.to(device)
 
     def _prepare_teacher(self) -> Teacher | None:
         recipe = self.objective.teacher_recipe
@@ -122,8 +139,8 @@ class CausalLMModule(LightningModule):
             labels_N = batch.labels_BT.flatten()[positions_N]
             teacher = self._prepare_teacher()
             predictions = teacher.predict(batch, positions_N) if teacher is not None else None
-            hidden_NC = self(batch).flatten(0, 1)[positions_N]
-            sums = self.objective(Predictions(hidden_NC, Decoder(self.model).head), labels_N, predictions)
+            hidden_NC = self._decoder.hidden_at(batch, positions_N)
+            sums = self.objective(Predictions(hidden_NC, self._decoder.head), labels_N, predictions)
         return {**sums, "count": (labels_N != IGNORE_INDEX).sum().to(sums["loss"].dtype)}
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
@@ -184,7 +201,7 @@ class CausalLMModule(LightningModule):
     def _no_sums(self) -> dict[str, Tensor]:
         """Zeros under the objective's names, for a rank that had no batch."""
         width = self.model.get_output_embeddings().weight.shape[1]
-        decoder = Decoder(self.model)
+        decoder = self._decoder
         nothing = Predictions(torch.zeros(0, width, dtype=decoder.dtype, device=self.device), decoder.head)
         labels_N = torch.zeros(0, dtype=torch.long, device=self.device)
         with torch.no_grad():

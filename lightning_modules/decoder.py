@@ -71,6 +71,10 @@ class Decoder:
         hidden_BTC: Tensor = output.last_hidden_state
         return hidden_BTC
 
+    def hidden_at(self, batch: Batch, positions_N: Tensor) -> Tensor:
+        """Computes the last hidden states [N, C] of some positions of the flattened rows."""
+        return self.hidden_states(batch).flatten(0, 1).index_select(0, positions_N)
+
     def head(self, hidden_NC: Tensor) -> Tensor:
         """Computes logits [N, V] in float32 (float64 where the model is), scaled and capped as the model does it."""
         with self.autocast():

@@ -10,16 +10,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from datamodules.batch import Batch
+from datamodules.errors import UserError
+from lightning_modules.backbone import ActivationMemory
+from lightning_modules.decoder import Decoder
 from lightning_modules.fast_lora import Group, Norm, NormMLPResidual, NormQKV, OutputResidual, Projection
-from lightning_modules.packed_attention import SegmentPlan, packed_attention
+from lightning_modules.packed_attention import SegmentPlan, packed_attention, plan_segments
 
-ActivationMemory = Literal["full", "balanced", "low"]
 MODEL_TYPES = ("llama", "mistral")
 CHUNK = 2048  #: tokens of a piece of the MLP where gate and up are made again
 
@@ -52,7 +55,7 @@ class _Layer:
         )
 
 
-class FastDecoder:
+class FastDecoder(Decoder):
     """Runs a Hugging Face decoder's blocks by :mod:`lightning_modules.fast_lora`'s fused functions.
 
     Args:
@@ -64,13 +67,13 @@ class FastDecoder:
     """
 
     def __init__(self, model: Any, activation_memory: ActivationMemory = "full") -> None:
-        base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
-        config = base.config
+        super().__init__(model)
+        config = self.config
         if config.model_type not in MODEL_TYPES:
             raise NotImplementedError(f"the architecture is {config.model_type}, not one of {', '.join(MODEL_TYPES)}")
         if config.hidden_act != "silu":
             raise NotImplementedError(f"the MLP's activation is {config.hidden_act}, not silu")
-        self.decoder = base.model
+        self.decoder = self.model.model
         if any(parameter.requires_grad for parameter in self.decoder.embed_tokens.parameters()):
             raise NotImplementedError("the embeddings are trained")
         self.activation_memory = activation_memory
@@ -79,8 +82,20 @@ class FastDecoder:
         self.scale = self.decoder.layers[0].self_attn.scaling
         self.layers = [_Layer.of(layer, activation_memory != "low") for layer in self.decoder.layers]
 
-    def __call__(self, input_ids_BT: Tensor, position_ids_BT: Tensor, plan: SegmentPlan) -> Tensor:
-        """Computes the hidden states [B, T, C] before the final norm.
+    def hidden_states(self, batch: Batch) -> Tensor:
+        """Computes the last hidden states [B, T, C], behind the final norm."""
+        return self.decoder.norm(self._blocks(batch).view(*batch.input_ids_BT.shape, -1))
+
+    def hidden_at(self, batch: Batch, positions_N: Tensor) -> Tensor:
+        """The same at some positions [N, C]; the final norm is computed there only."""
+        return self.decoder.norm(self._blocks(batch).index_select(0, positions_N))
+
+    def _blocks(self, batch: Batch) -> Tensor:
+        plan = batch.plan if batch.plan is not None else plan_segments(batch.segment_ids_BT.cpu())
+        return self.run(batch.input_ids_BT, batch.position_ids_BT, plan.to(batch.input_ids_BT.device))
+
+    def run(self, input_ids_BT: Tensor, position_ids_BT: Tensor, plan: SegmentPlan) -> Tensor:
+        """Computes the hidden states [N, C] of all rows in one line, before the final norm.
 
         Raises:
             ValueError: an example is longer than the model's attention window.
@@ -91,10 +106,10 @@ class FastDecoder:
         cos, sin = (x.flatten(0, 1) for x in self.decoder.rotary_emb(embedded_BTC, position_ids_BT))
         hidden_NC = embedded_BTC.flatten(0, 1)
         for layer in self.layers:
-            hidden_NC = self._run(layer, hidden_NC, cos, sin, plan)
-        return hidden_NC.view_as(embedded_BTC)
+            hidden_NC = self._layer(layer, hidden_NC, cos, sin, plan)
+        return hidden_NC
 
-    def _run(self, layer: _Layer, hidden_NC: Tensor, cos: Tensor, sin: Tensor, plan: SegmentPlan) -> Tensor:
+    def _layer(self, layer: _Layer, hidden_NC: Tensor, cos: Tensor, sin: Tensor, plan: SegmentPlan) -> Tensor:
         if self.activation_memory != "low" or not torch.is_grad_enabled():
             return self._block(layer, hidden_NC, cos, sin, plan)
         if not hidden_NC.requires_grad and not any(
@@ -113,6 +128,38 @@ class FastDecoder:
         parameters = (*layer.gate_up.parameters(), *layer.down.parameters())
         keep = self.activation_memory == "full"
         return NormMLPResidual.apply(hidden_NC, layer.mlp_norm, layer.gate_up, layer.down, keep, CHUNK, *parameters)
+
+
+def decoder_for(
+    model: Any, kernels: str, activation_memory: ActivationMemory, device: torch.device
+) -> tuple[Decoder, str]:
+    """Chooses the path of a model's forward and backward pass.
+
+    Args:
+        model: a causal LM, as it is or wrapped by PEFT.
+        kernels: ``auto``, ``fast`` or ``plain``.
+        activation_memory: see the module's docstring.
+        device: where the model is.
+
+    Returns:
+        The decoder, and one line that says which it is and why.
+
+    Raises:
+        UserError: ``fast`` was asked for and can't be had.
+    """
+    if kernels == "plain":
+        return Decoder(model), "plain path: backbone.kernels is plain"
+    try:
+        fast = FastDecoder(model, activation_memory)
+        if device.type not in ("cuda", "cpu"):
+            raise NotImplementedError(f"the device is {device.type}")
+        if device.type == "cuda" and fast.dtype not in (torch.bfloat16, torch.float16):
+            raise NotImplementedError(f"its attention kernels take 16-bit numbers, the model is {fast.dtype}")
+    except NotImplementedError as error:
+        if kernels == "fast":
+            raise UserError(f"backbone.kernels fast: {error}; set it to auto or plain") from error
+        return Decoder(model), f"plain path: {error}"
+    return fast, f"fast path: fused {fast.config.model_type} blocks, activation_memory {activation_memory}"
 
 
 class _offloaded(torch.autograd.graph.saved_tensors_hooks):

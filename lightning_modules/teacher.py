@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from datamodules.batch import Batch
 from datamodules.errors import UserError
 from lightning_modules.backbone import RANDOM, Backbone
-from lightning_modules.decoder import Decoder, Predictions
+from lightning_modules.decoder import Predictions
+from lightning_modules.fast_decoder import decoder_for
 
 
 class Teacher:
@@ -23,19 +24,19 @@ class Teacher:
 
     Args:
         model: the causal LM; it is frozen and put in evaluation mode.
+        kernels: see :class:`lightning_modules.backbone.Backbone`.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, kernels: str = "auto") -> None:
         self.model = model.eval().requires_grad_(False)
-        self.decoder = Decoder(model)
+        self.decoder, _ = decoder_for(model, kernels, "full", next(model.parameters()).device)
 
     @torch.no_grad()
     def predict(self, batch: Batch, positions_N: Tensor) -> Predictions:
         """Computes the hidden states at the given positions of the flattened rows."""
         if self.decoder.model.device != batch.input_ids_BT.device:
             self.model.to(batch.input_ids_BT.device)
-        hidden_BTC = self.decoder.hidden_states(batch)
-        return Predictions(hidden_BTC.flatten(0, 1)[positions_N], self.decoder.head)
+        return Predictions(self.decoder.hidden_at(batch, positions_N), self.decoder.head)
 
 
 def build_teacher(
@@ -59,11 +60,11 @@ def build_teacher(
             "set backbone.lora, or name another model as the teacher"
         )
     if recipe == "base":
-        return Teacher(base_of(model))
+        return Teacher(base_of(model), student.kernels)
     if shared:
-        return Teacher(replace(recipe, lora=None).wrap(base_of(model)))
+        return Teacher(replace(recipe, lora=None).wrap(base_of(model)), student.kernels)
     check_same_tokenizer(student, recipe)
-    return Teacher(recipe.build(device))
+    return Teacher(recipe.build(device), recipe.kernels)
 
 
 def base_of(model: nn.Module) -> Any:

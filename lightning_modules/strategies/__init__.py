@@ -1,1 +1,1 @@
-
+"""What Lightning lacks: strategies, accelerators and precision plugins, named by class path."""

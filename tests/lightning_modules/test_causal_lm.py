@@ -307,7 +307,9 @@ def kl_by_hand(student, teacher, sequences, temperature=2.0):
     total, count = 0.0, 0
     for sequence, prompt in sequences:
         with torch.no_grad():
-            s, t = ((m(sequence[None]).logits[0, prompt - 1 : -1] / temperature).log_softmax(-1) for m in (student, teacher))
+            s, t = (
+                (m(sequence[None]).logits[0, prompt - 1 : -1] / temperature).log_softmax(-1) for m in (student, teacher)
+            )
         total += float(torch.nn.functional.kl_div(s, t, log_target=True, reduction="sum"))
         count += len(sequence) - prompt
     return total / count
@@ -336,7 +338,11 @@ def test_teachers(kind, tiny_llama, tmp_path):
             (tmp_path / "other" / file.name).write_bytes(file.read_bytes())
         recipe = Backbone(str(tmp_path / "other"))
     base = AutoModelForCausalLM.from_pretrained(tiny_llama)
-    teacher = {"base": lambda: base, "adapter": lambda: PeftModel.from_pretrained(base, adapter), "model": lambda: other}
+    teacher = {
+        "base": lambda: base,
+        "adapter": lambda: PeftModel.from_pretrained(base, adapter),
+        "model": lambda: other,
+    }
     module = module_for(tiny_llama, Distillation(teacher=recipe, chunk=7), dropout=0.2)
     names, keys = set(dict(module.named_parameters())), set(module.state_dict())
     expected = kl_by_hand(copy.deepcopy(module.model).eval(), teacher[kind]().eval(), examples())
@@ -385,13 +391,15 @@ def test_alpha_0_trains_as_without_a_teacher(tiny_llama, tmp_path):
 
 def test_a_teacher_with_another_tokenizer_is_refused(tiny_llama, tiny_mistral, tmp_path):
     module = module_for(tiny_llama, Distillation(teacher=Backbone(str(tiny_mistral))))
-    with pytest.raises(UserError, match=r"tokenizer differs .*259 tokens against 262; 259 of .* the first is '<\|endoft"):
+    with pytest.raises(
+        UserError, match=r"tokenizer differs .*259 tokens against 262; 259 of .* the first is '<\|endoft"
+    ):
         fit(module, one_by_one(), tmp_path)
 
 
 def test_no_adapter_to_switch_off(tiny_llama, tmp_path):
     module = CausalLMModule(Backbone(str(tiny_llama)), Distillation(), SGD)
-    with pytest.raises(UserError, match="backbone.lora is null"):
+    with pytest.raises(UserError, match=r"backbone\.lora is null"):
         fit(module, one_by_one(), tmp_path)
 
 
@@ -437,8 +445,10 @@ def test_a_schedule_without_an_end(tiny_llama, tmp_path):
 
 def test_nothing_to_train(tiny_llama, tmp_path):
     pytest.importorskip("bitsandbytes", reason="needs the gpu extra")
-    module = CausalLMModule(Backbone(str(tiny_llama), quantization="nf4", dtype="float32"), CompletionCrossEntropy(), SGD)
-    with pytest.raises(UserError, match="nothing is trainable with backbone.quantization nf4; set backbone.lora"):
+    module = CausalLMModule(
+        Backbone(str(tiny_llama), quantization="nf4", dtype="float32"), CompletionCrossEntropy(), SGD
+    )
+    with pytest.raises(UserError, match=r"nothing is trainable with backbone.quantization nf4; set backbone.lora"):
         fit(module, one_by_one(), tmp_path)
 
 
@@ -580,7 +590,9 @@ class Weighted(CausalLMModule):
 
 
 def test_a_subclass_keeps_its_own_arguments(tiny_llama, tmp_path):
-    module = Weighted(Backbone(str(tiny_llama), lora=LoRA(rank=2)), CompletionCrossEntropy(), torch.optim.SGD, weight=2.5)
+    module = Weighted(
+        Backbone(str(tiny_llama), lora=LoRA(rank=2)), CompletionCrossEntropy(), torch.optim.SGD, weight=2.5
+    )
     assert module.hparams["weight"] == 2.5
     assert module.hparams["optimizer"] == {"class_path": "torch.optim.sgd.SGD"}
 

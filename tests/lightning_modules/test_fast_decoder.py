@@ -88,7 +88,7 @@ def test_equals_peft_over_hugging_face_modules(kind, memory, targets, layers):
     ids = torch.randint(0, 97, segments.shape)
     expected = plain(model, ids, positions, segments)
     expected_grads = gradients(model, expected, segments)
-    got = FastDecoder(model, memory)(ids, positions, plan_segments(segments))
+    got = FastDecoder(model, memory).run(ids, positions, plan_segments(segments)).view(*ids.shape, -1)
     got_grads = gradients(model, got, segments)
     real = (segments >= 0)[..., None]
     torch.testing.assert_close(got * real, expected * real, rtol=1e-5, atol=1e-5)
@@ -126,7 +126,7 @@ def test_nf4_base_equals_its_dequantised_weights():
     expected = plain(reference, ids, positions, segments)
     expected_grads = gradients(reference, expected, segments)
     for memory in ("full", "low"):  # scales unnested once, and at every use
-        got = FastDecoder(model, memory)(ids, positions, plan_segments(segments))
+        got = FastDecoder(model, memory).run(ids, positions, plan_segments(segments)).view(*ids.shape, -1)
         got_grads = gradients(model, got, segments)
         for name, grad in got_grads.items():
             assert (grad - expected_grads[name]).norm() <= 1e-5 * expected_grads[name].norm(), name
@@ -147,4 +147,4 @@ def test_an_example_beyond_the_attention_window_is_refused():
     decoder.window = 8
     segments, positions = packed_rows()
     with pytest.raises(ValueError, match="window of 8"):
-        decoder(torch.zeros_like(segments), positions, plan_segments(segments))
+        decoder.run(torch.zeros_like(segments), positions, plan_segments(segments))
