@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import orjson
@@ -17,11 +17,11 @@ from datamodules.blocks import BalanceBy, BlockStart, Recipe, blocks
 from datamodules.cache import TokenCache
 from datamodules.errors import UserError
 from datamodules.ledger import Ledger
-from datamodules.order import epoch_order, walk
+from datamodules.order import epoch_order
 from datamodules.packing import Packing, Row, to_batch
+from datamodules.pairs import first_pairs
 from datamodules.prepare import Conflicts, Preparer
-from datamodules.records import SEVERITIES
-from datamodules.stream import Cursor, DocumentStream, Share, deal, prefetch, read_documents
+from datamodules.stream import Cursor, DocumentStream, Restartable, Share, deal, prefetch, read_documents
 
 if TYPE_CHECKING:
     from datamodules.batch import Batch
@@ -32,7 +32,6 @@ if TYPE_CHECKING:
 FIRST_BLOCK = 512  #: examples that the first training batch waits for: a quarter of a second
 FIRST_EVAL_BLOCK = 128  #: held-out examples are few; the sanity check waits for these
 KEPT_TOKENS = 1 << 24  #: a held-out split of up to so many tokens (64 MiB, some 40,000 findings) stays in memory
-MAX_SCANNED = 50  #: pairs read per pair asked for, where severities are to be balanced
 
 
 class FindingsDataModule(LightningDataModule):
@@ -143,20 +142,7 @@ class FindingsDataModule(LightningDataModule):
         Raises:
             UserError: an option can't be served.
         """
-        for option, value, low in (("row_tokens", self.row_tokens, 2), ("batch_rows", self.batch_rows, 1)):
-            if value < low:
-                raise UserError(f"data.init_args.{option}: {value} is too small; set it to {low} or more")
-        for task, share in self.shares.items():
-            if share < 0:
-                raise UserError(f"data.init_args.tasks: the share of {task} is {share}; set it to 0 or more")
-        if not any(self.shares.values()):
-            raise UserError(f"data.init_args.tasks: {self.shares} uses no example; give a task a share above 0")
-        if not 0 <= self.balance <= 1:
-            raise UserError(f"data.init_args.balance: {self.balance} is not in 0..1")
-        if self.val < 0 or self.test < 0 or self.val + self.test >= 1:
-            raise UserError(
-                f"data.init_args: val={self.val} and test={self.test} must be shares >= 0 with a sum below 1"
-            )
+        self._check_options()
         _ = self._preparer.sources
         for name, built in self.tasks.items():
             prefix = len(self.chat.prefix_ids(built))
@@ -165,20 +151,24 @@ class FindingsDataModule(LightningDataModule):
                     f"data.init_args.row_tokens: {self.row_tokens} is less than the instruction of task {name} "
                     f"alone, {prefix} tokens; set it to some hundred more"
                 )
-        if stage == "fit" and self.trainer is not None and not self.trainer.fit_loop.epoch_loop.total_batch_idx + 1:
+        if (
+            stage == "fit"
+            and self.trainer is not None
+            and not self.trainer.fit_loop.epoch_loop.batch_progress.total.ready
+        ):
             self._cursor, self._unfinished = Cursor(BlockStart()), None  # a new run; a checkpoint is loaded after this
 
-    def train_dataloader(self) -> _Batches:
+    def train_dataloader(self) -> Restartable[Batch]:
         """Training batches of this rank, from what was consumed to the end of the epoch."""
-        return _Batches(self._train)
+        return Restartable(self._train)
 
-    def val_dataloader(self) -> _Batches | list[Any]:
+    def val_dataloader(self) -> Restartable[Batch] | list[Any]:
         """Validation batches of this rank, each example once; none where ``val`` is 0."""
-        return _Batches(lambda: self.eval_batches("val", self._share)) if self.val else []
+        return Restartable(lambda: self.eval_batches("val", self._share)) if self.val else []
 
-    def test_dataloader(self) -> _Batches | list[Any]:
+    def test_dataloader(self) -> Restartable[Batch] | list[Any]:
         """Test batches of this rank, each example once; none where ``test`` is 0."""
-        return _Batches(lambda: self.eval_batches("test", self._share)) if self.test else []
+        return Restartable(lambda: self.eval_batches("test", self._share)) if self.test else []
 
     def train_batches(self, epoch: int = 0, share: Share | None = None) -> Iterator[Batch]:
         """Training batches of one epoch, without Lightning.
@@ -208,7 +198,10 @@ class FindingsDataModule(LightningDataModule):
         dealt = self._deal(split, Cursor(BlockStart()), share, Ledger(self.max_quarantine))
         for rows, batch in prefetch(dealt, self.prefetch_batches, lambda item: (item[0], self._lay_out(item[0]))):
             room -= sum(row.tokens for row in rows)
-            kept = [*kept, rows] if kept is not None and room >= 0 else None
+            if kept is not None and room >= 0:
+                kept.append(rows)
+            else:
+                kept = None
             empty = False
             yield batch
         if empty:
@@ -234,22 +227,7 @@ class FindingsDataModule(LightningDataModule):
         """
         if task not in self.tasks:
             raise UserError(f"data.init_args.tasks: {task!r} is none of {sorted(self.tasks)}; add it there")
-        chosen: dict[str, list[Pair]] = defaultdict(list)
-        seen: set[str] = set()
-        quota = -(-limit // len(SEVERITIES)) if balanced else limit
-        sources = self._preparer.sources
-        for _, _, raw in walk(sources, epoch_order(sources, epoch=0, seed=self.seed)):
-            assert raw is not None  # no cache was asked
-            for pair in self._preparer.pairs(raw, task, split):
-                if pair.content not in seen:
-                    seen.add(pair.content)
-                    chosen[pair.severity if balanced else ""].append(pair)
-            full = sum(min(len(pairs), quota) for pairs in chosen.values())
-            if full >= limit or len(seen) >= MAX_SCANNED * limit:
-                break
-        first = [pair for pairs in chosen.values() for pair in pairs[:quota]]
-        rest = [pair for pairs in chosen.values() for pair in pairs[quota:]]
-        return (first + rest)[:limit]
+        return first_pairs(self._preparer, split, task, limit, balanced=balanced, seed=self.seed)
 
     def fingerprint(self) -> str:
         """Digest of the sources and of everything that turns them into batches."""
@@ -276,7 +254,7 @@ class FindingsDataModule(LightningDataModule):
         """Notes that a batch of :meth:`train_batches` was trained on; Lightning's loop does it by itself."""
         cursor = batch.cursor
         assert isinstance(cursor, Cursor)
-        self._cursor = _next_epoch(cursor) if cursor.last else cursor
+        self._cursor = cursor.next_epoch() if cursor.last else cursor
 
     def state_dict(self) -> dict[str, Any]:
         """What was consumed, for a checkpoint that ``torch.load(weights_only=True)`` reads."""
@@ -336,7 +314,7 @@ class FindingsDataModule(LightningDataModule):
         elif start.fresh:
             self._raise_empty(share, ledger.counts)
         else:  # resumed on more ranks: the rest of the epoch is no batch for each of them
-            self._cursor = _next_epoch(start)
+            self._cursor = start.next_epoch()
             yield from self._epoch(self._cursor, share)
 
     def _ledger(self, start: Cursor, share: Share) -> Ledger:
@@ -378,6 +356,22 @@ class FindingsDataModule(LightningDataModule):
         on_gpu = self.trainer is not None and self.trainer.strategy.root_device.type == "cuda"
         return batch.pin_memory() if on_gpu and torch.cuda.is_available() else batch
 
+    def _check_options(self) -> None:
+        for option, value, low in (("row_tokens", self.row_tokens, 2), ("batch_rows", self.batch_rows, 1)):
+            if value < low:
+                raise UserError(f"data.init_args.{option}: {value} is too small; set it to {low} or more")
+        for task, share in self.shares.items():
+            if share < 0:
+                raise UserError(f"data.init_args.tasks: the share of {task} is {share}; set it to 0 or more")
+        if not any(self.shares.values()):
+            raise UserError(f"data.init_args.tasks: {self.shares} uses no example; give a task a share above 0")
+        if not 0 <= self.balance <= 1:
+            raise UserError(f"data.init_args.balance: {self.balance} is not in 0..1")
+        if self.val < 0 or self.test < 0 or self.val + self.test >= 1:
+            raise UserError(
+                f"data.init_args: val={self.val} and test={self.test} must be shares >= 0 with a sum below 1"
+            )
+
     def _raise_empty(self, share: Share, counts: Counter[str]) -> None:
         examples = sum(n for name, n in counts.items() if name.startswith("examples."))
         if not examples:
@@ -389,20 +383,3 @@ class FindingsDataModule(LightningDataModule):
             f"data.init_args.batch_rows: {examples} training examples make less than the "
             f"{self.batch_rows * share.ranks} rows that {share.ranks} ranks need; lower batch_rows or row_tokens"
         )
-
-
-class _Batches:
-    """Batches that start anew whenever they are iterated; nothing happens before the first is asked for.
-
-    Lightning must find no length here (it is not known) and no state (the data module keeps it).
-    """
-
-    def __init__(self, start: Callable[[], Iterator[Batch]]) -> None:
-        self._start = start
-
-    def __iter__(self) -> Iterator[Batch]:
-        yield from self._start()
-
-
-def _next_epoch(cursor: Cursor) -> Cursor:
-    return Cursor(BlockStart(cursor.start.epoch + 1), batches=cursor.batches, digest=cursor.digest)

@@ -96,8 +96,7 @@ def _shared_prefix(examples: list[Example]) -> int:
     example instead of in the prefix, so that no token is seen twice and the loss stays exact.
     """
     shared = min(min(example.prefix_length, len(example.prompt_ids) - 1) for example in examples)
-    prefix = examples[0].prompt_ids[:shared]
-    if not all(np.array_equal(example.prompt_ids[:shared], prefix) for example in examples):
+    if len({example.prompt_ids[:shared].tobytes() for example in examples}) > 1:
         raise ValueError(f"examples of task {examples[0].task!r} do not begin with the same {shared} tokens")
     return shared
 

@@ -15,17 +15,18 @@ import signal
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
+from datamodules.blocks import BlockStart
 from datamodules.errors import UserError
 from datamodules.order import Place, Unit, walk
 
 if TYPE_CHECKING:
-    from datamodules.blocks import Block, BlockStart
+    from datamodules.blocks import Block
     from datamodules.cache import TokenCache
     from datamodules.packing import Row
     from datamodules.prepare import PreparedDocument, Preparer
@@ -135,6 +136,10 @@ class Cursor:
         """Whether nothing of the epoch is consumed."""
         return self.start.place is None and self.rows == 0
 
+    def next_epoch(self) -> Cursor:
+        """The beginning of the epoch after this one."""
+        return Cursor(BlockStart(self.start.epoch + 1), batches=self.batches, digest=self.digest)
+
 
 @dataclass(frozen=True)
 class Share:
@@ -196,6 +201,22 @@ def chain(digest: str, rows: Sequence[Row]) -> str:
         keys = np.array([example.key for example in row.examples], np.uint64).tobytes()
         digest = hashlib.blake2b(bytes.fromhex(digest) + keys, digest_size=16).hexdigest()
     return digest
+
+
+class Restartable(Generic[T]):
+    """An iterable that starts anew whenever it is iterated; nothing happens before the first item is asked for.
+
+    Lightning must find no length here (it is not known) and no state (the data module keeps it).
+
+    Args:
+        start: makes the iterator.
+    """
+
+    def __init__(self, start: Callable[[], Iterator[T]]) -> None:
+        self._start = start
+
+    def __iter__(self) -> Iterator[T]:
+        yield from self._start()
 
 
 def prefetch(items: Iterator[T], depth: int, transform: Callable[[T], U]) -> Iterator[U]:
