@@ -10,8 +10,7 @@ from __future__ import annotations
 from collections import Counter, defaultdict, deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from itertools import tee
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any, TypeVar, get_args
 
 import numpy as np
 
@@ -36,6 +35,8 @@ if TYPE_CHECKING:
     from datamodules.records import Document
     from datamodules.sources import RawDocument
     from datamodules.tokenization import Example
+
+T = TypeVar("T")
 
 MODES: tuple[Packing, ...] = get_args(Packing)
 PERCENTILES = (50, 90, 95, 99)
@@ -191,7 +192,7 @@ def survey(
     found = Survey(near=NearDuplicates(near_duplicates) if near_duplicates else None)
     foreseen = {mode: _Foreseen() for mode in MODES}
     reader = _Reader(data, found, list(foreseen.values()))
-    copies = tee(reader.training_documents(limit, progress), len(MODES))  # they advance together, block by block
+    copies = _fan_out(reader.training_documents(limit, progress), len(MODES))  # read in turn, block by block
     made = [
         blocks(documents, _recipe(data, mode), BlockStart(seen=foreseen[mode]), Ledger(1.0), quantum=quantum)
         for quantum in (data.batch_rows * devices,)
@@ -207,6 +208,25 @@ def survey(
                 if found.sample is None and block.rows:
                     found.sample = block.rows[0].examples[0]
     return found
+
+
+def _fan_out(items: Iterator[T], count: int) -> list[Iterator[T]]:
+    """Gives every item to each of several readers; ``itertools.tee`` would hold 57 documents longer than need be."""
+    waiting: list[deque[T]] = [deque() for _ in range(count)]
+
+    def read(own: deque[T]) -> Iterator[T]:
+        while True:
+            if not own:
+                try:
+                    item = next(items)
+                except StopIteration:
+                    return
+                for queue in waiting:
+                    queue.append(item)
+                del item
+            yield own.popleft()
+
+    return [read(own) for own in waiting]
 
 
 def _recipe(data: FindingsDataModule, mode: Packing) -> Recipe:

@@ -63,12 +63,14 @@ class Device:
         tflops: dense bf16 rate in TFLOP/s (fp16 where there is no bf16), with fp32 accumulation.
         source: of the rate.
         count: devices that the rate is for: 8 cores of a v3-8.
+        kernels: whose rate stands for all of them, where they make little difference.
     """
 
     memory: float
     tflops: float
     source: str
     count: int = 1
+    kernels: Kernels | None = None
 
 
 def _physical_memory() -> float:
@@ -89,7 +91,10 @@ DEVICES: dict[str, Device] = {
     "t4": Device(14.6, 65, "NVIDIA T4 data sheet, fp16"),
     "v3-8": Device(16.0, 492 / 8, "Cloud TPU v3: 123 TFLOP/s a chip of two cores", count=8),
     "cpu": Device(
-        _physical_memory(), 0.28 * (os.cpu_count() or 1), "from 200 tokens/s of SmolLM2-135M in fp32 on 2 cores"
+        _physical_memory(),
+        0.28 * (os.cpu_count() or 1),
+        "from 200 tokens/s of SmolLM2-135M in fp32 on 2 cores",
+        kernels="plain",
     ),
 }
 
@@ -303,13 +308,17 @@ def seconds(architecture: Architecture, setup: Setup, device: Device, *, tokens:
     """
     share = _layers(architecture, setup) / architecture.layers
     work = architecture.weights * ((1 + share) / 2 if setup.rank else 1.5)  # a forward pass, and backward as far down
-    rate = RATES[setup.kernels][0] * (MISTRAL_7B_WEIGHTS / work) * (device.tflops / DEVICES["h100"].tflops)
+    rate = (
+        RATES[device.kernels or setup.kernels][0]
+        * (MISTRAL_7B_WEIGHTS / work)
+        * (device.tflops / DEVICES["h100"].tflops)
+    )
     return tokens / (rate * max(devices, device.count))
 
 
 def provenance(architecture: Architecture, setup: Setup, device: Device) -> str:
     """Says whether :func:`seconds` is measured, and if not where it comes from."""
-    basis = RATES[setup.kernels][1]
+    basis = "measured" if device.kernels else RATES[setup.kernels][1]
     measured = (
         device.source == "measured" and architecture.weights == MISTRAL_7B_WEIGHTS and setup.quantization == "nf4"
     )

@@ -11,7 +11,11 @@ import torch
 from rich.console import Console
 
 from commands.inspect_plan import _count, kernels_of
+from commands.inspect_progress import Meter
 from commands.inspect_report import Sample
+from datamodules.findings import FindingsDataModule
+from datamodules.order import epoch_order
+from datamodules.survey import survey
 from datamodules.synthetic import synthesize
 from datamodules.tokenization import Example
 from lightning_modules.backbone import Backbone, LoRA
@@ -150,6 +154,19 @@ def test_mistakes_are_one_line(inspect, options, told):
     assert len(errors) == 1
     assert told in errors[0]
     assert not printed.out
+
+
+@pytest.mark.parametrize("name", ["folder", "some.tar.gz"])
+def test_progress_ends_at_the_sources_size_and_never_goes_back(tmp_path, tiny_mistral, name):
+    synthesize(tmp_path / name, findings=60, seed=2, findings_per_shard=20)
+    data = FindingsDataModule([str(tmp_path / name)], str(tiny_mistral), row_tokens=4096)
+    data.setup()
+    sources = data._preparer.sources
+    meter, seen = Meter(sources, epoch_order(sources, epoch=0, seed=0)), []
+    survey(data, progress=lambda _, place: seen.append(meter.done(place)))
+    assert seen == sorted(seen)
+    assert seen[-1] == meter.total > 0
+    assert len(seen) >= 3
 
 
 KERNELS = [

@@ -61,6 +61,13 @@ def test_time_scales_with_devices_rate_size_and_depth_of_the_backward_pass():
     assert provenance(MISTRAL_7B, replace(setup, kernels="plain"), h100).startswith("estimated")
 
 
+def test_two_cores_train_the_embedded_model_as_fast_as_was_measured():
+    smollm2 = Architecture(576, 576, 192, 1536, 9, 30, 49152, tied=True)
+    two_cores = replace(DEVICES["cpu"], tflops=2 * 0.28)
+    setup = Setup("full", 1, 1024, quantization="none", compute_bytes=4, rank=16, adapted_layers=15)
+    assert 1 / seconds(smollm2, setup, two_cores, tokens=1) == pytest.approx(200, rel=0.1)
+
+
 def test_parameters_are_those_of_a_built_model(tiny_mistral):
     setups = {
         LoRA(rank=4): Setup("plain", 1, 64, rank=4),
