@@ -11,6 +11,7 @@ COMMANDS = {
     "fit": ("commands.cli", "trainer_command", "fine-tune; without --config the embedded default"),
     "validate": ("commands.cli", "trainer_command", "held-out loss and answers of the newest run, or of --ckpt_path"),
     "test": ("commands.cli", "trainer_command", "the same on the test split"),
+    "analyze": ("commands.analyze", "main", "a scanner report, scored, correlated and summarised by a trained model"),
     "inspect": ("commands.inspect_data", "main", "what a run would be given and cost, before it starts"),
     "synthesize": ("commands.synthesize", "main", "write findings in the scanner's wire format"),
 }

@@ -1,0 +1,449 @@
+"""A report's findings to one ``ground_truth_v1`` document: scores, correlations, summaries, triage, actions.
+
+The model answers the tasks it was trained on. What it leaves out or gets wrong (no JSON, against the schema, an id that
+is not in the report, a number that is not in its input) is replaced by a value made by rule, and counted under
+``enrichment_results.model_report``. Ids, titles and scores are always copied from the findings, never from an answer;
+a command is passed on only where the remediation table has it too, so that no text of a finding becomes a command.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field, replace
+from functools import cache
+from typing import TYPE_CHECKING, Any, Protocol
+
+import orjson
+from jsonschema import Draft202012Validator
+
+from datamodules import schemas
+from datamodules.answers import bounded_tags
+from datamodules.prompts import clip, compact
+from datamodules.records import SEVERITIES, SUBSCORES, Correlation, Document, Finding
+from datamodules.remediation import PRIORITIES, remediate
+from datamodules.tasks import CorrelationTask, RemediationTask, RiskTask, SummaryTask, TriageTask
+from datamodules.windows import Window, executive_summary, links_among, shown_ids, top_findings, triage_summary
+from lightning_modules.answers import Judged, parse
+from lightning_modules.candidates import Candidate, candidates
+from lightning_modules.metrics import Faithfulness
+
+if TYPE_CHECKING:
+    from datamodules.prompts import Schema, Task
+    from lightning_modules.inquiry import Progress, Reply
+
+BY_MODEL, BY_RULE = "model", "rule"
+
+
+class Ask(Protocol):
+    """Asks a model one question for each content; see :class:`lightning_modules.inquiry.Inquiry`."""
+
+    def __call__(self, task: Task, contents: Sequence[str], progress: Progress) -> list[Reply]:
+        """Returns one reply for each content, in their order."""
+
+
+#: shows the progress of one task: called with its name and number of questions
+Show = Callable[[str, int], AbstractContextManager["Progress"]]
+
+
+@dataclass
+class Tally:
+    """What came of the questions of one task.
+
+    Attributes:
+        asked: questions to the model.
+        fallbacks: values made by rule instead, by reason.
+        prompts_cut: questions whose content did not fit the model's context.
+        withheld: commands that were not passed on.
+    """
+
+    asked: int = 0
+    fallbacks: Counter[str] = field(default_factory=Counter)
+    prompts_cut: int = 0
+    withheld: int = 0
+
+    def as_dict(self) -> dict[str, Any]:
+        """For the report; what is zero and rare is left out."""
+        report: dict[str, Any] = {
+            "asked": self.asked,
+            "by_model": max(self.asked - self.fallbacks.total(), 0),
+            "by_rule": dict(self.fallbacks),
+        }
+        rare = {"prompts_cut": self.prompts_cut, "commands_withheld": self.withheld}
+        return report | {name: count for name, count in rare.items() if count}
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Bounds of an analysis.
+
+    Attributes:
+        actions: findings above info that get a remediation.
+        correlations: groups of findings that are judged.
+        window: findings that summary and triage see, the riskiest.
+        members: findings of a group.
+    """
+
+    actions: int = 10
+    correlations: int = 16
+    window: int = 24
+    members: int = 8
+
+
+class Analysis:
+    """One pass over a report.
+
+    Args:
+        ask: the model.
+        tasks: the tasks that it answers; the rest is made by rule.
+        limits: bounds.
+        show: progress of each task.
+
+    Attributes:
+        tallies: what came of the questions, by task.
+    """
+
+    def __init__(
+        self, ask: Ask, tasks: Sequence[str], limits: Limits | None = None, show: Show = lambda task, n: _silent()
+    ) -> None:
+        self.ask, self.tasks, self.limits, self.show = ask, set(tasks), limits or Limits(), show
+        self.tallies: dict[str, Tally] = defaultdict(Tally)
+
+    def __call__(self, document: Document) -> dict[str, Any]:
+        """Analyses the findings of a report; its own correlations are kept.
+
+        Returns:
+            A document that validates against the ground-truth schema.
+        """
+        findings = self._scored(unique_ids(document.findings))
+        correlations = [*document.correlations, *self._correlations(findings)]
+        window = risky_window(findings, correlations, self.limits.window)
+        executive, triage, top = self._summaries(window, findings)
+        return {
+            "version": "ground_truth_v1",
+            "enriched_findings": _enriched(findings, correlations),
+            "correlations": [_correlation(item) for item in correlations],
+            "reductions": {"top_findings": top, **_reductions(findings)},
+            "summaries": {"executive_summary": executive, "triage_summary": triage, "metrics": _metrics(findings)},
+            "actions": self._actions(findings),
+            "enrichment_results": {"model_report": {name: t.as_dict() for name, t in self.tallies.items()}},
+        }
+
+    # ------------------------------------------------------------------ the parts
+
+    def _scored(self, findings: Sequence[Finding]) -> list[_Scored]:
+        task = RiskTask()
+        task.answer_schema = complete(schemas.RISK)  # the document needs what training data may lack
+        answers = self._answers(task, [task.content(finding) for finding in findings], schemas.RISK)
+        return [_score(finding, answer) for finding, answer in zip(findings, answers, strict=True)]
+
+    def _correlations(self, findings: Sequence[_Scored]) -> list[Correlation]:
+        task = CorrelationTask(self.limits.members, 0)
+        groups = candidates(findings, members=self.limits.members, most=self.limits.correlations)
+        members = [[findings[position] for position in sorted(group.positions)] for group in groups]
+        answers = self._answers(task, [task.content(group) for group in members])
+        found: dict[frozenset[str], Correlation] = {}
+        for number, (group, inside, answer) in enumerate(zip(groups, members, answers, strict=True), 1):
+            made = self._judged(group, inside, answer, f"corr_{number}", findings)
+            found.setdefault(frozenset(made.finding_ids), made)
+        return list(found.values())
+
+    def _judged(
+        self, group: Candidate, inside: Sequence[_Scored], answer: dict[str, Any] | None, key: str,
+        findings: Sequence[_Scored],
+    ) -> Correlation:  # fmt: skip
+        by_rule = group.correlation(key, findings)
+        if answer is None:
+            return by_rule
+        ids = dict(zip(shown_ids(inside), (finding.id for finding in inside), strict=True))
+        named = list(dict.fromkeys(answer["related_finding_ids"]))
+        if len(named) < 2 or any(name not in ids for name in named):
+            self.tallies["correlation"].fallbacks["fewer than two ids" if len(named) < 2 else "invented id"] += 1
+            return by_rule
+        return replace(
+            by_rule,
+            title=answer["title"] or by_rule.title,
+            description=answer.get("rationale") or by_rule.description,
+            type=BY_MODEL,
+            finding_ids=[ids[name] for name in named],
+            severity=answer.get("severity", by_rule.severity),
+            risk_score=answer.get("risk_score", by_rule.risk_score),
+            risk_score_delta=answer.get("risk_score_delta"),
+            tags=answer.get("tags") or by_rule.tags,
+        )
+
+    def _summaries(self, window: Window, findings: Sequence[_Scored]) -> tuple[str, str, list[dict[str, Any]]]:
+        summary, triage = SummaryTask(self.limits.window), TriageTask(self.limits.window)
+        content = summary.content(window)
+        asked = [content] if window.findings else []
+        executive, order = executive_summary(window), {"triage_summary": triage_summary(window)}
+        for answer in self._answers(summary, asked):
+            if answer is not None and self._faithful(summary, content, answer, {"executive_summary": executive}):
+                executive = answer["executive_summary"]
+        top = [row | {"id": key} for row, key in zip(top_findings(window), _top_ids(window), strict=True)]
+        expected = {"triage_summary": order["triage_summary"], "top_findings": top_findings(window)}
+        for answer in self._answers(triage, asked):
+            if answer is None or not self._faithful(triage, content, answer, expected):
+                continue
+            order["triage_summary"] = answer["triage_summary"]
+            top = _as_chosen(answer["top_findings"], window) or top
+        first = f"Of the {len(window.findings)} riskiest of {len(findings)} findings ({_counted(findings)}): "
+        lead = "" if window.whole else first
+        return lead + executive, lead + order["triage_summary"], [_with_probability(row) for row in top]
+
+    def _faithful(self, task: Task, content: str, answer: dict[str, Any], by_rule: dict[str, Any]) -> bool:
+        """Whether every number and id of an answer stands in its input or is counted from it."""
+        judged = Judged(text="", content=content, expected=by_rule, answer=answer, cut=None, valid=True)
+        faithful = bool(Faithfulness().count(judged)["faithful"]) and all(map(str.strip, _texts(answer)))
+        if not faithful:
+            self.tallies[task.name].fallbacks["not in the input"] += 1
+        return faithful
+
+    def _actions(self, findings: Sequence[_Scored]) -> list[dict[str, Any]]:
+        task = RemediationTask()
+        chosen = one_of_each_kind(findings, self.limits.actions)
+        answers = self._answers(task, [task.content(finding) for finding in chosen])
+        actions: list[dict[str, Any]] = []
+        for finding, answer in zip(chosen, answers, strict=True):
+            known = remediate(finding)
+            if answer is not None and not answer["actions"]:
+                self.tallies[task.name].fallbacks["no action"] += 1
+                answer = None
+            source = BY_RULE if answer is None else BY_MODEL
+            for step in (answer or known)["actions"]:
+                actions.append(self._action(step, finding, known, source) | {"id": f"action_{len(actions) + 1}"})
+        return actions
+
+    def _action(self, step: Mapping[str, str], finding: Finding, known: dict[str, Any], source: str) -> dict[str, Any]:
+        action = {
+            "id": "",
+            "title": step["title"],
+            "description": step.get("description", ""),
+            "priority": PRIORITIES[finding.severity],
+            "severity": finding.severity,
+            "finding_ids": [finding.id],
+            "reference": known.get("source", ""),
+            "answered_by": source,
+        }
+        for name in ("command", "check"):
+            if text := step.get(name):
+                if text in {row.get(name) for row in known["actions"]}:
+                    action[name] = text
+                else:
+                    self.tallies["remediation"].withheld += 1
+        return action
+
+    # ------------------------------------------------------------------ asking
+
+    def _answers(self, task: Task, contents: list[str], schema: Schema | None = None) -> list[dict[str, Any] | None]:
+        """The model's valid answers; None where there is none, for the rule's to stand in."""
+        tally = self.tallies[task.name]
+        if task.name not in self.tasks:
+            if contents:
+                tally.fallbacks["not a task of this model"] += len(contents)
+            return [None] * len(contents)
+        if not contents:
+            return []
+        tally.asked += len(contents)
+        with self.show(task.name, len(contents)) as progress:
+            replies = self.ask(task, contents, progress)
+        tally.prompts_cut += sum(reply.prompt_tokens_cut > 0 for reply in replies)
+        return [self._read(reply, schema or task.answer_schema, tally) for reply in replies]
+
+    @staticmethod
+    def _read(reply: Reply, schema: Schema, tally: Tally) -> dict[str, Any] | None:
+        answer = parse(reply.text.strip())
+        if answer is not None and _validator(orjson.dumps(schema)).is_valid(answer):
+            return answer
+        tally.fallbacks["cut at the token limit" if not reply.complete else "no valid answer"] += 1
+        return None
+
+
+@dataclass(slots=True)
+class _Scored(Finding):
+    """A finding after scoring.
+
+    Attributes:
+        scanner_severity: what the scanner said.
+        answered_by: model or rule.
+    """
+
+    scanner_severity: str = ""
+    answered_by: str = BY_RULE
+
+
+def _score(finding: Finding, answer: dict[str, Any] | None) -> _Scored:
+    """Puts an answer's values into a finding; by rule the scanner's severity and score stand, and 0..1 follow them."""
+    said = answer or {}
+    risk = float(said.get("risk_score", finding.risk_score))
+    share = round(risk / 100, 2)
+    subscores = {**dict.fromkeys(SUBSCORES, share), **finding.risk_subscores, **said.get("risk_subscores", {})}
+    probability = said.get("probability_actionable", finding.probability_actionable)
+    values = {name: getattr(finding, name) for name in Finding.__slots__}
+    values |= {
+        "severity": said.get("severity", finding.severity),
+        "risk_score": risk,
+        "risk_subscores": {name: subscores[name] for name in SUBSCORES},
+        "probability_actionable": share if probability is None else probability,
+        "tags": bounded_tags(said.get("tags") or finding.tags or [finding.category]),
+    }
+    source = BY_MODEL if answer is not None else BY_RULE
+    return _Scored(**values, scanner_severity=finding.severity, answered_by=source)
+
+
+def unique_ids(findings: Sequence[Finding]) -> list[Finding]:
+    """Copies whose ids differ: a scanner that gives one twice would tie the wrong findings together."""
+    taken, unique = {finding.id for finding in findings}, []
+    seen: set[str] = set()
+    for position, finding in enumerate(findings, 1):
+        name, copy = finding.id, 2
+        if not name or name in seen:
+            name = name or f"finding_{position}"
+            stem = name
+            while name in taken or name in seen:
+                name, copy = f"{stem}#{copy}", copy + 1
+        seen.add(name)
+        unique.append(replace(finding, id=name))
+    return unique
+
+
+def risky_window(findings: Sequence[Finding], correlations: Sequence[Correlation], size: int) -> Window:
+    """The riskiest findings, in the report's order, as summary and triage see them."""
+    ranked = sorted(range(len(findings)), key=lambda i: (-findings[i].risk_score, i))[:size]
+    inside = [findings[position] for position in sorted(ranked)]
+    return Window(inside, links_among(inside, correlations), whole=len(inside) == len(findings))
+
+
+def one_of_each_kind(findings: Sequence[Finding], most: int) -> list[Finding]:
+    """The riskiest findings above info; the second of a kind comes after the first of every other."""
+    ranked = sorted(
+        (finding for finding in findings if finding.severity != "info"),
+        key=lambda finding: (-SEVERITIES.index(finding.severity), -finding.risk_score, finding.id),
+    )
+    before: Counter[tuple[str, str]] = Counter()
+    rounds = []
+    for place, finding in enumerate(ranked):
+        kind = finding.category, finding.title
+        rounds.append((before[kind], place))
+        before[kind] += 1
+    return [ranked[place] for _, place in sorted(rounds)[:most]]
+
+
+def complete(schema: Schema) -> Schema:
+    """A copy of a schema in which every property of every object is required."""
+    copy = {key: complete(value) if isinstance(value, dict) else value for key, value in schema.items()}
+    return copy | {"required": list(schema["properties"])} if schema.get("type") == "object" else copy
+
+
+# ---------------------------------------------------------------------- the document's parts
+
+
+def _enriched(findings: Sequence[_Scored], correlations: Sequence[Correlation]) -> list[dict[str, Any]]:
+    refs: dict[str, list[str]] = defaultdict(list)
+    for correlation in correlations:
+        for name in correlation.finding_ids:
+            refs[name].append(correlation.id)
+    return [_finding(finding, refs[finding.id]) for finding in findings]
+
+
+def _finding(finding: _Scored, refs: list[str]) -> dict[str, Any]:
+    record: dict[str, Any] = {
+        "id": finding.id,
+        "title": finding.title,
+        "severity": finding.severity,
+        "risk_score": whole_number(finding.risk_score),
+        "base_severity_score": whole_number(finding.base_severity_score),
+        "description": finding.description,
+        "metadata": orjson.loads(compact(finding.metadata)),
+        "category": finding.category,
+        "tags": finding.tags,
+        "risk_subscores": finding.risk_subscores,
+        "correlation_refs": refs or finding.correlation_refs,
+        "baseline_status": finding.baseline_status,
+        "severity_source": finding.answered_by,
+        "scanner_severity": finding.scanner_severity,
+        "probability_actionable": finding.probability_actionable,
+        "graph_degree": len(refs),
+        "risk_total": whole_number(finding.risk_score),
+    }
+    return record | ({"rationale": " ".join(finding.rationale)} if finding.rationale else {})
+
+
+def _correlation(correlation: Correlation) -> dict[str, Any]:
+    record: dict[str, Any] = {
+        "id": correlation.id,
+        "title": correlation.title,
+        "rationale": correlation.insight or correlation.description,
+        "related_finding_ids": correlation.finding_ids,
+        "tags": correlation.tags,
+        "severity": correlation.severity,
+        "correlation_type": correlation.type,
+    }
+    if correlation.risk_score is not None:
+        record["risk_score"] = whole_number(correlation.risk_score)
+    if correlation.risk_score_delta is not None:
+        record["risk_score_delta"] = round(correlation.risk_score_delta)
+    return record
+
+
+def _reductions(findings: Sequence[Finding]) -> dict[str, Any]:
+    """Counts of the categories that the schema has a place for, and of all."""
+    parts = {"module_summary": "modules", "suid_summary": "suid", "network_summary": "network"}
+    summaries = {name: [f for f in findings if f.category == category] for name, category in parts.items()}
+    reductions: dict[str, Any] = {name: _metrics(inside) for name, inside in summaries.items() if inside}
+    risks: dict[str, int] = {}
+    for finding in findings:
+        risks[finding.category] = max(risks.get(finding.category, 0), whole_number(finding.risk_score))
+    highest = dict(sorted(risks.items(), key=lambda item: (-item[1], item[0])))
+    return reductions | {"top_risks": {"highest_by_category": highest}}
+
+
+def _metrics(findings: Sequence[Finding]) -> dict[str, Any]:
+    counts = Counter(finding.severity for finding in findings)
+    return {"findings": len(findings), "by_severity": {name: counts[name] for name in SEVERITIES if counts[name]}}
+
+
+def _counted(findings: Sequence[Finding]) -> str:
+    counts = Counter(finding.severity for finding in findings)
+    return ", ".join(f"{counts[name]} {name}" for name in reversed(SEVERITIES) if counts[name])
+
+
+def _top_ids(window: Window) -> list[str]:
+    return [finding.id for finding, _ in window.ranked()[: schemas.MAX_TOP]]
+
+
+def _as_chosen(rows: Sequence[dict[str, Any]], window: Window) -> list[dict[str, Any]]:
+    """The findings that an answer chose, with their own titles and scores; only the reason is the model's."""
+    known = {shown: finding for finding, shown in window.ranked()}
+    chosen = {row["id"]: row["reason"] for row in rows if row["id"] in known}
+    return [
+        {
+            "id": known[shown].id, "title": clip(known[shown].title, schemas.MAX_TITLE),
+            "severity": known[shown].severity, "risk_score": known[shown].risk_score,
+            "probability_actionable": known[shown].probability_actionable, "reason": reason,
+        }
+        for shown, reason in chosen.items()
+    ]  # fmt: skip
+
+
+def _with_probability(row: dict[str, Any]) -> dict[str, Any]:
+    return row | {"risk_score": whole_number(row["risk_score"])}
+
+
+def _texts(answer: dict[str, Any]) -> Iterator[str]:
+    return (value for value in answer.values() if isinstance(value, str))
+
+
+def whole_number(value: float) -> int:
+    """A score as the schema has it: an integer of 0..100."""
+    return min(max(round(value), 0), 100)
+
+
+def _silent() -> AbstractContextManager[Progress]:
+    return nullcontext(lambda share: None)
+
+
+@cache
+def _validator(schema: bytes) -> Draft202012Validator:
+    return Draft202012Validator(orjson.loads(schema))

@@ -1,0 +1,53 @@
+"""A run folder as ``fit`` leaves it, around a tiny model, without training."""
+
+import json
+
+import torch
+import yaml
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM
+
+from datamodules.records import Finding
+from datamodules.tasks import TASKS, RiskTask
+
+
+def make_run(folder, base, tokenizer, *, tasks=TASKS, sources=("synthetic://?findings=60&seed=7",), seed=1, **backbone):
+    """Writes config.yaml, run.json, evaluation.json and adapter/best; returns the folder."""
+    settings = {
+        "model": str(base), "quantization": "none", "dtype": "float32", "attention": "sdpa",
+        "lora": {"rank": 4, "alpha": 8.0, "targets": ["q_proj", "v_proj", "down_proj"]},
+        "gradient_checkpointing": False, "kernels": "auto", "activation_memory": "full", "revision": None,
+        "adapter": None,
+    } | backbone  # fmt: skip
+    data = {"sources": list(sources), "tasks": dict.fromkeys(tasks, 1.0), "val": 0.2, "test": 0.2, "row_tokens": 4096}
+    config = {
+        "model": {"class_path": "lightning_modules.CausalLMModule", "init_args": {"backbone": settings}},
+        "data": {"class_path": "datamodules.FindingsDataModule", "init_args": data},
+    }
+    folder.mkdir(parents=True)
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    (folder / "run.json").write_text(json.dumps({"state": "finished", "step": 3, "metrics": {"val/loss": 1.5}}))
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    lora = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj", "down_proj"], task_type="CAUSAL_LM")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = get_peft_model(model, lora)
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(parameter, std=0.05)
+    model.save_pretrained(folder / "adapter" / "best", save_embedding_layers=False)
+    tokenizer.save_pretrained(folder / "adapter" / "best")
+    return folder
+
+
+def write_evaluation(folder, severities=("low", "high", "info", "critical")):
+    """Writes the evaluation that a fit leaves, with one question for each severity."""
+    task, questions = RiskTask(), []
+    for number, severity in enumerate(severities):
+        finding = Finding(f"id{number}", f"Port {4440 + number}", "A port is open.", "network", severity, 50.0, 50.0)
+        pair = next(iter(task.pairs(type("D", (), {"findings": [finding]})())))
+        questions.append({"content": pair.content, "expected": pair.completion})
+    column = {"figures": {"schema_valid": 0.99, "severity_accuracy": 0.9}, "intervals": {"schema_valid": [0.95, 1.0]}}
+    record = {"split": "val", "n": len(questions), "columns": {"tuned": column}, "questions": questions}
+    (folder / "evaluation.json").write_text(json.dumps({"step": 3, "tasks": {"risk": record}}))
+    return folder
