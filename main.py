@@ -12,6 +12,7 @@ COMMANDS = {
     "validate": ("commands.cli", "trainer_command", "held-out loss and answers of the newest run, or of --ckpt_path"),
     "test": ("commands.cli", "trainer_command", "the same on the test split"),
     "analyze": ("commands.analyze", "main", "a scanner report, scored, correlated and summarised by a trained model"),
+    "export": ("commands.export", "main", "a run's model as PEFT or transformers load it, with a certificate"),
     "inspect": ("commands.inspect_data", "main", "what a run would be given and cost, before it starts"),
     "synthesize": ("commands.synthesize", "main", "write findings in the scanner's wire format"),
 }
