@@ -13,27 +13,38 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cache
+from itertools import count
 from typing import TYPE_CHECKING, Any, Protocol
 
 import orjson
 from jsonschema import Draft202012Validator
 
 from datamodules import schemas
-from datamodules.answers import bounded_tags
-from datamodules.prompts import clip, compact
-from datamodules.records import SEVERITIES, SUBSCORES, Correlation, Document, Finding
+from datamodules.prompts import clip
+from datamodules.records import Correlation, Document, Finding
 from datamodules.remediation import PRIORITIES, remediate
 from datamodules.tasks import CorrelationTask, RemediationTask, RiskTask, SummaryTask, TriageTask
-from datamodules.windows import Window, executive_summary, links_among, shown_ids, top_findings, triage_summary
+from datamodules.windows import Window, executive_summary, shown_ids, top_findings, triage_summary
 from lightning_modules.answers import Judged, parse
 from lightning_modules.candidates import Candidate, candidates
+from lightning_modules.ground_truth import (
+    BY_MODEL,
+    BY_RULE,
+    Scored,
+    correlation_record,
+    enriched,
+    reductions,
+    score,
+    severity_counts,
+    severity_metrics,
+    whole_number,
+)
 from lightning_modules.metrics import Faithfulness
+from lightning_modules.selection import one_of_each_kind, present_correlations, risky_window, unique_ids
 
 if TYPE_CHECKING:
     from datamodules.prompts import Schema, Task
     from lightning_modules.inquiry import Progress, Reply
-
-BY_MODEL, BY_RULE = "model", "rule"
 
 
 class Ask(Protocol):
@@ -117,41 +128,47 @@ class Analysis:
             A document that validates against the ground-truth schema.
         """
         findings = self._scored(unique_ids(document.findings))
-        correlations = [*document.correlations, *self._correlations(findings)]
+        given = present_correlations(document.correlations, findings)
+        correlations = [*given, *self._correlations(findings, {item.id for item in given})]
         window = risky_window(findings, correlations, self.limits.window)
         executive, triage, top = self._summaries(window, findings)
         return {
             "version": "ground_truth_v1",
-            "enriched_findings": _enriched(findings, correlations),
-            "correlations": [_correlation(item) for item in correlations],
-            "reductions": {"top_findings": top, **_reductions(findings)},
-            "summaries": {"executive_summary": executive, "triage_summary": triage, "metrics": _metrics(findings)},
+            "enriched_findings": enriched(findings, correlations),
+            "correlations": [correlation_record(item) for item in correlations],
+            "reductions": {"top_findings": top, **reductions(findings)},
+            "summaries": {
+                "executive_summary": executive,
+                "triage_summary": triage,
+                "metrics": severity_metrics(findings),
+            },
             "actions": self._actions(findings),
             "enrichment_results": {"model_report": {name: t.as_dict() for name, t in self.tallies.items()}},
         }
 
     # ------------------------------------------------------------------ the parts
 
-    def _scored(self, findings: Sequence[Finding]) -> list[_Scored]:
+    def _scored(self, findings: Sequence[Finding]) -> list[Scored]:
         task = RiskTask()
         task.answer_schema = complete(schemas.RISK)  # the document needs what training data may lack
         answers = self._answers(task, [task.content(finding) for finding in findings], schemas.RISK)
-        return [_score(finding, answer) for finding, answer in zip(findings, answers, strict=True)]
+        return [score(finding, answer) for finding, answer in zip(findings, answers, strict=True)]
 
-    def _correlations(self, findings: Sequence[_Scored]) -> list[Correlation]:
+    def _correlations(self, findings: Sequence[Scored], taken: set[str]) -> list[Correlation]:
         task = CorrelationTask(self.limits.members, 0)
         groups = candidates(findings, members=self.limits.members, most=self.limits.correlations)
         members = [[findings[position] for position in sorted(group.positions)] for group in groups]
         answers = self._answers(task, [task.content(group) for group in members])
         found: dict[frozenset[str], Correlation] = {}
-        for number, (group, inside, answer) in enumerate(zip(groups, members, answers, strict=True), 1):
-            made = self._judged(group, inside, answer, f"corr_{number}", findings)
+        names = (name for number in count(1) if (name := f"corr_{number}") not in taken)
+        for group, inside, answer in zip(groups, members, answers, strict=True):
+            made = self._judged(group, inside, answer, next(names), findings)
             found.setdefault(frozenset(made.finding_ids), made)
         return list(found.values())
 
     def _judged(
-        self, group: Candidate, inside: Sequence[_Scored], answer: dict[str, Any] | None, key: str,
-        findings: Sequence[_Scored],
+        self, group: Candidate, inside: Sequence[Scored], answer: dict[str, Any] | None, key: str,
+        findings: Sequence[Scored],
     ) -> Correlation:  # fmt: skip
         by_rule = group.correlation(key, findings)
         if answer is None:
@@ -173,7 +190,7 @@ class Analysis:
             tags=answer.get("tags") or by_rule.tags,
         )
 
-    def _summaries(self, window: Window, findings: Sequence[_Scored]) -> tuple[str, str, list[dict[str, Any]]]:
+    def _summaries(self, window: Window, findings: Sequence[Scored]) -> tuple[str, str, list[dict[str, Any]]]:
         summary, triage = SummaryTask(self.limits.window), TriageTask(self.limits.window)
         content = summary.content(window)
         asked = [content] if window.findings else []
@@ -188,7 +205,7 @@ class Analysis:
                 continue
             order["triage_summary"] = answer["triage_summary"]
             top = _as_chosen(answer["top_findings"], window) or top
-        first = f"Of the {len(window.findings)} riskiest of {len(findings)} findings ({_counted(findings)}): "
+        first = f"Of the {len(window.findings)} riskiest of {len(findings)} findings ({severity_counts(findings)}): "
         lead = "" if window.whole else first
         return lead + executive, lead + order["triage_summary"], [_with_probability(row) for row in top]
 
@@ -200,7 +217,7 @@ class Analysis:
             self.tallies[task.name].fallbacks["not in the input"] += 1
         return faithful
 
-    def _actions(self, findings: Sequence[_Scored]) -> list[dict[str, Any]]:
+    def _actions(self, findings: Sequence[Scored]) -> list[dict[str, Any]]:
         task = RemediationTask()
         chosen = one_of_each_kind(findings, self.limits.actions)
         answers = self._answers(task, [task.content(finding) for finding in chosen])
@@ -260,153 +277,10 @@ class Analysis:
         return None
 
 
-@dataclass(slots=True)
-class _Scored(Finding):
-    """A finding after scoring.
-
-    Attributes:
-        scanner_severity: what the scanner said.
-        answered_by: model or rule.
-    """
-
-    scanner_severity: str = ""
-    answered_by: str = BY_RULE
-
-
-def _score(finding: Finding, answer: dict[str, Any] | None) -> _Scored:
-    """Puts an answer's values into a finding; by rule the scanner's severity and score stand, and 0..1 follow them."""
-    said = answer or {}
-    risk = float(said.get("risk_score", finding.risk_score))
-    share = round(risk / 100, 2)
-    subscores = {**dict.fromkeys(SUBSCORES, share), **finding.risk_subscores, **said.get("risk_subscores", {})}
-    probability = said.get("probability_actionable", finding.probability_actionable)
-    values = {name: getattr(finding, name) for name in Finding.__slots__}
-    values |= {
-        "severity": said.get("severity", finding.severity),
-        "risk_score": risk,
-        "risk_subscores": {name: subscores[name] for name in SUBSCORES},
-        "probability_actionable": share if probability is None else probability,
-        "tags": bounded_tags(said.get("tags") or finding.tags or [finding.category]),
-    }
-    source = BY_MODEL if answer is not None else BY_RULE
-    return _Scored(**values, scanner_severity=finding.severity, answered_by=source)
-
-
-def unique_ids(findings: Sequence[Finding]) -> list[Finding]:
-    """Copies whose ids differ: a scanner that gives one twice would tie the wrong findings together."""
-    taken, unique = {finding.id for finding in findings}, []
-    seen: set[str] = set()
-    for position, finding in enumerate(findings, 1):
-        name, copy = finding.id, 2
-        if not name or name in seen:
-            name = name or f"finding_{position}"
-            stem = name
-            while name in taken or name in seen:
-                name, copy = f"{stem}#{copy}", copy + 1
-        seen.add(name)
-        unique.append(replace(finding, id=name))
-    return unique
-
-
-def risky_window(findings: Sequence[Finding], correlations: Sequence[Correlation], size: int) -> Window:
-    """The riskiest findings, in the report's order, as summary and triage see them."""
-    ranked = sorted(range(len(findings)), key=lambda i: (-findings[i].risk_score, i))[:size]
-    inside = [findings[position] for position in sorted(ranked)]
-    return Window(inside, links_among(inside, correlations), whole=len(inside) == len(findings))
-
-
-def one_of_each_kind(findings: Sequence[Finding], most: int) -> list[Finding]:
-    """The riskiest findings above info; the second of a kind comes after the first of every other."""
-    ranked = sorted(
-        (finding for finding in findings if finding.severity != "info"),
-        key=lambda finding: (-SEVERITIES.index(finding.severity), -finding.risk_score, finding.id),
-    )
-    before: Counter[tuple[str, str]] = Counter()
-    rounds = []
-    for place, finding in enumerate(ranked):
-        kind = finding.category, finding.title
-        rounds.append((before[kind], place))
-        before[kind] += 1
-    return [ranked[place] for _, place in sorted(rounds)[:most]]
-
-
 def complete(schema: Schema) -> Schema:
     """A copy of a schema in which every property of every object is required."""
     copy = {key: complete(value) if isinstance(value, dict) else value for key, value in schema.items()}
     return copy | {"required": list(schema["properties"])} if schema.get("type") == "object" else copy
-
-
-# ---------------------------------------------------------------------- the document's parts
-
-
-def _enriched(findings: Sequence[_Scored], correlations: Sequence[Correlation]) -> list[dict[str, Any]]:
-    refs: dict[str, list[str]] = defaultdict(list)
-    for correlation in correlations:
-        for name in correlation.finding_ids:
-            refs[name].append(correlation.id)
-    return [_finding(finding, refs[finding.id]) for finding in findings]
-
-
-def _finding(finding: _Scored, refs: list[str]) -> dict[str, Any]:
-    record: dict[str, Any] = {
-        "id": finding.id,
-        "title": finding.title,
-        "severity": finding.severity,
-        "risk_score": whole_number(finding.risk_score),
-        "base_severity_score": whole_number(finding.base_severity_score),
-        "description": finding.description,
-        "metadata": orjson.loads(compact(finding.metadata)),
-        "category": finding.category,
-        "tags": finding.tags,
-        "risk_subscores": finding.risk_subscores,
-        "correlation_refs": refs or finding.correlation_refs,
-        "baseline_status": finding.baseline_status,
-        "severity_source": finding.answered_by,
-        "scanner_severity": finding.scanner_severity,
-        "probability_actionable": finding.probability_actionable,
-        "graph_degree": len(refs),
-        "risk_total": whole_number(finding.risk_score),
-    }
-    return record | ({"rationale": " ".join(finding.rationale)} if finding.rationale else {})
-
-
-def _correlation(correlation: Correlation) -> dict[str, Any]:
-    record: dict[str, Any] = {
-        "id": correlation.id,
-        "title": correlation.title,
-        "rationale": correlation.insight or correlation.description,
-        "related_finding_ids": correlation.finding_ids,
-        "tags": correlation.tags,
-        "severity": correlation.severity,
-        "correlation_type": correlation.type,
-    }
-    if correlation.risk_score is not None:
-        record["risk_score"] = whole_number(correlation.risk_score)
-    if correlation.risk_score_delta is not None:
-        record["risk_score_delta"] = round(correlation.risk_score_delta)
-    return record
-
-
-def _reductions(findings: Sequence[Finding]) -> dict[str, Any]:
-    """Counts of the categories that the schema has a place for, and of all."""
-    parts = {"module_summary": "modules", "suid_summary": "suid", "network_summary": "network"}
-    summaries = {name: [f for f in findings if f.category == category] for name, category in parts.items()}
-    reductions: dict[str, Any] = {name: _metrics(inside) for name, inside in summaries.items() if inside}
-    risks: dict[str, int] = {}
-    for finding in findings:
-        risks[finding.category] = max(risks.get(finding.category, 0), whole_number(finding.risk_score))
-    highest = dict(sorted(risks.items(), key=lambda item: (-item[1], item[0])))
-    return reductions | {"top_risks": {"highest_by_category": highest}}
-
-
-def _metrics(findings: Sequence[Finding]) -> dict[str, Any]:
-    counts = Counter(finding.severity for finding in findings)
-    return {"findings": len(findings), "by_severity": {name: counts[name] for name in SEVERITIES if counts[name]}}
-
-
-def _counted(findings: Sequence[Finding]) -> str:
-    counts = Counter(finding.severity for finding in findings)
-    return ", ".join(f"{counts[name]} {name}" for name in reversed(SEVERITIES) if counts[name])
 
 
 def _top_ids(window: Window) -> list[str]:
@@ -433,11 +307,6 @@ def _with_probability(row: dict[str, Any]) -> dict[str, Any]:
 
 def _texts(answer: dict[str, Any]) -> Iterator[str]:
     return (value for value in answer.values() if isinstance(value, str))
-
-
-def whole_number(value: float) -> int:
-    """A score as the schema has it: an integer of 0..100."""
-    return min(max(round(value), 0), 100)
 
 
 def _silent() -> AbstractContextManager[Progress]:

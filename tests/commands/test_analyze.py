@@ -6,48 +6,16 @@ import socket
 
 import pytest
 from jsonschema import Draft202012Validator
-from trained_run import make_run
+from trained_run import REPORT, analyze, make_run, short
 
 from datamodules import schemas
 from lightning_modules import inquiry
 from main import main
 
-REPORT = {
-    "meta": {"hostname": "host", "json_schema_version": "2"},
-    "results": [
-        {"scanner": "ioc", "findings": [
-            {"id": "ioc1", "title": "Deleted binary executing", "severity": "high", "risk_score": "70",
-             "metadata": {"deleted": "true", "path": "/tmp/evil", "pid": "77"}},
-            {"id": "ioc2", "title": "Suspicious LD_PRELOAD", "severity": "critical", "risk_score": "90",
-             "metadata": {"env": "LD_PRELOAD", "value": "/tmp/inject.so", "pid": "77"}},
-        ]},
-        {"scanner": "empty", "findings": []},
-        {"scanner": "network", "findings": [
-            {"id": "n4", "title": "TCP 4444 listening", "severity": "medium", "risk_score": "50",
-             "metadata": {"state": "LISTEN", "port": "4444"}},
-        ]},
-    ],
-}  # fmt: skip
-
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory, tiny_llama, chatml_tokenizer):
     return make_run(tmp_path_factory.mktemp("runs") / "version_0", tiny_llama, chatml_tokenizer)
-
-
-def analyze(run, report, output, *options):
-    """Runs the command on a report (a file, or its content) and returns exit status and document."""
-    if isinstance(report, dict):
-        file = output.with_name("report.json")
-        file.write_text(json.dumps(report))
-        report = file
-    status = main(["analyze", "--model", str(run), "--report", str(report), "--output", str(output), *options])
-    return status, json.loads(output.read_text()) if output.exists() else None
-
-
-def short(*options):
-    """Options that keep a byte-wise model's answers short: free, cut after some tokens."""
-    return ("--constrained", "false", "--max_new_tokens", "8", *options)
 
 
 def check(document, ground_truth_schema=None):
@@ -92,12 +60,13 @@ def test_every_real_report_becomes_a_valid_document(run, shared_data, ground_tru
 
 def test_constrained_answers_are_the_models_own(run, ground_truth_schema, tmp_path):
     pytest.importorskip("llguidance", reason="constrained generation needs llguidance")
-    status, document = analyze(run, REPORT, tmp_path / "e.json", "--max_new_tokens", "2500", "--actions", "1")
+    few = ("--max_new_tokens", "1600", "--limit", "2", "--actions", "0", "--correlations", "0")
+    status, document = analyze(run, REPORT, tmp_path / "e.json", *few)
     assert status == 0
     check(document, ground_truth_schema)
     report = document["enrichment_results"]["model_report"]
     assert report["constrained"] is True
-    assert report["answers"]["risk"] == {"asked": 3, "by_model": 3, "by_rule": {}}
+    assert report["answers"]["risk"] == {"asked": 2, "by_model": 2, "by_rule": {}}
     assert {finding["severity_source"] for finding in document["enriched_findings"]} == {"model"}
 
 

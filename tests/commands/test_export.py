@@ -9,8 +9,7 @@ import torch
 import yaml
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from test_analyze import REPORT, analyze, short
-from trained_run import make_run, write_evaluation
+from trained_run import REPORT, analyze, make_run, short, write_evaluation
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from main import main

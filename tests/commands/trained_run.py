@@ -9,6 +9,24 @@ from transformers import AutoModelForCausalLM
 
 from datamodules.records import Finding
 from datamodules.tasks import TASKS, RiskTask
+from main import main
+
+REPORT = {
+    "meta": {"hostname": "host", "json_schema_version": "2"},
+    "results": [
+        {"scanner": "ioc", "findings": [
+            {"id": "ioc1", "title": "Deleted binary executing", "severity": "high", "risk_score": "70",
+             "metadata": {"deleted": "true", "path": "/tmp/evil", "pid": "77"}},
+            {"id": "ioc2", "title": "Suspicious LD_PRELOAD", "severity": "critical", "risk_score": "90",
+             "metadata": {"env": "LD_PRELOAD", "value": "/tmp/inject.so", "pid": "77"}},
+        ]},
+        {"scanner": "empty", "findings": []},
+        {"scanner": "network", "findings": [
+            {"id": "n4", "title": "TCP 4444 listening", "severity": "medium", "risk_score": "50",
+             "metadata": {"state": "LISTEN", "port": "4444"}},
+        ]},
+    ],
+}  # fmt: skip
 
 
 def make_run(folder, base, tokenizer, *, tasks=TASKS, sources=("synthetic://?findings=60&seed=7",), seed=1, **backbone):
@@ -51,3 +69,18 @@ def write_evaluation(folder, severities=("low", "high", "info", "critical")):
     record = {"split": "val", "n": len(questions), "columns": {"tuned": column}, "questions": questions}
     (folder / "evaluation.json").write_text(json.dumps({"step": 3, "tasks": {"risk": record}}))
     return folder
+
+
+def analyze(run, report, output, *options):
+    """Runs the command on a report (a file, or its content) and returns exit status and document."""
+    if isinstance(report, dict):
+        file = output.with_name("report.json")
+        file.write_text(json.dumps(report))
+        report = file
+    status = main(["analyze", "--model", str(run), "--report", str(report), "--output", str(output), *options])
+    return status, json.loads(output.read_text()) if output.exists() else None
+
+
+def short(*options):
+    """Options that keep a byte-wise model's answers short: free, cut after some tokens."""
+    return ("--constrained", "false", "--max_new_tokens", "8", *options)
