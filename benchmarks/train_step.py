@@ -39,7 +39,11 @@ OURS = {
     "plain path, packed, 4096": (4096, "packed", "plain", "full"),
     "plain path, shared prefix, 4096": (4096, "shared_prefix", "plain", "full"),
 }
-PEERS = {"TRL, original settings": ("peer_trl.py", "seed"), "TRL + Liger, packed": ("peer_trl.py", "pack"), "Unsloth, packed": ("peer_unsloth.py", "pack4_d0")}  # fmt: skip
+PEERS = {
+    "TRL, original settings": ("peer_trl.py", "seed"),
+    "TRL + Liger, packed": ("peer_trl.py", "pack"),
+    "Unsloth, packed": ("peer_unsloth.py", "pack4_d0"),
+}
 
 
 def load_examples(file: str) -> list[Any]:
@@ -122,10 +126,9 @@ def measure(name: str, tokens: str, steps: int, warmup: int, profile: bool) -> d
 
 
 def _profile(module: Any, optimizer: Any, batch: Any) -> None:
+    import torch
     from torch.profiler import ProfilerActivity
     from torch.profiler import profile as profiler
-
-    import torch
 
     with profiler(activities=[ProfilerActivity.CUDA]) as record:
         start = time.time()
@@ -192,7 +195,8 @@ def report(runs: dict[str, list[dict[str, Any]]], output: str | None) -> None:
         for name, results in runs.items()
     }
     peers = [name for name in rows if name in PEERS]
-    print("| variant | findings/s | computed tokens/s | supervised tokens/s | ms/step | peak GiB | FLOP use |", *(f" x {p} |" for p in peers))  # fmt: skip
+    titles = ["variant", *(key.replace("_", " ") for key in keys), *(f"x {peer}" for peer in peers)]
+    print("| " + " | ".join(titles) + " |")
     print("|---" * (7 + len(peers)) + "|")
     for name, row in rows.items():
         cells = [f"{row[key]:,.2f}" if key in row else "" for key in keys]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import os
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,13 @@ from commands.runs import newest_checkpoint, resolve_checkpoint, run_of
 from datamodules.errors import UserError
 
 TRAINER_COMMANDS = ("fit", "validate", "test")
+#: warnings that say nothing to a user of this program
+NOISE = (
+    r".*overridden `transfer_batch_to_device` in `LightningModule`.*",  # meant: the model plans its attention there
+    r".*isinstance\(treespec, LeafSpec\).*",  # Lightning 2.6 with torch 2.13
+    r".*is_gradient_checkpointing.*",  # PEFT 0.21 with transformers 5.23
+    r".*does not have many workers.*",  # row building is far faster than a step
+)
 
 
 class FinetuneCLI(LightningCLI):
@@ -102,16 +111,14 @@ def one_line(error: BaseException) -> str:
     return text if len(text) <= 600 else text[:597] + "..."
 
 
-def exit_status(trainer: Any) -> int:
-    """128 + signal where a signal stopped the run (as a shell would say), 0 otherwise."""
-    for callback in trainer.callbacks:
-        interrupted = getattr(callback, "interrupted", None)
-        if interrupted:
-            return 128 + int(interrupted)
-    return 0
-
-
-def trainer_command(args: list[str]) -> int:
-    """Runs ``fit``, ``validate`` or ``test``."""
+def trainer_command(args: list[str]) -> None:
+    """Runs ``fit``, ``validate`` or ``test``; a signal ends it by ``SystemExit`` with 128 + its number."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # workers fork after the tokenizer was used
-    return exit_status(FinetuneCLI(args).trainer)
+    for message in NOISE:
+        warnings.filterwarnings("ignore", message=message)
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_no_advertising)
+    FinetuneCLI(args)
+
+
+def _no_advertising(record: logging.LogRecord) -> bool:
+    return "litlogger" not in record.getMessage()

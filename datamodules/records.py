@@ -7,7 +7,8 @@ from typing import Any
 
 SEVERITIES = ("info", "low", "medium", "high", "critical")
 CATEGORIES = (
-    "processes", "network", "kernel_params", "modules", "world_writable", "suid", "ioc", "mac", "dns", "endpoint_behavior",
+    "processes", "network", "kernel_params", "modules", "world_writable",
+    "suid", "ioc", "mac", "dns", "endpoint_behavior",
 )  # fmt: skip
 SUBSCORES = ("impact", "exposure", "anomaly", "confidence")
 BASELINE_STATUSES = ("new", "existing", "unknown")

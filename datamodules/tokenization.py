@@ -246,7 +246,7 @@ def load_tokenizer(name: str, revision: str | None = None) -> Any:
     """Loads a fast tokenizer; code that a repository brings is never run.
 
     Args:
-        name: an embedded model, a local folder (a tokenizer without weights will do) or a hub name.
+        name: an embedded model, a local folder (a tokenizer without weights will do), ``random:FOLDER``, or a hub name.
         revision: commit, tag or branch on the hub.
 
     Raises:
@@ -254,7 +254,7 @@ def load_tokenizer(name: str, revision: str | None = None) -> Any:
     """
     from transformers import AutoTokenizer
 
-    location = pretrained.resolve(name, weights=False)
+    location = pretrained.resolve(name.removeprefix("random:"), weights=False)
     try:
         tokenizer = AutoTokenizer.from_pretrained(location, revision=revision or "main", trust_remote_code=False)
     except (OSError, ValueError) as error:

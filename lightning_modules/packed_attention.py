@@ -20,6 +20,7 @@ queries get a copy of the prefix each, whose gradients are added up.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any
 
 import torch
@@ -166,10 +167,21 @@ def _dense(prefix: Prefix, scale: float) -> tuple[Tensor, Tensor, int, int, bool
 
 def _merge_(out: Tensor, lse_HN: Tensor, part: Tensor, part_lse_HN: Tensor) -> None:
     """Merges a part into ``out`` and ``lse`` in place."""
+    function = _compiled_merged() if out.is_cuda else _merged
+    both, lse = function(out, lse_HN, part, part_lse_HN)
+    out.copy_(both)
+    lse_HN.copy_(lse)
+
+
+def _merged(out: Tensor, lse_HN: Tensor, part: Tensor, part_lse_HN: Tensor) -> tuple[Tensor, Tensor]:
     merged = torch.logaddexp(lse_HN, part_lse_HN)
     weight, part_weight = (lse_HN - merged).exp().T[..., None], (part_lse_HN - merged).exp().T[..., None]
-    out.copy_(out * weight + part * part_weight)
-    lse_HN.copy_(merged)
+    return (out * weight + part * part_weight).to(out.dtype), merged
+
+
+@cache
+def _compiled_merged() -> Any:
+    return torch.compile(_merged, dynamic=True)  # one kernel instead of five; the length differs from row to row
 
 
 def _attend(

@@ -1,0 +1,76 @@
+"""The door: every config builds, and a user's mistake is one line and exit status 2."""
+
+import inspect
+from pathlib import Path
+
+import pytest
+import yaml
+
+from commands.cli import FinetuneCLI
+from main import COMMANDS, main
+
+CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
+ANY_MACHINE = [
+    "--trainer.accelerator=cpu",
+    "--trainer.devices=1",
+    "--trainer.strategy=auto",
+    "--trainer.precision=32-true",
+]
+
+
+def build(config, *arguments):
+    return FinetuneCLI(["--config", str(config), *ANY_MACHINE, *arguments], run=False)
+
+
+def test_there_are_configs_for_every_promise():
+    assert {"default", "gpu", "gpu_multi", "tpu", "distill"} <= {config.stem for config in CONFIGS}
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda config: config.stem)
+def test_every_config_builds_on_any_machine(config, tmp_path):
+    cli = build(config, f"--trainer.logger.init_args.save_dir={tmp_path}")
+    written = yaml.safe_load(config.read_text())
+    assert type(cli.model).__name__ == written["model"]["class_path"].split(".")[-1]
+    header = config.read_text().split("seed_everything")[0]
+    assert all(word in header for word in ("# command ", "# hardware ", "# time ", "# result "))
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda config: config.stem)
+def test_what_runs_is_what_was_written(config, tmp_path):
+    import torch
+
+    cli = build(config, f"--trainer.logger.init_args.save_dir={tmp_path}")
+    written = yaml.safe_load(config.read_text())["model"]["init_args"]["optimizer"]
+    optimizer = cli.model.optimizer([torch.nn.Parameter(torch.zeros(4, 4))])
+    assert type(optimizer).__name__ == written["class_path"].split(".")[-1]
+    defaults = inspect.signature(type(optimizer)).parameters
+    for name in ("lr", "betas", "weight_decay"):
+        expected = written["init_args"].get(name, defaults[name].default)
+        got = optimizer.param_groups[0][name]
+        assert (list(got) == list(expected)) if name == "betas" else got == pytest.approx(expected)
+
+
+def test_without_a_command_it_lists_them(capsys):
+    assert main([]) == 0
+    printed = capsys.readouterr().out
+    assert all(command in printed for command in COMMANDS)
+
+
+MISTAKES = {
+    "an unknown command": (["fitt"], "fitt: no such command"),
+    "a config that is not there": (["fit", "--config", "nowhere.yaml"], "nowhere.yaml: no such file"),
+    "a broken key": (["fit", "--trainer.max_stepz=3"], "max_stepz"),
+    "an unknown class": (["fit", "--model.init_args.optimizer.class_path=optimizers.Lyon"], "optimizers.Lyon"),
+    "no such source": (["fit", "--data.init_args.sources=['nowhere/*.json']"], "nowhere"),
+    "a checkpoint that is not there": (["fit", "--ckpt_path=nowhere.ckpt"], "nowhere.ckpt: no such file"),
+    "no run to resume": (["fit", "--ckpt_path=last"], "--ckpt_path last: no run below"),
+}
+
+
+@pytest.mark.parametrize(("args", "message"), MISTAKES.values(), ids=MISTAKES.keys())
+def test_a_mistake_is_one_line_and_exit_status_2(args, message, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(args) == 2
+    error = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(error) == 1
+    assert message in error[0]
