@@ -24,10 +24,12 @@ from commands.golden_pairs import golden_pairs
 from commands.model_card import model_card
 from commands.trained import CERTIFICATE, Trained, open_trained, recipe
 from datamodules.errors import UserError
+from datamodules.prompts import SYSTEM
 from datamodules.tasks import build_tasks
 from datamodules.tokenization import ChatFormat, load_tokenizer
 from lightning_modules.backbone import out_of_memory_advice
-from lightning_modules.export import Dtype, MergeBase, copy_adapter, load_exported, merged_model
+from lightning_modules.export import GGUF_FILE, Dtype, MergeBase, copy_adapter, load_exported, merged_model
+from lightning_modules.gguf_export import modelfile, write_gguf
 from lightning_modules.golden import Record, compare, record
 
 if TYPE_CHECKING:
@@ -38,7 +40,8 @@ FAILED = 1  #: exit status of an export that is worse than --max_kl allows
 WRITTEN = (
     "adapter_config.json", "adapter_model.safetensors", "config.json", "generation_config.json", "model*.safetensors",
     "model.safetensors.index.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.json",
-    "merges.txt", "chat_template.jinja", "README.md", CERTIFICATE,
+    "merges.txt", "chat_template.jinja", "README.md", GGUF_FILE,
+    "Modelfile", CERTIFICATE,
 )  # fmt: skip
 
 
@@ -66,7 +69,7 @@ def main(args: list[str]) -> int:
 def export(
     run: str,
     output: str,
-    format: Literal["adapter", "merged"] = "adapter",
+    format: Literal["adapter", "merged", "gguf"] = "adapter",
     merge_base: MergeBase = "trained",
     dtype: Dtype = "auto",
     golden: int = 20,
@@ -80,10 +83,11 @@ def export(
     Args:
         run: run folder.
         output: folder to write.
-        format: adapter is PEFT's (tens of megabytes, needs the base), merged is one model of 16 bits.
+        format: adapter is PEFT's (tens of megabytes, needs the base), merged is one model of 16 bits, gguf the same
+            in float16 for llama.cpp and Ollama.
         merge_base: what the adapter is merged on: trained is the base as it was stored in training (an NF4 base is
             dequantised), 16bit the original.
-        dtype: of merged weights; auto is bfloat16, or float16 for a float16 base.
+        dtype: of merged weights; auto is bfloat16, or float16 for a float16 base. GGUF is always float16.
         golden: held-out findings of the certificate; 0 measures nothing, and the certificate says so.
         max_kl: greatest mean divergence from the trained model, in nats a token. 0.02 moves at most a tenth of a
             token's probability (Pinsker: sqrt(KL / 2)); rounding to 16 bits costs far less, a wrong base more.
@@ -103,7 +107,7 @@ def export(
     pairs, origin = golden_pairs(trained, task, golden)  # before anything is written: it may refuse
     place = pick_device(device)
     _clear(target, overwrite)
-    certificate = _facts(trained, format, merge_base if format == "merged" else None)
+    certificate = _facts(trained, format, None if format == "adapter" else merge_base)
     try:
         _save(target, certificate | {"state": "unfinished"})
         _write_model(trained, target, format, merge_base, dtype, place)
@@ -127,8 +131,12 @@ def _write_model(
         copy_adapter(trained.folder, target)
         return
     with out_of_memory_advice("--device to cpu"):
-        model = merged_model(trained.backbone, base, dtype, device)
-    model.save_pretrained(target)  # with its generation config, if it has one
+        model = merged_model(trained.backbone, base, "float16" if kind == "gguf" else dtype, device)
+    if kind == "gguf":
+        write_gguf(model, load_tokenizer(trained.tokenizer), target / GGUF_FILE, "sys-scan-analyst")
+        (target / "Modelfile").write_text(modelfile(SYSTEM), encoding="utf-8")
+    else:
+        model.save_pretrained(target)  # with its generation config, if it has one
     del model
     _free()
 
@@ -236,5 +244,7 @@ def _closing_words(certificate: dict[str, Any], target: Path) -> list[str]:
             f"  {name:<12} trained {value:.3g}, exported {golden['exported'].get(name, float('nan')):.3g}"
             for name, value in golden["trained"].items()
         ]
+    if certificate["format"] == "gguf":
+        return [*lines, f"  ollama       cd {shlex.quote(str(target))} && ollama create sys-scan-analyst"]
     command = f"python main.py analyze --model {shlex.quote(str(target))} --report REPORT.json --output ENRICHED.json"
     return [*lines, f"  analyze      {command}"]

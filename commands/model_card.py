@@ -74,6 +74,8 @@ def _usage(trained: Trained, kind: str) -> str:
             f"base = AutoModelForCausalLM.from_pretrained({_base(trained)!r})\n"
             "model = PeftModel.from_pretrained(base, FOLDER)\ntokenizer = AutoTokenizer.from_pretrained(FOLDER)"
         )
+    elif kind == "gguf":
+        return "```\nollama create sys-scan-analyst    # in this folder\nllama-cli -m model.gguf --jinja\n```"
     else:
         load = (
             "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"

@@ -73,6 +73,8 @@ def open_trained(path: str, option: str) -> Trained:
         record = _certificate(folder)
         backbone = Backbone(model=str(folder))
         return Trained(folder, backbone, str(folder), _tasks(record.get("tasks")), None, {})
+    if any(folder.glob("*.gguf")):
+        raise UserError(f"{option} {path}: a GGUF export is for llama.cpp and Ollama; give the run, or --format merged")
     raise UserError(
         f"{option} {path}: neither a run folder (config.yaml), an adapter ({ADAPTER}) nor a model ({MODEL}); "
         "fit makes runs/NAME/version_N"

@@ -1,4 +1,4 @@
-"""From a trained adapter to what others load: plain PEFT, or one model of 16 bits.
+"""From a trained adapter to what others load: plain PEFT, one model of 16 bits, or GGUF (see ``gguf_export``).
 
 An adapter corrects the very weights it was trained beside. Those of an NF4 base differ from the 16-bit ones that they
 were made from by several percent, so a merge puts the adapter on the dequantised NF4 weights, in float32, and rounds
@@ -20,6 +20,7 @@ from lightning_modules.backbone import Backbone
 
 MergeBase = Literal["trained", "16bit"]
 Dtype = Literal["auto", "bfloat16", "float16"]
+GGUF_FILE = "model.gguf"
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 
 
@@ -72,6 +73,8 @@ def merged_model(trained: Backbone, base: MergeBase, dtype: Dtype, device: torch
 def load_exported(folder: Path, trained: Backbone, device: torch.device) -> Any:
     """Loads an export as its user will: plain PEFT or plain transformers, in evaluation mode.
 
+    A GGUF file is read by transformers too, which tests its weights but not its tokenizer.
+
     Args:
         folder: what was written.
         trained: names the base of an adapter and how it is stored.
@@ -84,6 +87,9 @@ def load_exported(folder: Path, trained: Backbone, device: torch.device) -> Any:
         return PeftModel.from_pretrained(base, str(folder)).eval()
     from transformers import AutoModelForCausalLM
 
+    if (folder / GGUF_FILE).is_file():
+        dtype = torch.float32 if device.type == "cpu" else torch.float16
+        return AutoModelForCausalLM.from_pretrained(folder, gguf_file=GGUF_FILE, dtype=dtype).to(device).eval()
     model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", device_map={"": device}, use_safetensors=True)
     return model.eval()
 

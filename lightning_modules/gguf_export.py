@@ -109,7 +109,7 @@ def tokenizer_fields(tokenizer: Any, size: int) -> dict[str, Any]:
     for number, (left, right) in enumerate(merges):
         rank.setdefault(left + right, number)
     for index, token in enumerate(tokens):
-        if token == model.get("unk_token"):
+        if index == tokenizer.unk_token_id:
             types[index] = UNKNOWN
         elif len(token) == 6 and token.startswith("<0x") and index not in control:
             types[index] = BYTE
@@ -162,14 +162,15 @@ def _add_tokenizer(writer: Any, fields: dict[str, Any], tokenizer: Any) -> None:
         writer.add_token_merges(fields["merges"])
     else:
         writer.add_token_scores(fields["scores"])
-        writer.add_add_space_prefix(False)  # chat texts continue a control token
+    writer.add_add_space_prefix(False)  # text of a chat continues a control token
     for name, add in (
         ("bos_token_id", writer.add_bos_token_id), ("eos_token_id", writer.add_eos_token_id),
         ("unk_token_id", writer.add_unk_token_id), ("pad_token_id", writer.add_pad_token_id),
     ):  # fmt: skip
         if getattr(tokenizer, name) is not None:
             add(getattr(tokenizer, name))
-    writer.add_add_bos_token(False)  # the chat template writes it
+    # as the tokenizer does; llama.cpp drops the second where a chat template writes one too
+    writer.add_add_bos_token(tokenizer.bos_token_id in tokenizer("x")["input_ids"])
     if isinstance(tokenizer.chat_template, str):
         writer.add_chat_template(tokenizer.chat_template)
 

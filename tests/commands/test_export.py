@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shutil
 import socket
 
 import pytest
@@ -94,6 +95,21 @@ def test_an_nf4_base_is_dequantised_for_the_merge(tmp_path, tiny_llama, chatml_t
     other = export(run, tmp_path / "other", "--format", "merged", "--merge_base", "16bit", "--golden", "4")[1]
     assert other["golden"]["kl_mean"] > 10 * certificate["golden"]["kl_mean"]
     assert torch.equal(load_file(tmp_path / "other" / "model.safetensors")[name], weight.to(torch.bfloat16))
+
+
+def test_a_gguf_file_holds_the_merged_model(tmp_path, tiny_mistral, mistral_tokenizer, capsys):
+    base = tmp_path / "base"
+    shutil.copytree(tiny_mistral, base)
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(config | {"sliding_window": None}))  # as Mistral v0.3
+    run = write_evaluation(make_run(tmp_path / "version_0", base, mistral_tokenizer))
+    status, certificate = export(run, tmp_path / "out", "--format", "gguf", "--golden", "4")
+    assert (status, certificate["state"]) == (0, "passed")
+    assert certificate["golden"]["kl_mean"] < 1e-4
+    assert {"model.gguf", "Modelfile", "README.md"} <= certificate["files"].keys()
+    assert "ollama create" in capsys.readouterr().out
+    assert main(["analyze", "--model", str(tmp_path / "out"), "--report", str(run / "run.json"),
+                 "--output", str(tmp_path / "e.json")]) == 2  # fmt: skip
 
 
 def test_the_certificate_holds_what_it_says(run, tmp_path):
