@@ -103,7 +103,8 @@ def export(
     trained, target, console = open_trained(run, "--run"), Path(output), Console()
     if trained.run is None:
         raise UserError(f"--run {run}: a run folder has config.yaml; this is an export or a model already")
-    task = (trained.tasks or ("risk",))[0] if "risk" not in (trained.tasks or ("risk",)) else "risk"
+    tasks = trained.tasks or ("risk",)
+    task = "risk" if "risk" in tasks else tasks[0]
     pairs, origin = golden_pairs(trained, task, golden)  # before anything is written: it may refuse
     place = pick_device(device)
     _clear(target, overwrite)
@@ -146,7 +147,8 @@ def _measure(
     console: Console,
 ) -> dict[str, Any]:  # fmt: skip
     """Measures the trained model, then the exported one from the disk; never both in memory."""
-    task = build_tasks([task_name])[task_name]
+    templates = (trained.config.get("data", {}).get("init_args") or {}).get("agent_templates")
+    task = build_tasks([task_name], agent_templates=templates)[task_name]
 
     def measured(heading: str, tokenizer: str, build: Callable[[], Any]) -> Record:
         chat = ChatFormat(load_tokenizer(tokenizer))
