@@ -80,7 +80,7 @@ def first_batch(archive: str, model: str) -> dict[str, float]:
 
 
 def trl(archive: str, model: str) -> dict[str, float]:
-    """TRL's own road from the same pairs: ``datasets.map`` with the tokenizer, then its packing; nothing without TRL."""
+    """TRL's own road from the same pairs: ``datasets.map`` with the tokenizer, then packing; nothing without TRL."""
     try:
         from trl.data_utils import pack_dataset
     except ImportError:

@@ -1,6 +1,7 @@
 """The door: every config builds, and a user's mistake is one line and exit status 2."""
 
 import inspect
+import shutil
 from pathlib import Path
 
 import pytest
@@ -74,3 +75,52 @@ def test_a_mistake_is_one_line_and_exit_status_2(args, message, capsys, tmp_path
     error = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert len(error) == 1
     assert message in error[0]
+
+
+def tiny(model, folder, *arguments):
+    """Arguments of a fit of a tiny model on a few findings."""
+    return [
+        "fit", f"--model.init_args.backbone.model={model}", "--model.init_args.backbone.lora.layers=1",
+        f"--trainer.logger.init_args.save_dir={folder}", "--trainer.max_steps=2", "--trainer.callbacks=[]",
+        "--data.init_args.sources=['synthetic://?findings=300&seed=1']",
+        "--data.init_args.val=0", "--data.init_args.test=0",
+        *arguments,
+    ]  # fmt: skip
+
+
+def test_data_and_models_that_cannot_serve_are_one_line_too(tiny_llama, tmp_path, capsys):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "report.json").write_text('{"results": [{"scanner": "ioc", "findings": [{"id": "a", "title": "b"}]}]}')
+    bare = shutil.copytree(tiny_llama, tmp_path / "bare", ignore=shutil.ignore_patterns("*.safetensors"))
+    cases = {
+        "empty": tiny(tiny_llama, tmp_path, f"--data.init_args.sources=['{tmp_path / 'empty'}']"),
+        "analyze": tiny(tiny_llama, tmp_path, f"--data.init_args.sources=['{tmp_path / 'report.json'}']"),
+        "row_tokens": tiny(tiny_llama, tmp_path, "--data.init_args.row_tokens=64"),
+        "safetensors": tiny(bare, tmp_path),
+        "nothing-here": tiny(tmp_path / "nothing-here", tmp_path),
+    }
+    for word, args in cases.items():
+        assert main(args) == 2, word
+        errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+        assert len(errors) == 1, word
+        assert word in errors[0]
+
+
+def test_fit_resumes_in_its_own_folder_and_validate_finds_the_run(tiny_llama, tmp_path, capsys):
+    callback = "{class_path: lightning.pytorch.callbacks.ModelCheckpoint, init_args: {save_last: true}}"
+    checkpoint = f"--trainer.callbacks=[{callback}]"
+    run = tmp_path / "default" / "version_0"
+    assert main(tiny(tiny_llama, tmp_path, checkpoint)) == 0
+    assert (run / "config.yaml").is_file()
+    assert (run / "checkpoints" / "last.ckpt").is_file()
+    assert main(tiny(tiny_llama, tmp_path, checkpoint, "--trainer.max_steps=4", "--ckpt_path=last")) == 0
+    assert not (tmp_path / "default" / "version_1").exists()
+    import torch
+
+    saved = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
+    assert saved["global_step"] == 4
+    assert all("lora" in name for name in saved["state_dict"])  # the base is not in it
+    args = tiny(tiny_llama, tmp_path, "--data.init_args.val=0.2")
+    args = ["validate", *(a for a in args[1:] if "max_steps" not in a)]
+    assert main(args) == 0
+    assert "the newest run's checkpoint" in capsys.readouterr().out
