@@ -49,14 +49,14 @@ SEVERITY: Schema = {"type": "string", "enum": list(SEVERITIES)}
 RISK_SCORE: Schema = number(0, 100)
 SHARE: Schema = number(0, 1)
 
-#: A document may lack subscores or probability, then its answers do; so only the first two are required.
+#: A document may lack subscores or probability, then its answers do; so only severity and score are required.
 RISK: Schema = closed(
     {
+        "tags": array(text(MAX_TAG), MAX_TAGS),
         "severity": SEVERITY,
         "risk_score": RISK_SCORE,
         "risk_subscores": closed(dict.fromkeys(SUBSCORES, SHARE), required=[]),
         "probability_actionable": SHARE,
-        "tags": array(text(MAX_TAG), MAX_TAGS),
     },
     required=["severity", "risk_score"],
 )

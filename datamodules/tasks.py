@@ -46,9 +46,10 @@ class RiskTask:
     name = "risk"
     system = SYSTEM
     instruction = (
-        "Assess the risk of this finding. Answer with the keys severity (info, low, medium, high or critical), "
-        "risk_score (0 to 100), risk_subscores (impact, exposure, anomaly, confidence, each 0 to 1), "
-        "probability_actionable (0 to 1) and tags (list of strings).\nFinding:\n"
+        "Assess the risk of this finding. Answer with the keys tags (list of strings), "
+        "severity (info, low, medium, high or critical), risk_score (0 to 100), "
+        "risk_subscores (impact, exposure, anomaly, confidence, each 0 to 1) "
+        "and probability_actionable (0 to 1).\nFinding:\n"
     )
     answer_schema = schemas.RISK
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from datamodules.prompts import Pair, Task
     from datamodules.tokenization import ChatFormat
 
-STEM = '{"severity":"'  #: how an answer to the risk task begins; what forced choice continues
+STEM = '{"severity":"'  #: what forced choice continues; trained answers name their tags before
 
 
 @dataclass(frozen=True)

@@ -221,8 +221,8 @@ def test_risk_pair_to_the_letter():
         '{"title":"Open port 7","description":"A port is open","category":"network","metadata":{"port":7}}'
     )
     assert pair.completion == (
-        '{"severity":"high","risk_score":70,"risk_subscores":{"impact":0.12,"exposure":1.0,"anomaly":0.0,'
-        '"confidence":0.5},"probability_actionable":0.25,"tags":["a"]}'
+        '{"tags":["a"],"severity":"high","risk_score":70,"risk_subscores":{"impact":0.12,"exposure":1.0,'
+        '"anomaly":0.0,"confidence":0.5},"probability_actionable":0.25}'
     )
     assert (pair.task, pair.severity, pair.category, pair.findings) == ("risk", "high", "network", 1)
 
@@ -242,7 +242,7 @@ def test_risk_leaves_out_what_the_document_lacks():
     task = build_tasks(["risk"])["risk"]
     bare = Finding("x", "t", "", "dns", "low", 33.336, 30.0)
     (pair,) = task.pairs(Document("s", "m", 0, [bare]))
-    assert pair.completion == '{"severity":"low","risk_score":33.34,"tags":[]}'
+    assert pair.completion == '{"tags":[],"severity":"low","risk_score":33.34}'
     partial = replace(bare, risk_subscores={"confidence": 0.5, "impact": 0.1}, risk_score=0.0)
     (pair,) = task.pairs(Document("s", "m", 0, [partial]))
     assert '"risk_score":0,"risk_subscores":{"impact":0.1,"confidence":0.5}' in pair.completion

@@ -63,8 +63,8 @@ def test_expected_answers_are_within_the_grammar(request, tokenizer):
     tokenizer = request.getfixturevalue(tokenizer)
     chat, task = ChatFormat(tokenizer), RiskTask()
     grammar = JsonGrammar(tokenizer, chat.eos_id, RISK)
-    answer = {"severity": "low", "risk_score": 30.25, "risk_subscores": {"impact": 0.1, "confidence": 1}}
-    answer |= {"probability_actionable": 0.07, "tags": ["é", 'a"b', "</s>"]}
+    answer = {"tags": ["é", 'a"b', "</s>"], "severity": "low", "risk_score": 30.25}
+    answer |= {"risk_subscores": {"impact": 0.1, "confidence": 1}, "probability_actionable": 0.07}
     for completion, taken in ((answer, True), ({**answer, "risk_score": 101}, False), ({"severity": "low"}, False)):
         pair = Pair("risk", "{}", compact(completion), "low", "", 1)
         (example,) = chat.encode(task, [pair])
