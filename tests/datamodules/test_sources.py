@@ -7,6 +7,7 @@ import os
 import pickle
 import shutil
 import tarfile
+from functools import partial
 from pathlib import Path
 
 import fsspec
@@ -22,6 +23,8 @@ from datamodules.errors import UserError
 from datamodules.seek_index import SeekIndex
 from datamodules.sources import open_source, parse
 from datamodules.unpack import Limits
+
+packed_gzip = partial(gzip.compress, mtime=0)  # the time would stand in the tests' names, other in each worker
 
 DATA = (Path(__file__).parents[2] / "../shared/data").resolve()
 REAL = pytest.mark.skipif(not DATA.is_dir(), reason="the shared real data are absent")
@@ -42,7 +45,7 @@ def document(*numbers):
 
 def shard(*numbers):
     """An envelope's bytes."""
-    packed = gzip.compress(json.dumps(document(*numbers)).encode())
+    packed = packed_gzip(json.dumps(document(*numbers)).encode())
     return json.dumps({"compressed": True, "compression_method": "gzip", "data": packed.hex()}).encode()
 
 
@@ -95,7 +98,7 @@ def read(spec, **options):
     return drain(open_source(spec, **options))
 
 
-PACK = {"": bytes, ".gz": gzip.compress, ".zst": zstandard.ZstdCompressor().compress}
+PACK = {"": bytes, ".gz": packed_gzip, ".zst": zstandard.ZstdCompressor().compress}
 
 
 @pytest.mark.parametrize("packing", PACK)
@@ -133,7 +136,7 @@ def test_every_kind_of_file(tmp_path, name, data, packing):
 
 def test_folders_and_globs(tmp_path):
     write(tmp_path / "d/a.json", shard(0, 1))
-    write(tmp_path / "d/b/c.jsonl.gz", gzip.compress(lines(2, 3)))
+    write(tmp_path / "d/b/c.jsonl.gz", packed_gzip(lines(2, 3)))
     write(tmp_path / "d/b/d.parquet", table(4))
     write(tmp_path / "d/e.json.zst", PACK[".zst"](shard(5)))
     write(tmp_path / "d/generation_report.json", REPORT)
@@ -152,7 +155,7 @@ def test_folders_and_globs(tmp_path):
 
 def test_remote_urls(tmp_path):
     files = fsspec.filesystem("memory")
-    files.pipe("/bucket/a.tar.gz", gzip.compress(tar(THREE)))
+    files.pipe("/bucket/a.tar.gz", packed_gzip(tar(THREE)))
     files.pipe("/bucket/d/a.json", shard(0))
     files.pipe("/bucket/d/b.jsonl", lines(1, 2))
     try:
@@ -210,10 +213,10 @@ def test_synthetic_findings_are_made_once(tmp_path):
         ("a*.json", None, "no file matches"),
         ("unknown://x", None, "Protocol not known"),
         ("a.json", b"", "is empty"),
-        ("a.json.gz", gzip.compress(b""), "is empty"),
-        ("a.tar.gz", gzip.compress(tar({})), "holds no findings"),
-        ("a.tar.gz", gzip.compress(tar({"readme.txt": b"text"})), "holds no findings"),
-        ("a.tar.gz", gzip.compress(tar({"generation_report.json": REPORT})), "holds no findings"),
+        ("a.json.gz", packed_gzip(b""), "is empty"),
+        ("a.tar.gz", packed_gzip(tar({})), "holds no findings"),
+        ("a.tar.gz", packed_gzip(tar({"readme.txt": b"text"})), "holds no findings"),
+        ("a.tar.gz", packed_gzip(tar({"generation_report.json": REPORT})), "holds no findings"),
         ("a.tar.gz", b"\x1f\x8b" + b"\0" * 100, "damaged from its start"),
         ("a.json", b'{"results": [{"scanner": "ioc", "findings": []}]}', "`analyze` reads"),
         ("a.json", b'{"fact_pack_version": "3", "findings": []}', "`analyze` reads"),
@@ -240,7 +243,7 @@ def test_a_folder_without_findings_is_the_users_to_mend(tmp_path):
     (tmp_path / "empty").mkdir()
     write(tmp_path / "text/readme.txt", b"hello")
     write(tmp_path / "reports/a.json", b'{"results": []}')
-    write(tmp_path / "archives/a.tar.gz", gzip.compress(tar(THREE)))
+    write(tmp_path / "archives/a.tar.gz", packed_gzip(tar(THREE)))
     for name, message in [
         ("empty", "no .json"),
         ("text", "no .json"),
@@ -280,8 +283,8 @@ def test_real_limits_of_documents(tmp_path):
 
 MIXED = {
     "d/0.json": shard(0, 1), "d/1.jsonl": lines(*range(2, 9)), "notes.txt": b"x" * 3000, "d/2.parquet": table(9, 10),
-    "d/3.json.gz": gzip.compress(shard(11)), "d/4.jsonl.zst": PACK[".zst"](lines(12, 13, 14)), "d/5.json": shard(15),
-    "d/6.parquet.gz": gzip.compress(table(16)),
+    "d/3.json.gz": packed_gzip(shard(11)), "d/4.jsonl.zst": PACK[".zst"](lines(12, 13, 14)), "d/5.json": shard(15),
+    "d/6.parquet.gz": packed_gzip(table(16)),
 }  # fmt: skip
 
 
@@ -319,7 +322,7 @@ def big_archive(tmp_path):
     for number in range(40):
         noise = os.urandom(16 << 10).hex()
         members[f"d/{number}.json"] = json.dumps([finding(number, metadata={"noise": noise})]).encode()
-    return write(tmp_path / "a.tar.gz", gzip.compress(tar(members)))
+    return write(tmp_path / "a.tar.gz", packed_gzip(tar(members)))
 
 
 def test_a_pass_writes_seek_points_and_a_later_start_uses_them(tmp_path, small_steps, big_archive):
@@ -404,14 +407,14 @@ def test_a_corrupt_index_is_rebuilt(tmp_path, small_steps, big_archive, damage):
 
 
 def test_an_unwritable_cache_is_no_error(tmp_path):
-    spec = write(tmp_path / "a.tar.gz", gzip.compress(tar(THREE)))
+    spec = write(tmp_path / "a.tar.gz", packed_gzip(tar(THREE)))
     blocked = tmp_path / "file"
     blocked.write_bytes(b"")
     assert read(spec, cache_dir=blocked)[0] == [0, 1, 2, 3, 4]
 
 
 def test_passing_documents_over_parses_nothing(tmp_path, monkeypatch):
-    source = open_source(write(tmp_path / "a.tar.gz", gzip.compress(tar(THREE))))
+    source = open_source(write(tmp_path / "a.tar.gz", packed_gzip(tar(THREE))))
     monkeypatch.setattr("datamodules.unpack.orjson.loads", None)
     assert len(list(source.raw_documents())) == 4
     monkeypatch.undo()
@@ -461,7 +464,7 @@ def test_links_and_folders_are_passed_over(tmp_path):
         (shard(7)[:-60] + b'"}', "truncated_gzip"),
         (b"[" * 3000, "too_deep"),
         (
-            b'{"compressed": true, "data": "' + gzip.compress(b" " * (48 << 20)).hex().encode() + b'"}',
+            b'{"compressed": true, "data": "' + packed_gzip(b" " * (48 << 20)).hex().encode() + b'"}',
             "decompression_bomb",
         ),
         (b" " * (2 << 20), "too_large"),
@@ -507,7 +510,7 @@ def test_of_a_truncated_archive_what_came_before_is_read(tmp_path, packing, cach
 
 @pytest.mark.parametrize("cut", [0, 300])
 def test_several_gzip_members_in_one_file(tmp_path, cut):
-    data = b"".join(gzip.compress(lines(n, n + 1)) for n in range(0, 400, 2)) + b"\0" * 100
+    data = b"".join(packed_gzip(lines(n, n + 1)) for n in range(0, 400, 2)) + b"\0" * 100
     ids, reasons = read(write(tmp_path / "a.jsonl.gz", data[: len(data) - cut]), cache_dir=tmp_path / "cache")
     assert ids == list(range(len(ids)))
     assert (len(ids), reasons) == (400, []) if not cut else (len(ids) > 390 and "truncated_archive" in reasons)
@@ -515,7 +518,7 @@ def test_several_gzip_members_in_one_file(tmp_path, cut):
 
 def test_of_a_truncated_jsonl_what_came_before_is_read(tmp_path):
     data = lines(*range(50))
-    ids, reasons = read(write(tmp_path / "a.jsonl.gz", gzip.compress(data)[:-20]))
+    ids, reasons = read(write(tmp_path / "a.jsonl.gz", packed_gzip(data)[:-20]))
     assert ids == list(range(len(ids))) and len(ids) > 10
     assert "truncated_archive" in reasons
     members = {"a.json": shard(100), "b.jsonl": data}
@@ -549,7 +552,7 @@ def test_a_member_that_claims_too_much(tmp_path):
 
 def test_a_bomb_inside_an_archive_is_passed_over(tmp_path):
     members = {"0.json": shard(0), "bomb.json": b" " * (100 << 20), "2.json": shard(2)}
-    spec = write(tmp_path / "a.tar.gz", gzip.compress(tar(members)))
+    spec = write(tmp_path / "a.tar.gz", packed_gzip(tar(members)))
     assert read(spec) == ([0, 2], ["decompression_bomb"])
 
 
@@ -626,7 +629,7 @@ def test_lines_from_any_place_lose_and_double_nothing(tmp_path, small_steps, kin
         data += line[kind] + b"\n"
     if not expected:
         return
-    spec = write(tmp_path / "a.jsonl.gz", gzip.compress(data))
+    spec = write(tmp_path / "a.jsonl.gz", packed_gzip(data))
     source = open_source(spec)
     ids, reasons = drain(source)
     assert ids == expected and len(reasons) == kinds.count("bad")
