@@ -27,7 +27,7 @@ ROW_TOKENS = 8192
 def pairs_of(archive: str) -> Any:
     """Yields (task, pairs) of every document: read, repaired or quarantined, split, made into prompts and answers."""
     from datamodules.sources import open_source, parse
-    from datamodules.splits import split_document
+    from datamodules.stream.splits import split_document
     from datamodules.tasks import build_tasks
 
     task = build_tasks(["risk"])["risk"]

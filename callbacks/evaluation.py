@@ -26,7 +26,7 @@ from lightning_modules.baselines import MajorityClass, TitleLookup
 from lightning_modules.evaluation import Outcome, Scores, answer_pairs, score, token_limit
 
 if TYPE_CHECKING:
-    from datamodules.prompts import Pair, Task
+    from datamodules.tasks.prompts import Pair, Task
 
 BASELINES = (MajorityClass, TitleLookup)  #: of the risk task
 

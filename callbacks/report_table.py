@@ -14,7 +14,7 @@ from rich.text import Text
 from lightning_modules.evaluation import Scores, differences
 
 if TYPE_CHECKING:
-    from datamodules.prompts import Pair
+    from datamodules.tasks.prompts import Pair
 
 #: name of the figure, what the table calls it, how it is written
 ROWS = (

@@ -20,11 +20,11 @@ from commands.analysis_markdown import to_markdown
 from commands.cli import one_line
 from commands.trained import Trained, open_trained
 from datamodules.errors import UserError
-from datamodules.fields import Refused
+from datamodules.sources.fields import Refused
+from datamodules.sources.unpack import loads
+from datamodules.sources.wire import Parsed, read_report
 from datamodules.tasks import TASKS
 from datamodules.tokenization import ChatFormat, load_tokenizer
-from datamodules.unpack import loads
-from datamodules.wire import Parsed, read_report
 from lightning_modules.analysis import Analysis, Limits
 from lightning_modules.backbone import out_of_memory_advice
 from lightning_modules.inquiry import MAX_NEW_TOKENS, Inquiry

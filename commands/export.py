@@ -24,8 +24,8 @@ from commands.golden_pairs import golden_pairs
 from commands.model_card import model_card
 from commands.trained import CERTIFICATE, Trained, open_trained, recipe
 from datamodules.errors import UserError
-from datamodules.prompts import SYSTEM
 from datamodules.tasks import build_tasks
+from datamodules.tasks.prompts import SYSTEM
 from datamodules.tokenization import ChatFormat, load_tokenizer
 from lightning_modules.backbone import out_of_memory_advice
 from lightning_modules.export import GGUF_FILE, Dtype, MergeBase, copy_adapter, load_exported, merged_model
@@ -33,7 +33,7 @@ from lightning_modules.gguf_export import modelfile, write_gguf
 from lightning_modules.golden import Record, compare, record
 
 if TYPE_CHECKING:
-    from datamodules.prompts import Pair
+    from datamodules.tasks.prompts import Pair
 
 FAILED = 1  #: exit status of an export that is worse than --max_kl allows
 #: what an export consists of; --overwrite removes these, nothing else, and only beside a certificate

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from datamodules.errors import UserError
 from datamodules.findings import FindingsDataModule
-from datamodules.prompts import Pair
+from datamodules.tasks.prompts import Pair
 
 if TYPE_CHECKING:
     from commands.trained import Trained

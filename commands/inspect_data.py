@@ -18,7 +18,7 @@ from commands.inspect_progress import Meter, progress_bar
 from commands.inspect_report import Sample, print_report
 from datamodules.errors import UserError
 from datamodules.findings import FindingsDataModule
-from datamodules.order import epoch_order
+from datamodules.stream.order import epoch_order
 from datamodules.survey import Survey, report_counts, survey
 from datamodules.tokenization import load_tokenizer
 from lightning_modules.causal_lm import CausalLMModule

@@ -9,9 +9,9 @@ from typing import IO, TYPE_CHECKING, Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from datamodules.locations import File, Location
-from datamodules.order import WHOLE, Place, Unit
-from datamodules.readers import Archive, Files, Source
+from datamodules.sources.locations import File, Location
+from datamodules.sources.readers import Archive, Files, Source
+from datamodules.stream.order import WHOLE, Place, Unit
 
 if TYPE_CHECKING:
     from datamodules.survey import Survey

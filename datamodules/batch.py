@@ -41,8 +41,8 @@ class Batch:
         supervised: how many labels the rows hold.
         extras: what an objective or a kernel wants beside it: cached teacher targets, host-built block masks.
         plan: what a model's attention kernel wants to know of the segments, made on the host by the module that trains.
-        cursor: where in the data this batch ends (a :class:`datamodules.stream.Cursor`); the data module reads it to
-            know what was consumed, everybody else passes it on.
+        cursor: where in the data this batch ends (:class:`datamodules.stream.loading.Cursor`); the data module reads
+            it to know what was consumed, everybody else passes it on.
     """
 
     input_ids_BT: Tensor

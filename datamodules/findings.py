@@ -13,19 +13,19 @@ import torch
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
-from datamodules.blocks import BalanceBy, BlockStart, Recipe, blocks
-from datamodules.cache import TokenCache
 from datamodules.errors import UserError
-from datamodules.ledger import Ledger
-from datamodules.order import epoch_order
 from datamodules.packing import Packing, Row, to_batch
 from datamodules.pairs import first_pairs
-from datamodules.prepare import Conflicts, Preparer
-from datamodules.stream import Cursor, DocumentStream, Restartable, Share, deal, prefetch, read_documents
+from datamodules.stream.blocks import BalanceBy, BlockStart, Recipe, blocks
+from datamodules.stream.cache import TokenCache
+from datamodules.stream.ledger import Ledger
+from datamodules.stream.loading import Cursor, DocumentStream, Restartable, Share, deal, prefetch, read_documents
+from datamodules.stream.order import epoch_order
+from datamodules.stream.prepare import Conflicts, Preparer
 
 if TYPE_CHECKING:
     from datamodules.batch import Batch
-    from datamodules.splits import Split
+    from datamodules.stream.splits import Split
     from datamodules.tasks import Pair, Task
     from datamodules.tokenization import ChatFormat
 
@@ -133,7 +133,7 @@ class FindingsDataModule(LightningDataModule):
 
     @property
     def counts(self) -> dict[str, int]:
-        """Counters of the training epoch that was read last; see :class:`datamodules.ledger.Ledger`."""
+        """Counters of the training epoch that was read last; see :class:`datamodules.stream.ledger.Ledger`."""
         return dict(self._counts)
 
     def setup(self, stage: str | None = None) -> None:

@@ -13,7 +13,7 @@ from functools import cache
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from datamodules.splits import Split
+    from datamodules.stream.splits import Split
 
 THRESHOLD = 0.9  #: Jaccard index from which two texts are near
 PERMUTATIONS = 64  #: the estimate's standard error at the threshold is sqrt(0.9 * 0.1 / 64) = 0.04

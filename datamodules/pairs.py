@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections import defaultdict
 from typing import TYPE_CHECKING
 
-from datamodules.order import epoch_order, walk
 from datamodules.records import SEVERITIES
+from datamodules.stream.order import epoch_order, walk
 
 if TYPE_CHECKING:
-    from datamodules.prepare import Preparer
-    from datamodules.splits import Split
+    from datamodules.stream.prepare import Preparer
+    from datamodules.stream.splits import Split
     from datamodules.tasks import Pair
 
 MAX_SCANNED = 50  #: pairs read per pair asked for, where a severity is rarer than that

@@ -15,19 +15,19 @@ from typing import TYPE_CHECKING, Any, TypeVar, get_args
 import numpy as np
 
 from datamodules.batch import IGNORE_INDEX
-from datamodules.blocks import BlockStart, Recipe, blocks
-from datamodules.columns import Columns
-from datamodules.conflicts import merge_conflicts
-from datamodules.dedup import Deduplicator, KeySet
 from datamodules.findings import FIRST_BLOCK, FindingsDataModule
-from datamodules.ledger import Ledger
 from datamodules.near_duplicates import NearDuplicates
-from datamodules.order import Place, epoch_order, walk
 from datamodules.packing import Packing, Row, length, to_batch
-from datamodules.prepare import PreparedDocument
-from datamodules.prompts import finding_content
 from datamodules.sources import parse
-from datamodules.splits import SPLITS, Split, input_key, split_document
+from datamodules.stream.blocks import BlockStart, Recipe, blocks
+from datamodules.stream.columns import Columns
+from datamodules.stream.conflicts import merge_conflicts
+from datamodules.stream.dedup import Deduplicator, KeySet
+from datamodules.stream.ledger import Ledger
+from datamodules.stream.order import Place, epoch_order, walk
+from datamodules.stream.prepare import PreparedDocument
+from datamodules.stream.splits import SPLITS, Split, input_key, split_document
+from datamodules.tasks.prompts import finding_content
 
 if TYPE_CHECKING:
     from collections.abc import Callable

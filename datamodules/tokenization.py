@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
     from datamodules.chat_template import Piece
-    from datamodules.prompts import Pair, Task
+    from datamodules.tasks.prompts import Pair, Task
 
 _ANCHORS = ("\n", "x", "!")  #: texts behind which another is encoded as a continuation; the first that works
 _CUT = "\n[... {tokens} tokens cut ...]\n"

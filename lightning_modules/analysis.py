@@ -19,12 +19,11 @@ from typing import TYPE_CHECKING, Any, Protocol
 import orjson
 from jsonschema import Draft202012Validator
 
-from datamodules import schemas
-from datamodules.prompts import clip
 from datamodules.records import Correlation, Document, Finding
-from datamodules.remediation import PRIORITIES, remediate
-from datamodules.tasks import CorrelationTask, RemediationTask, RiskTask, SummaryTask, TriageTask
-from datamodules.windows import Window, executive_summary, shown_ids, top_findings, triage_summary
+from datamodules.tasks import CorrelationTask, RemediationTask, RiskTask, SummaryTask, TriageTask, schemas
+from datamodules.tasks.prompts import clip
+from datamodules.tasks.remediation import PRIORITIES, remediate
+from datamodules.tasks.windows import Window, executive_summary, shown_ids, top_findings, triage_summary
 from lightning_modules.answers import Judged, parse
 from lightning_modules.candidates import Candidate, candidates
 from lightning_modules.ground_truth import (
@@ -43,7 +42,7 @@ from lightning_modules.metrics import Faithfulness
 from lightning_modules.selection import one_of_each_kind, present_correlations, risky_window, unique_ids
 
 if TYPE_CHECKING:
-    from datamodules.prompts import Schema, Task
+    from datamodules.tasks.prompts import Schema, Task
     from lightning_modules.inquiry import Progress, Reply
 
 

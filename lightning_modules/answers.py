@@ -17,7 +17,7 @@ import orjson
 from jsonschema import Draft202012Validator
 
 if TYPE_CHECKING:
-    from datamodules.prompts import Pair, Task
+    from datamodules.tasks.prompts import Pair, Task
 
 _NUMBER = re.compile(r"(?<![\w.])-?\d+(?:\.\d+)?(?![\w])")
 _WORD = re.compile(r"\w+")

@@ -11,11 +11,11 @@ from collections.abc import Hashable, Iterable, Sequence
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
-from datamodules.prompts import compact, number
+from datamodules.tasks.prompts import compact, number
 from lightning_modules.answers import as_number, parse
 
 if TYPE_CHECKING:
-    from datamodules.prompts import Pair
+    from datamodules.tasks.prompts import Pair
 
 
 class MajorityClass:

@@ -11,9 +11,9 @@ from collections import defaultdict
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from datamodules.prompts import clip, number
 from datamodules.records import SEVERITIES, Correlation
-from datamodules.remediation import ALIASES
+from datamodules.tasks.prompts import clip, number
+from datamodules.tasks.remediation import ALIASES
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

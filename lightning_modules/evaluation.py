@@ -17,7 +17,7 @@ from lightning_modules.intervals import bootstrap, intervals, wilson
 from lightning_modules.metrics import AnswerMetrics
 
 if TYPE_CHECKING:
-    from datamodules.prompts import Pair, Task
+    from datamodules.tasks.prompts import Pair, Task
     from datamodules.tokenization import ChatFormat
 
 STEM = '{"severity":"'  #: what forced choice continues; trained answers name their tags before

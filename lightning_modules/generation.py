@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from lightning_modules.prefix_cache import Prefix, batches_by_length, common_prefix, evaluating
 
 if TYPE_CHECKING:
-    from datamodules.prompts import Pair, Task
+    from datamodules.tasks.prompts import Pair, Task
     from datamodules.tokenization import ChatFormat
 
 Progress = Callable[[float], None]  #: called with the share of the work done, 0..1, never falling
@@ -167,7 +167,7 @@ def forced_choice(
     Returns:
         float32 [n, choices] on the CPU.
     """
-    from datamodules.prompts import Pair
+    from datamodules.tasks.prompts import Pair
 
     fillers = [
         Pair(task=task.name, content="", completion=stem + choice, severity="", category="", findings=1)

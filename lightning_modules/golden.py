@@ -17,7 +17,7 @@ from lightning_modules.evaluation import answer_pairs, score
 from lightning_modules.prefix_cache import evaluating
 
 if TYPE_CHECKING:
-    from datamodules.prompts import Pair, Task
+    from datamodules.tasks.prompts import Pair, Task
     from datamodules.tokenization import ChatFormat
 
 FIGURES = ("schema_valid", "severity_accuracy", "risk_error")

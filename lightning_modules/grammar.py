@@ -17,7 +17,7 @@ from torch import Tensor
 from datamodules.errors import UserError
 
 if TYPE_CHECKING:
-    from datamodules.prompts import Schema
+    from datamodules.tasks.prompts import Schema
 
 
 class JsonGrammar:

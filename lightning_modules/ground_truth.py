@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import orjson
 
-from datamodules.answers import bounded_tags
-from datamodules.prompts import compact
 from datamodules.records import SEVERITIES, SUBSCORES, Finding
+from datamodules.tasks.answers import bounded_tags
+from datamodules.tasks.prompts import compact
 
 if TYPE_CHECKING:
     from datamodules.records import Correlation

@@ -19,7 +19,7 @@ from datamodules.errors import UserError
 from lightning_modules.generation import Constraint, generate
 
 if TYPE_CHECKING:
-    from datamodules.prompts import Task
+    from datamodules.tasks.prompts import Task
     from datamodules.tokenization import ChatFormat
 
 Progress = Callable[[float], None]

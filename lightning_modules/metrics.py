@@ -19,7 +19,7 @@ from datamodules.records import SEVERITIES
 from lightning_modules.answers import Judged, as_number, named_ids, numbers, strings, words
 
 if TYPE_CHECKING:
-    from datamodules.prompts import Task
+    from datamodules.tasks.prompts import Task
 
 INVALID = len(SEVERITIES)  #: column of the confusion matrix for answers without one of the severities
 ECE_BINS = 10

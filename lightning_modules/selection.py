@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from datamodules.records import SEVERITIES
-from datamodules.windows import Window, links_among
+from datamodules.tasks.windows import Window, links_among
 
 if TYPE_CHECKING:
     from datamodules.records import Correlation, Finding

@@ -19,8 +19,8 @@ from callbacks.evaluation import Evaluation
 from callbacks.gauge import Gauge
 from callbacks.report_table import comparison, markdown
 from datamodules.errors import UserError
-from datamodules.prompts import Pair, compact
 from datamodules.tasks import RiskTask
+from datamodules.tasks.prompts import Pair, compact
 from datamodules.tokenization import ChatFormat
 from lightning_modules.evaluation import Outcome, answer_pairs, differences, score, token_limit
 

@@ -8,7 +8,7 @@ import pytest
 from jsonschema import Draft202012Validator
 from trained_run import REPORT, analyze, make_run, short
 
-from datamodules import schemas
+from datamodules.tasks import schemas
 from lightning_modules import inquiry
 from main import main
 

@@ -14,7 +14,7 @@ from commands.inspect_plan import _count, kernels_of
 from commands.inspect_progress import Meter
 from commands.inspect_report import Sample
 from datamodules.findings import FindingsDataModule
-from datamodules.order import epoch_order
+from datamodules.stream.order import epoch_order
 from datamodules.survey import survey
 from datamodules.synthetic import synthesize
 from datamodules.tokenization import Example

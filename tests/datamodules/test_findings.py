@@ -12,7 +12,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from datamodules import FindingsDataModule
 from datamodules.errors import UserError
-from datamodules.stream import Share
+from datamodules.stream.loading import Share
 
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create", "ignore:Consider setting `persistent")
 

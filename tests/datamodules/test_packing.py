@@ -11,7 +11,7 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM
 
 from datamodules.packing import Row, pack, to_batch
-from datamodules.prompts import Pair
+from datamodules.tasks.prompts import Pair
 from datamodules.tokenization import ChatFormat, Example
 
 

@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from datamodules.fields import Ambiguous, Refused, flaw, measure
-from datamodules.gate import read_correlation, read_finding
 from datamodules.records import CATEGORIES, SEVERITIES, SUBSCORES
+from datamodules.sources.fields import Ambiguous, Refused, flaw, measure
+from datamodules.sources.gate import read_correlation, read_finding
 
 GOOD = {
     "id": "suid_1",

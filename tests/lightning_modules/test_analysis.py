@@ -4,11 +4,11 @@ import json
 
 import pytest
 
-from datamodules.answers import risk_answer
-from datamodules.prompts import compact
 from datamodules.records import Correlation, Document, Finding
-from datamodules.remediation import remediate
 from datamodules.tasks import TASKS
+from datamodules.tasks.answers import risk_answer
+from datamodules.tasks.prompts import compact
+from datamodules.tasks.remediation import remediate
 from lightning_modules.analysis import Analysis, Limits
 from lightning_modules.inquiry import Reply
 

@@ -4,9 +4,9 @@ import json
 
 import pytest
 
-from datamodules.prompts import Pair
 from datamodules.records import Document, Finding
 from datamodules.tasks import RiskTask
+from datamodules.tasks.prompts import Pair
 from lightning_modules.answers import judge
 from lightning_modules.baselines import MajorityClass, TitleLookup, typical
 from lightning_modules.metrics import AnswerMetrics

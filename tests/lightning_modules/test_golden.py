@@ -7,8 +7,8 @@ import torch.nn.functional as F
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
-from datamodules.prompts import Pair
 from datamodules.tasks import RiskTask
+from datamodules.tasks.prompts import Pair
 from datamodules.tokenization import ChatFormat
 from lightning_modules.backbone import Backbone
 from lightning_modules.export import load_exported, merged_model

@@ -7,9 +7,9 @@ import torch
 from jsonschema import Draft202012Validator
 from transformers import AutoModelForCausalLM
 
-from datamodules.prompts import Pair, compact
-from datamodules.schemas import RISK, SEVERITY, SUBSCORES, array, closed, correlation, number, text
 from datamodules.tasks import TASKS, RiskTask, build_tasks
+from datamodules.tasks.prompts import Pair, compact
+from datamodules.tasks.schemas import RISK, SEVERITY, SUBSCORES, array, closed, correlation, number, text
 from datamodules.tokenization import ChatFormat
 from lightning_modules.answers import parse
 from lightning_modules.generation import generate

@@ -10,8 +10,8 @@ import pytest
 import torch
 from sklearn.metrics import accuracy_score, brier_score_loss, confusion_matrix, f1_score
 
-from datamodules.prompts import Pair
 from datamodules.records import SEVERITIES
+from datamodules.tasks.prompts import Pair
 from lightning_modules.answers import cut_out, judge, parse
 from lightning_modules.intervals import bootstrap, intervals, wilson
 from lightning_modules.metrics import AnswerMetrics

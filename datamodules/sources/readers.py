@@ -1,0 +1,307 @@
+"""The kinds of sources: files one by one, one file as a stream, a Hugging Face dataset.
+
+Each yields :class:`RawDocument`: a document's bytes (or rows) with its place, cheap for who passes it over. A place is
+(member index, position): the member in file order, and the number of the document's first record in it.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from io import BytesIO
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
+
+import pyarrow as pa
+from pyarrow import parquet
+
+from datamodules.sources.archive import CHUNK_RECORDS, line_chunks, tar_members
+from datamodules.sources.byte_stream import ByteStream, Window, compression_of, read_all
+from datamodules.sources.fields import Refused
+from datamodules.sources.locations import PACKINGS, File, Location, fingerprint, is_record_file, record_kind
+from datamodules.sources.seek_index import SeekIndex
+from datamodules.sources.unpack import LIMITS, Limits
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from datamodules.sources.archive import TarMember
+
+SAVE_EVERY = 256 << 20  #: uncompressed bytes between two writes of a growing index
+
+
+@dataclass(frozen=True, slots=True)
+class RawDocument:
+    """A document that is not yet parsed.
+
+    Attributes:
+        source: the source as the user named it.
+        member: path inside the source; "" for a single file.
+        member_index: number of the member in file order.
+        position: number of the document's first record in the member.
+        payload: bytes of a document (packed or not); a list of lines or of rows; a table of rows; a function that
+            reads the bytes; or the :class:`~datamodules.sources.fields.Refused` that says why there are none.
+    """
+
+    source: str
+    member: str
+    member_index: int
+    position: int
+    payload: Any
+
+
+@dataclass(frozen=True)
+class Deferred:
+    """Bytes of a file that are read when they are needed, so that passing a document over costs nothing."""
+
+    location: Location
+    file: File
+
+    def __call__(self, limits: Limits) -> bytes:
+        """Reads the file as it stands; raises ``Refused`` where it is too large or can't be read."""
+        if self.file.size > limits.member_bytes:
+            raise Refused("too_large", f"{self.file.size} bytes")
+        try:
+            with self.location.open(self.file) as file:
+                return file.read()
+        except OSError as error:
+            raise Refused("unreadable", str(error)) from None
+
+
+class Source(ABC):
+    """Documents in a fixed order.
+
+    Attributes:
+        spec: the source as the user named it.
+        sequential: members are cheap in file order only (a compressed archive).
+    """
+
+    spec: str
+    sequential: bool = False
+
+    @abstractmethod
+    def raw_documents(self, start: tuple[int, int] = (0, 0)) -> Iterator[RawDocument]:
+        """Yields the documents at and after a place (member index, position); never raises for bad members."""
+
+    @abstractmethod
+    def members(self) -> list[str]:
+        """Lists the members in file order; an archive without an index is walked through once for that."""
+
+    @abstractmethod
+    def fingerprint(self) -> str:
+        """Digest by which caches are keyed: names, sizes and modification times, not contents."""
+
+    def read_member(self, member_index: int, position: int = 0) -> Iterator[RawDocument]:
+        """Yields the documents of one member from a position on."""
+        for raw in self.raw_documents((member_index, position)):
+            if raw.member_index != member_index:
+                return
+            yield raw
+
+
+class Files(Source):
+    """A folder, a glob, or a single file of documents; each file is a member.
+
+    Args:
+        location: where they lie.
+        files: in order.
+        kind: form of the records ("json", "lines" or "parquet") where the content told; by each name otherwise.
+        identity: the fingerprint, where the content is known otherwise than by sizes and times.
+    """
+
+    def __init__(self, location: Location, files: list[File], kind: str = "", identity: str = "") -> None:
+        self.spec, self.location, self.list, self.kind = location.spec, location, files, kind
+        self.identity = identity
+
+    def raw_documents(self, start: tuple[int, int] = (0, 0)) -> Iterator[RawDocument]:
+        """See :class:`Source`."""
+        for index in range(start[0], len(self.list)):
+            file = self.list[index]
+            position = first = start[1] if index == start[0] else 0
+            try:
+                for position, payload in self._payloads(file, first):
+                    yield RawDocument(self.spec, file.name, index, position, payload)
+            except (OSError, pa.ArrowException, Refused) as error:
+                refused = error if isinstance(error, Refused) else Refused("unreadable", str(error))
+                yield RawDocument(self.spec, file.name, index, position, refused)
+
+    def members(self) -> list[str]:
+        """See :class:`Source`."""
+        return [file.name for file in self.list]
+
+    def fingerprint(self) -> str:
+        """See :class:`Source`."""
+        return self.identity or fingerprint(self.list)
+
+    def _payloads(self, file: File, start: int) -> Iterator[tuple[int, Any]]:
+        kind = self.kind or record_kind(file.name or file.path)
+        if kind == "json":
+            if start == 0:
+                yield 0, Deferred(self.location, file)
+            return
+        with self.location.open(file) as opened:
+            packing = compression_of(opened.read(4))
+            opened.seek(0)
+            if not packing and kind == "parquet":
+                yield from table_chunks(opened, start)
+                return
+        stream = ByteStream(lambda: self.location.open(file), packing)
+        try:
+            if kind == "parquet":
+                yield from table_chunks(pa.BufferReader(read_all(stream)), start)
+            else:
+                yield from ((position, lines) for position, _, lines in line_chunks(stream.read, start=start))
+        finally:
+            stream.close()
+
+
+class Archive(Source):
+    """One file read as a stream: a tar archive, or JSON Lines, compressed or not.
+
+    Args:
+        location: where it lies.
+        file: the file.
+        kind: "tar" or "lines".
+        compression: "gzip", "zstd" or "".
+        cache_dir: folder for the index of members and seek points; None: it is only kept in memory.
+        limits: what members may unpack to.
+    """
+
+    def __init__(
+        self,
+        location: Location,
+        file: File,
+        kind: str,
+        compression: str,
+        cache_dir: Path | None = None,
+        limits: Limits = LIMITS,
+    ) -> None:
+        self.spec, self.location, self.file, self.limits = location.spec, location, file, limits
+        self.kind, self.compression = kind, compression
+        self.sequential = compression != ""
+        self.index_path = cache_dir / "index" / f"{self.fingerprint()}.idx" if cache_dir is not None else None
+        self._complete: SeekIndex | None = None
+
+    def raw_documents(self, start: tuple[int, int] = (0, 0)) -> Iterator[RawDocument]:
+        """See :class:`Source`. A pass extends the index as far as it reads."""
+        index = self._index()
+        number, position, offset = index.nearest(*start)
+        build = not index.complete
+        try:
+            # from the start of a known archive nothing is sought and nothing noted: the faster reader will do
+            stream = self._stream(None if index.complete and offset == 0 else index.points, build)
+        except OSError as error:
+            yield RawDocument(self.spec, "", number, position, Refused("unreadable", str(error)))
+            return
+        saved = offset
+        try:
+            stream.seek(offset)
+            walk = self._tar(stream, index, number, start) if self.kind == "tar" else self._lines(stream, index, start)
+            for raw in walk:
+                yield raw
+                if build and stream.offset - saved > SAVE_EVERY:
+                    saved = stream.offset
+                    self._save(index, stream)
+            index.complete = True
+        finally:
+            if build:
+                self._save(index, stream)
+            stream.close()
+
+    def members(self) -> list[str]:
+        """See :class:`Source`."""
+        if self.kind == "lines":
+            return [""]
+        index = self._index()
+        if not index.complete:
+            index, stream = SeekIndex(), self._stream(None, build=True)
+            records = (m for m in tar_members(stream) if m.damage is not None or is_record_file(m.name))
+            for number, member in enumerate(records):
+                index.add(number, 0, member.start, member.name)
+            index.complete = True
+            self._save(index, stream)
+            stream.close()
+        return index.names
+
+    def fingerprint(self) -> str:
+        """See :class:`Source`."""
+        return fingerprint([self.file])
+
+    def _stream(self, points: bytes | None, build: bool) -> ByteStream:
+        return ByteStream(lambda: self.location.open(self.file), self.compression, points=points, build=build)
+
+    def _index(self) -> SeekIndex:
+        if self._complete is not None:
+            return self._complete
+        index = (SeekIndex.load(self.index_path) if self.index_path is not None else None) or SeekIndex()
+        self._complete = index if index.complete else None
+        return index
+
+    def _save(self, index: SeekIndex, stream: ByteStream) -> None:
+        index.points = stream.seek_points() or index.points
+        self._complete = index if index.complete else None
+        if self.index_path is not None:
+            index.save(self.index_path)
+
+    def _lines(self, stream: ByteStream, index: SeekIndex, start: tuple[int, int]) -> Iterator[RawDocument]:
+        if start[0] > 0:
+            return
+        _, position, offset = index.nearest(*start)
+        for at, place, lines in line_chunks(stream.read, position=position, offset=offset, start=start[1]):
+            index.add(0, at, place, "")
+            yield RawDocument(self.spec, "", 0, at, lines)
+
+    def _tar(self, stream: ByteStream, index: SeekIndex, number: int, start: tuple[int, int]) -> Iterator[RawDocument]:
+        for member in tar_members(stream):
+            if member.damage is None and not is_record_file(member.name):
+                continue
+            index.add(number, 0, member.start, member.name)
+            if number >= start[0]:
+                first = start[1] if number == start[0] else 0
+                for position, payload in self._payloads(stream, member, first):
+                    yield RawDocument(self.spec, member.name, number, position, payload)
+            number += 1
+
+    def _payloads(self, stream: ByteStream, member: TarMember, start: int) -> Iterator[tuple[int, Any]]:
+        kind, position = record_kind(member.name), start
+        try:
+            if member.damage is not None:
+                raise member.damage
+            if kind == "lines" and not member.name.endswith(PACKINGS[1:]):
+                chunks = line_chunks(Window(stream, member.size).read, start=start)
+                yield from ((position := at, lines) for at, _, lines in chunks)
+            elif kind != "json" or start == 0:
+                data = read_all(stream, member.size, self.limits)
+                yield from _parts(data, kind, start)
+        except Refused as error:
+            yield position, error
+        except (pa.ArrowException, OSError) as error:
+            yield position, Refused("bad_table", str(error))
+
+
+def table_chunks(file: IO[bytes] | pa.NativeFile, start: int = 0) -> Iterator[tuple[int, pa.RecordBatch]]:
+    """Cuts a Parquet file into tables of at most 4,096 rows, with the number of the first row; read by row group."""
+    table = parquet.ParquetFile(file)
+    position = 0
+    for group in range(table.num_row_groups):
+        rows = table.metadata.row_group(group).num_rows
+        if position + rows <= start:
+            position += rows
+            continue
+        for batch in table.iter_batches(batch_size=CHUNK_RECORDS, row_groups=[group]):
+            passed = min(max(start - position, 0), batch.num_rows)
+            if passed < batch.num_rows:
+                yield position + passed, batch.slice(passed)
+            position += batch.num_rows
+
+
+def _parts(data: bytes, kind: str, start: int) -> Iterator[tuple[int, Any]]:
+    """Documents of a member that is held as a whole; JSON stays packed for who parses it."""
+    if kind == "json":
+        yield 0, data
+        return
+    unpacked = ByteStream(lambda: BytesIO(data), compression_of(data))
+    if kind == "lines":
+        yield from ((position, lines) for position, _, lines in line_chunks(unpacked.read, start=start))
+    else:
+        yield from table_chunks(pa.BufferReader(read_all(unpacked) if compression_of(data) else data), start)

@@ -1,0 +1,245 @@
+"""Windows: bounded parts of a document for the tasks that look at many findings, and the texts about them.
+
+Every number, title and id of an answer stands in the window or is counted from it. A document of n findings has
+``ceil(n / size)`` windows; window i takes every k-th finding from i on. Files list findings by category and severity,
+so a run of neighbours would be 24 harmless processes; a comb is a small copy of the host.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from datamodules.records import SEVERITIES
+from datamodules.tasks.prompts import clip, number
+from datamodules.tasks.schemas import MAX_ID, MAX_SUMMARY, MAX_TITLE, MAX_TOP
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Sequence
+
+    from datamodules.records import Correlation, Document, Finding
+
+MAX_LINKS = 4  #: correlations of a window that its prompt lists
+MAX_LINK_IDS = 6  #: findings of such a correlation that are named
+URGENT = ("critical", "high")
+
+_ADVICE = {
+    "critical": "Isolate the host and start incident response today, beginning with {top}.",
+    "high": "Investigate {top} within a day, then work down the list by risk.",
+    "medium": "Plan fixes for the next maintenance window, beginning with {top}.",
+    "low": "No urgent action: cover {top} in routine hardening.",
+    "info": "No action is needed; keep this state as the baseline.",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Link:
+    """What a window shows of a correlation: at least two findings of the window.
+
+    Attributes:
+        title: short name.
+        severity: of the correlation, or None.
+        risk_score: of the correlation, or None.
+        finding_ids: as they are shown in the prompt, in the window's order.
+    """
+
+    title: str
+    severity: str | None
+    risk_score: float | None
+    finding_ids: tuple[str, ...]
+
+    def line(self) -> dict[str, Any]:
+        """The correlation in a prompt."""
+        line: dict[str, Any] = {"title": self.title, "finding_ids": self.finding_ids}
+        if self.severity:
+            line["severity"] = self.severity
+        if self.risk_score is not None:
+            line["risk_score"] = number(self.risk_score)
+        return line
+
+
+@dataclass(slots=True)
+class Window:
+    """Findings that one prompt shows.
+
+    Attributes:
+        findings: in the document's order.
+        links: correlations among them, the riskiest first.
+        whole: the window is the whole document.
+        ids: ids as they are shown, one per finding.
+    """
+
+    findings: list[Finding]
+    links: list[Link] = field(default_factory=list)
+    whole: bool = False
+    ids: list[str] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.ids = shown_ids(self.findings)
+
+    @property
+    def severity(self) -> str:
+        """The highest severity."""
+        return max((finding.severity for finding in self.findings), key=SEVERITIES.index, default="info")
+
+    def ranked(self) -> list[tuple[Finding, str]]:
+        """Findings with their shown ids: highest risk first, ties by id."""
+        rows = zip(self.findings, self.ids, strict=True)
+        return sorted(rows, key=lambda row: (-row[0].risk_score, row[1]))
+
+
+def windows(document: Document, size: int) -> Iterator[Window]:
+    """Deals a document's findings to windows.
+
+    Args:
+        document: findings of one split.
+        size: most findings a window.
+    """
+    count = -(-len(document.findings) // size)
+    parts = [document.findings[start::count] for start in range(count)]
+    for findings, correlations in zip(parts, _correlations_by_window(document, count), strict=True):
+        yield Window(findings, links_among(findings, correlations), whole=count == 1)
+
+
+def _correlations_by_window(document: Document, count: int) -> list[list[Correlation]]:
+    """Finds the correlations with two findings in one window, in one pass over all references."""
+    window_of: dict[str, int] = {}
+    for position, finding in enumerate(document.findings):
+        window_of.setdefault(finding.id, position % count)
+    found: list[list[Correlation]] = [[] for _ in range(count)]
+    for correlation in document.correlations:
+        present = (window_of[key] for key in dict.fromkeys(correlation.finding_ids) if key in window_of)
+        for window, members in Counter(present).items():
+            if members > 1:
+                found[window].append(correlation)
+    return found
+
+
+def links_among(findings: Sequence[Finding], correlations: Iterable[Correlation]) -> list[Link]:
+    """Picks the riskiest correlations among some findings, one per title.
+
+    Args:
+        findings: of one window.
+        correlations: of the document; those with less than two of the findings are left out.
+    """
+    by_id = {finding.id: (index, shown) for index, (finding, shown) in enumerate(_with_ids(findings))}
+    ranked = sorted(correlations, key=lambda correlation: (-(correlation.risk_score or 0), correlation.id))
+    links: dict[str, Link] = {}
+    for correlation in ranked:
+        title = clip(correlation.title, 80)
+        members = sorted({by_id[key] for key in correlation.finding_ids if key in by_id})
+        if len(members) > 1 and title not in links:
+            ids = tuple(shown for _, shown in members[:MAX_LINK_IDS])
+            links[title] = Link(title, correlation.severity, correlation.risk_score, ids)
+            if len(links) == MAX_LINKS:
+                break
+    return list(links.values())
+
+
+def _with_ids(findings: Sequence[Finding]) -> Iterable[tuple[Finding, str]]:
+    return zip(findings, shown_ids(findings), strict=True)
+
+
+def shown_ids(findings: Sequence[Finding]) -> list[str]:
+    """Returns the ids that a prompt shows: the real one where it is short and the first of its kind, else f1, f2, ...
+
+    Scanners use whole paths as ids; at inference the caller maps the answer back by position.
+    """
+    ids = [finding.id for finding in findings]
+    taken = set(ids)
+    if len(taken) == len(ids) and "" not in taken and max(map(len, ids), default=0) <= MAX_ID:
+        return ids
+    seen: set[str] = set()
+    for position, shown in enumerate(list(ids), 1):
+        if not shown or len(shown) > MAX_ID or shown in seen:
+            shown = f"f{position}"
+            while shown in taken or shown in seen:
+                shown += "_"
+        seen.add(shown)
+        ids[position - 1] = shown
+    return ids
+
+
+def finding_line(finding: Finding, shown_id: str) -> dict[str, Any]:
+    """A scored finding in a prompt: one line."""
+    line: dict[str, Any] = {
+        "id": shown_id,
+        "title": clip(finding.title, MAX_TITLE),
+        "category": clip(finding.category, MAX_ID),
+        "severity": finding.severity,
+        "risk_score": number(finding.risk_score),
+    }
+    if finding.probability_actionable is not None:
+        line["probability_actionable"] = number(finding.probability_actionable)
+    if finding.baseline_status == "new":
+        line["baseline_status"] = "new"
+    return line
+
+
+def severity_counts(window: Window) -> str:
+    """Counts by severity: "1 critical, 3 low"."""
+    counts = Counter(finding.severity for finding in window.findings)
+    return ", ".join(f"{counts[name]} {name}" for name in reversed(SEVERITIES) if counts[name])
+
+
+def executive_summary(window: Window) -> str:
+    """Counts by severity, the top risks by name, the correlations, one recommendation."""
+    if not window.findings:
+        return "The scan reports no findings. No action is needed."
+    titles = Counter(finding.title for finding in window.findings)
+    risks: dict[str, str] = {}
+    for finding, _ in window.ranked():
+        times = f"{titles[finding.title]} findings, highest " if titles[finding.title] > 1 else ""
+        risks.setdefault(finding.title, f"{clip(finding.title, 80)} ({times}risk {number(finding.risk_score)})")
+    sentences = [
+        f"{_findings(len(window.findings))}: {severity_counts(window)}.",
+        f"Top risks: {'; '.join(list(risks.values())[:3])}.",
+    ]
+    if window.links:
+        linked = "; ".join(f"{link.title} ({len(link.finding_ids)} findings)" for link in window.links[:2])
+        sentences.append(f"Correlated: {linked}.")
+    top = clip(window.ranked()[0][0].title, 80)
+    sentences.append(_ADVICE[window.severity].replace("{top}", top))
+    return clip(" ".join(sentences), MAX_SUMMARY)
+
+
+def triage_summary(window: Window) -> str:
+    """How many findings need attention now, how many can be planned or wait, and where to start."""
+    counts = Counter(finding.severity for finding in window.findings)
+    urgent = sum(counts[name] for name in URGENT)
+    waiting = len(window.findings) - urgent - counts["medium"]
+    verb = "needs" if 1 in (urgent, len(window.findings)) else "need"
+    text = (
+        f"{urgent} of {_findings(len(window.findings))} {verb} attention now; "
+        f"{counts['medium']} can be planned and {waiting} can wait."
+    )
+    if window.findings and window.severity != "info":
+        finding, shown = window.ranked()[0]
+        text += f" Start with {shown}: {clip(finding.title, 80)} (risk {number(finding.risk_score)})."
+    return text
+
+
+def _findings(count: int) -> str:
+    return f"{count} finding" if count == 1 else f"{count} findings"
+
+
+def top_findings(window: Window) -> list[dict[str, Any]]:
+    """The riskiest findings, each with its reason, in the keys of ``ground_truth_v1``."""
+    rows = []
+    for finding, shown in window.ranked()[:MAX_TOP]:
+        row = finding_line(finding, shown)
+        keys = ("id", "title", "severity", "risk_score", "probability_actionable")
+        rows.append({key: row[key] for key in keys if key in row} | {"reason": _reason(finding, shown, window)})
+    return rows
+
+
+def _reason(finding: Finding, shown: str, window: Window) -> str:
+    parts = [f"{finding.severity} severity at risk {number(finding.risk_score)}"]
+    if finding.probability_actionable is not None:
+        parts.append(f"{finding.probability_actionable:.0%} likely actionable")
+    if finding.baseline_status == "new":
+        parts.append("new since the baseline")
+    if link := next((link for link in window.links if shown in link.finding_ids), None):
+        parts.append(f"part of: {link.title}")
+    return "; ".join(parts)
