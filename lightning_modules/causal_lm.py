@@ -140,7 +140,8 @@ class CausalLMModule(LightningModule):
             teacher = self._prepare_teacher()
             predictions = teacher.predict(batch, positions_N) if teacher is not None else None
             hidden_NC = self._decoder.hidden_at(batch, positions_N)
-            sums = self.objective(Predictions(hidden_NC, self._decoder.head), labels_N, predictions)
+            student = Predictions(hidden_NC, self._decoder.head, self._decoder.frozen_head)
+            sums = self.objective(student, labels_N, predictions)
         return {**sums, "count": (labels_N != IGNORE_INDEX).sum().to(sums["loss"].dtype)}
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:

@@ -89,6 +89,11 @@ class Decoder:
             logits_NV = cap * torch.tanh(logits_NV / cap)
         return logits_NV
 
+    @property
+    def frozen_head(self) -> bool:
+        """Whether no parameter of the head is trained."""
+        return not any(parameter.requires_grad for parameter in self.model.get_output_embeddings().parameters())
+
     def _mask(self, batch: Batch) -> Any:
         """The mask, or one a layer type where rows are longer than the window of some layers."""
         window = getattr(self.config, "sliding_window", None)
@@ -112,10 +117,12 @@ class Predictions:
     Attributes:
         hidden_NC: hidden states of the supervised positions.
         head: hidden states [n, C] -> logits [n, V] in float32 or float64.
+        frozen_head: whether the head has no parameter that wants a gradient.
     """
 
     hidden_NC: Tensor
     head: Callable[[Tensor], Tensor]
+    frozen_head: bool = False
 
 
 def supervised_positions(batch: Batch, multiple: int = 1) -> Tensor:

@@ -2,9 +2,11 @@
 
 Shapes in names: N supervised tokens, C channels, V vocabulary.
 
-An objective returns sums, and the module divides them once by the supervised tokens of the whole optimizer step. A
-chunk's logits are computed again in the backward pass: the head is 2 % of a 7B model's work on a third of the tokens,
-whereas 5,000 tokens' logits in float32, their softmax and its gradient would be 2 GB at V = 32,768.
+An objective returns sums, and the module divides them once by the supervised tokens of the whole optimizer step.
+5,000 tokens' logits in float32, their softmax and its gradient would be 2 GB at V = 32,768, so a chunk of them lives at
+a time. Where the head is frozen, the gradient of the hidden states is made in the same breath: the head is multiplied
+twice, not three times, and nothing of size V is kept. A head that is trained computes its chunks again in the backward
+pass.
 """
 
 from __future__ import annotations
@@ -13,10 +15,11 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn.functional import cross_entropy, log_softmax
 from torch.utils.checkpoint import checkpoint
 
@@ -54,7 +57,7 @@ class Objective(ABC):
 class CompletionCrossEntropy(Objective):
     """Cross-entropy of the labels: maximum likelihood of the completions."""
 
-    chunk: int = 2048
+    chunk: int = 1024
     """Tokens whose logits exist at a time."""
 
     def __call__(self, student: Predictions, labels_N: Tensor, teacher: Predictions | None = None) -> dict[str, Tensor]:
@@ -64,7 +67,7 @@ class CompletionCrossEntropy(Objective):
             logits_NV = student.head(hidden_NC)
             return _cross_entropy(logits_NV, labels_N), _correct(logits_NV, labels_N)
 
-        loss, correct = _chunked(sums, self.chunk, student.hidden_NC, labels_N)
+        loss, correct = _chunked(sums, self.chunk, student, labels_N)
         return {"loss": loss, "correct": correct}
 
 
@@ -119,11 +122,12 @@ class Distillation(Objective):
             with torch.no_grad():
                 teacher_NV = head(teacher_NC).to(logits_NV)
             kl = self._divergence(logits_NV, teacher_NV, labels_N)
-            return _cross_entropy(logits_NV, labels_N), kl, _correct(logits_NV, labels_N)
+            ce = _cross_entropy(logits_NV, labels_N)
+            loss = self.alpha * self.temperature**2 * kl + (1 - self.alpha) * ce
+            return loss, _correct(logits_NV, labels_N), ce.detach(), kl.detach()
 
-        ce, kl, correct = _chunked(sums_of, self.chunk, student.hidden_NC, labels_N, teacher.hidden_NC)
-        loss = self.alpha * self.temperature**2 * kl + (1 - self.alpha) * ce
-        return {"loss": loss, "correct": correct, "ce": ce.detach(), "kl": kl.detach()}
+        totals = _chunked(sums_of, self.chunk, student, labels_N, teacher.hidden_NC)
+        return dict(zip(("loss", "correct", "ce", "kl"), totals, strict=True))
 
     def _divergence(self, logits_NV: Tensor, teacher_NV: Tensor, labels_N: Tensor) -> Tensor:
         """Sum of the divergence at T over the labelled positions."""
@@ -153,11 +157,53 @@ def _correct(logits_NV: Tensor, labels_N: Tensor) -> Tensor:
     return (logits_NV.detach().argmax(dim=-1) == labels_N).sum().to(logits_NV.dtype)
 
 
-def _chunked(function: Callable[..., tuple[Tensor, ...]], chunk: int, *tensors: Tensor) -> tuple[Tensor, ...]:
-    """Adds up a function over pieces of tensors along their first axis; what it saves for backward is made again."""
-    pieces = zip(*(torch.split(tensor, chunk) for tensor in tensors), strict=True)
+def _chunked(
+    function: Callable[..., tuple[Tensor, ...]], chunk: int, student: Predictions, *tensors: Tensor
+) -> tuple[Tensor, ...]:
+    """Adds up a function over pieces of the student's hidden states and other tensors along their first axis.
+
+    Args:
+        function: pieces -> a loss, and other sums that no gradient is wanted of.
+        chunk: length of a piece.
+        student: its head is called by ``function``.
+        *tensors: cut as the hidden states are.
+    """
+    pieces = list(zip(*(torch.split(tensor, chunk) for tensor in (student.hidden_NC, *tensors)), strict=True))
     if not torch.is_grad_enabled():
         results = [function(*piece) for piece in pieces]
+    elif student.frozen_head and student.hidden_NC.requires_grad:
+        return _GradientAtOnce.apply(student.hidden_NC, function, pieces)
     else:
         results = [checkpoint(function, *piece, use_reentrant=False, preserve_rng_state=False) for piece in pieces]
+    return _add_up(results)
+
+
+def _add_up(results: list[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
     return tuple(sum(parts[1:], parts[0]) for parts in zip(*results, strict=True))
+
+
+class _GradientAtOnce(torch.autograd.Function):
+    """A sum over chunks whose gradient is made chunk by chunk in the forward pass, and only scaled in the backward."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden_NC: Tensor, function: Callable[..., tuple[Tensor, ...]], pieces: list[tuple[Tensor, ...]]
+    ) -> tuple[Tensor, ...]:
+        results: list[tuple[Tensor, ...]] = []
+        grads: list[Tensor] = []
+        for hidden, *others in pieces:
+            with torch.enable_grad():
+                leaf = hidden.detach().requires_grad_()
+                loss, *sums = function(leaf, *others)
+                grads += torch.autograd.grad(loss, leaf)
+            results.append((loss.detach(), *(value.detach() for value in sums)))
+        ctx.save_for_backward(torch.cat(grads))
+        totals = _add_up(results)
+        ctx.mark_non_differentiable(*totals[1:])
+        return totals
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor, None, None]:
+        (grad_NC,) = ctx.saved_tensors
+        return grad_NC * grad.to(grad_NC.dtype), None, None

@@ -1,5 +1,7 @@
 """Each loss against torch's own losses and autograd on full logits, in float64 at odd shapes."""
 
+import copy
+
 import pytest
 import torch
 from torch.nn.functional import cross_entropy, log_softmax, softmax
@@ -28,6 +30,13 @@ def gradients(loss, hidden, head):
     return torch.autograd.grad(loss, [hidden, head.weight])
 
 
+def frozen_gradient(objective, hidden, head, *others):
+    """Sums, and the gradient of three times the loss, where the head is frozen."""
+    frozen = copy.deepcopy(head).requires_grad_(False)
+    sums = objective(Predictions(hidden, frozen, frozen_head=True), *others)
+    return sums, torch.autograd.grad(3 * sums["loss"], hidden)[0]
+
+
 def reference_divergence(student, teacher, temperature, divergence, beta):
     """Sum over rows by torch.nn.KLDivLoss, which takes log q as input and log p as target for KL(p || q)."""
     kl = torch.nn.KLDivLoss(reduction="sum", log_target=True)
@@ -46,9 +55,13 @@ def test_cross_entropy_equals_torch_in_chunks_of_any_size(case, chunk):
     sums = CompletionCrossEntropy(chunk=chunk)(Predictions(hidden, head), labels)
     expected = cross_entropy(head(hidden), labels, reduction="sum")
     torch.testing.assert_close(sums["loss"], expected, rtol=0, atol=1e-9)
-    for ours, theirs in zip(gradients(sums["loss"], hidden, head), gradients(expected, hidden, head), strict=True):
+    reference = gradients(expected, hidden, head)
+    for ours, theirs in zip(gradients(sums["loss"], hidden, head), reference, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-9)
     assert sums["correct"] == (head(hidden).argmax(-1) == labels).sum()
+    frozen, gradient = frozen_gradient(CompletionCrossEntropy(chunk=chunk), hidden, head, labels)
+    assert all(torch.equal(frozen[name], value) for name, value in sums.items())
+    torch.testing.assert_close(gradient, 3 * reference[0], rtol=0, atol=1e-9)
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.3, 1.0])
@@ -67,8 +80,12 @@ def test_distillation_equals_torch(case, divergence, temperature, alpha):
     torch.testing.assert_close(sums["ce"], ce.detach(), rtol=0, atol=1e-6)
     if alpha:
         torch.testing.assert_close(sums["kl"], kl.detach(), rtol=0, atol=1e-6)
-    for ours, theirs in zip(gradients(sums["loss"], hidden, head), gradients(expected, hidden, head), strict=True):
+    reference = gradients(expected, hidden, head)
+    for ours, theirs in zip(gradients(sums["loss"], hidden, head), reference, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-6)
+    frozen, gradient = frozen_gradient(objective, hidden, head, labels, teacher)
+    assert all(torch.equal(frozen[name], value) for name, value in sums.items())
+    torch.testing.assert_close(gradient, 3 * reference[0], rtol=0, atol=1e-6)
 
 
 def test_alpha_0_is_plain_training_bit_for_bit_and_wants_no_teacher(case):
@@ -149,6 +166,25 @@ def test_full_logits_never_exist(case):
 
     CompletionCrossEntropy(chunk=4)(Predictions(hidden, watched), labels)["loss"].backward()
     assert seen == [4, 4, 4, 1, 1, 4, 4, 4]
+
+
+def test_a_frozen_head_computes_each_chunk_once(case):
+    hidden, head, labels, _ = case
+    head.requires_grad_(False)
+    seen = []
+
+    def watched(hidden_NC):
+        seen.append(len(hidden_NC))
+        return head(hidden_NC)
+
+    objective = CompletionCrossEntropy(chunk=4)
+    with torch.no_grad():
+        objective(Predictions(hidden, watched, frozen_head=True), labels)
+    sums = objective(Predictions(hidden, watched, frozen_head=True), labels)
+    assert seen == [4, 4, 4, 1, 4, 4, 4, 1]
+    assert not sums["correct"].requires_grad
+    sums["loss"].backward()
+    assert len(seen) == 8
 
 
 @pytest.mark.parametrize(
