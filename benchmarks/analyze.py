@@ -1,0 +1,183 @@
+"""How many findings a second does ``analyze`` read, with the shapes of a large model?
+
+    python benchmarks/analyze.py --tokenizer FOLDER [--report report.json] [--findings 234,2340] [--output table.json]
+
+Mistral-7B shapes with random weights: speed does not depend on their values, answers do. So every answer is forced,
+token by token, to one of a real answer's length (the median of generated pairs of its task), with the grammar computed
+all the same: the time is that of a trained model whose answers end. Everything else is the command's own: reading,
+prompts, batches, prefix cache, grammar, the document and its ids.
+
+``merged`` is what ``export --format merged`` writes (bf16, no adapter), ``nf4`` a run's own NF4 base with LoRA r=64.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import statistics
+import sys
+import time
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+
+import torch  # noqa: E402
+
+from commands.analyze import pick_device  # noqa: E402
+from datamodules.findings import FindingsDataModule  # noqa: E402
+from datamodules.records import Document  # noqa: E402
+from datamodules.sources.unpack import loads  # noqa: E402
+from datamodules.sources.wire import read_report  # noqa: E402
+from datamodules.synthetic import iter_documents  # noqa: E402
+from datamodules.tasks import TASKS  # noqa: E402
+from datamodules.tokenization import ChatFormat, load_tokenizer  # noqa: E402
+from lightning_modules import Backbone, LoRA  # noqa: E402
+from lightning_modules.analysis import Analysis  # noqa: E402
+from lightning_modules.inquiry import Inquiry  # noqa: E402
+
+SOURCE = "synthetic://?findings=600&seed=7"  #: answers of usual length, and findings where no report is given
+
+
+class Forced:
+    """A grammar's matcher whose mask is cut down to the next token of a given answer.
+
+    Args:
+        matcher: of the grammar, computed at each step as for any answer.
+        ids: of the answer, end of sequence included.
+    """
+
+    def __init__(self, matcher: Any, ids: list[int]) -> None:
+        self.matcher, self.ids = matcher, iter(ids)
+
+    def __call__(self, token: int | None) -> torch.Tensor:
+        """Takes the newest token and allows the next one only; one that the grammar forbids is an error."""
+        allowed, following = self.matcher(token), next(self.ids)
+        assert allowed[following], f"the grammar forbids token {following} of the forced answer"
+        only = torch.zeros_like(allowed)
+        only[following] = True
+        return only
+
+
+class ForcedInquiry(Inquiry):
+    """Asks as ``analyze`` does, and gets answers of usual length.
+
+    Args:
+        answers: token ids of one answer a task.
+        seconds: filled with the time that each task took.
+        **options: as of :class:`~lightning_modules.inquiry.Inquiry`.
+    """
+
+    def __init__(self, answers: dict[str, list[int]], seconds: dict[str, float], **options: Any) -> None:
+        super().__init__(**options)
+        self.answers, self.seconds = answers, seconds
+
+    def _constraint(self, task: Any) -> Any:
+        grammar = super()._constraint(task)
+        return lambda: Forced(grammar(), self.answers[task.name])
+
+    def __call__(self, task: Any, contents: Any, progress: Any = lambda share: None) -> Any:
+        """Times the questions of a task."""
+        started = time.perf_counter()
+        replies = super().__call__(task, contents, progress)
+        self.seconds[task.name] = time.perf_counter() - started
+        assert all(reply.complete for reply in replies)
+        return replies
+
+
+def usual_answers(data: FindingsDataModule) -> dict[str, list[int]]:
+    """Token ids of the answer of median length of each task."""
+    answers = {}
+    for name in TASKS:
+        pairs = data.pairs("train", name, 200)
+        ids = [example.completion_ids.tolist() for example in data.chat.encode(data.tasks[name], pairs)]
+        answers[name] = sorted(ids, key=len)[len(ids) // 2]
+    return answers
+
+
+def repeated(document: Document, count: int) -> Document:
+    """A report of so many findings: copies differ in title and id, so that each is asked for itself."""
+    findings = []
+    for number in range(count):
+        finding = copy.deepcopy(document.findings[number % len(document.findings)])
+        again = number // len(document.findings)
+        finding.title, finding.id = finding.title + f" ({again})" * bool(again), f"{finding.id}-{again}"
+        findings.append(finding)
+    return replace(document, findings=findings, correlations=[])
+
+
+def measure(inquiry: ForcedInquiry, document: Document, repeats: int) -> dict[str, Any]:
+    """Analyses a report some times; the fastest pass, and the median beside it."""
+    passes = []
+    for _ in range(repeats):
+        inquiry._kept.clear()  # no answer from the pass before
+        started = time.perf_counter()
+        Analysis(inquiry, TASKS)(copy.deepcopy(document))
+        passes.append((time.perf_counter() - started, dict(inquiry.seconds)))
+    seconds, by_task = min(passes, key=lambda one: one[0])
+    count = len(document.findings)
+    return {
+        "findings": count,
+        "findings_s": round(count / seconds, 1),
+        "median_findings_s": round(count / statistics.median(one[0] for one in passes), 1),
+        "risk_findings_s": round(count / by_task["risk"], 1),
+        "seconds": {"all": round(seconds, 1)} | {task: round(value, 1) for task, value in by_task.items()},
+    }
+
+
+def load(kind: str, folder: str, device: torch.device) -> Any:
+    """Builds the model of a kind with random weights."""
+    backbone = partial(Backbone, f"random:{folder}", dtype="float32" if device.type == "cpu" else "bfloat16")
+    recipe = backbone("none") if kind == "merged" else backbone("nf4", lora=LoRA(64, 128))
+    return recipe.build(device).requires_grad_(False)
+
+
+def main() -> None:
+    """Measures each kind and number of findings, and prints one line of JSON for each."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokenizer", required=True, help="folder of the model's tokenizer (Mistral-7B-Instruct-v0.3)")
+    parser.add_argument("--model", default=str(ROOT / "benchmarks" / "mistral-7b"), help="folder with a config.json")
+    parser.add_argument("--report", help="scanner report; without it generated findings")
+    parser.add_argument("--findings", default="234,2340")
+    parser.add_argument("--kinds", default="merged,nf4")
+    parser.add_argument("--batch_size", type=int, default=234)
+    parser.add_argument("--repeats", type=int, default=2)
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--output", help="JSON file for the figures")
+    args = parser.parse_args()
+    device = pick_device(args.device)
+    shares = dict.fromkeys(TASKS, 1.0)
+    data = FindingsDataModule([SOURCE], tokenizer=args.tokenizer, tasks=shares, row_tokens=8192, val=0.05)
+    data.setup()
+    answers = usual_answers(data)
+    print("forced answers:", {task: f"{len(ids)} tokens" for task, ids in answers.items()}, flush=True)
+    report = loads(Path(args.report).read_bytes())[0] if args.report else next(iter_documents(234, seed=1))
+    document = read_report(report, args.report or "generated").document
+    rows = []
+    for kind in args.kinds.split(","):
+        model = load(kind, args.model, device)
+        for count in map(int, args.findings.split(",")):
+            inquiry = ForcedInquiry(
+                answers, {}, model=model, chat=ChatFormat(load_tokenizer(args.tokenizer)), identity="random",
+                batch_size=args.batch_size,
+            )  # fmt: skip
+            if device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats()
+            row = {"kind": kind, "batch_size": args.batch_size} | measure(
+                inquiry, repeated(document, count), args.repeats
+            )
+            if device.type == "cuda":
+                row["peak_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 1)
+            print(json.dumps(row), flush=True)
+            rows.append(row)
+        del model
+    if args.output:
+        Path(args.output).write_text(json.dumps({"device": str(device), "rows": rows}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
