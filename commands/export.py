@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import gc
-import hashlib
-import json
-import platform
 import shlex
 from collections.abc import Callable
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -17,25 +13,30 @@ from jsonargparse import ArgumentError, ArgumentParser
 from rich.console import Console
 
 from callbacks.gauge import Gauge
-from callbacks.run_record import REPOSITORY, git_state, package_versions
+from commands import certificate as certificates
 from commands.analyze import pick_device
 from commands.cli import one_line
 from commands.golden_pairs import golden_pairs
 from commands.model_card import model_card
-from commands.trained import CERTIFICATE, Trained, open_trained, recipe
+from commands.trained import CERTIFICATE, Trained, open_trained
 from datamodules.errors import UserError
 from datamodules.tasks import build_tasks
 from datamodules.tasks.prompts import SYSTEM
 from datamodules.tokenization import ChatFormat, load_tokenizer
 from lightning_modules.backbone import out_of_memory_advice
-from lightning_modules.export import GGUF_FILE, Dtype, MergeBase, copy_adapter, load_exported, merged_model
-from lightning_modules.gguf_export import modelfile, write_gguf
+from lightning_modules.export import GGUF_FILE, Dtype, LoadAs, MergeBase, copy_adapter, load_exported, merged_model
+from lightning_modules.gguf_export import GgufType, write_gguf
 from lightning_modules.golden import Record, compare, record
+from lightning_modules.ollama import modelfile
 
 if TYPE_CHECKING:
     from datamodules.tasks.prompts import Pair
 
-FAILED = 1  #: exit status of an export that is worse than --max_kl allows
+FAILED = 1  #: exit status of an export that is worse than its bounds allow
+#: --max_kl of each kind of weights. A divergence of 0.02 moves at most a tenth of a token's probability (Pinsker:
+#: sqrt(KL / 2)); rounding to 16 or 8 bits costs far less, a wrong base more. 4 bits cost what EXPERIMENTS.md says.
+MAX_KL = {"q4_1": 0.1, "q4_0": 0.1}
+MAX_KL_ELSE = 0.02
 #: what an export consists of; --overwrite removes these, nothing else, and only beside a certificate
 WRITTEN = (
     "adapter_config.json", "adapter_model.safetensors", "config.json", "generation_config.json", "model*.safetensors",
@@ -72,9 +73,12 @@ def export(
     format: Literal["adapter", "merged", "gguf"] = "adapter",
     merge_base: MergeBase = "trained",
     dtype: Dtype = "auto",
-    golden: int = 20,
-    max_kl: float = 0.02,
-    batch_size: int = 16,
+    gguf_type: GgufType = "f16",
+    load_as: LoadAs = "trained",
+    golden: int = 50,
+    max_kl: float | None = None,
+    max_drop: float = 0.05,
+    batch_size: int = 25,
     device: str = "auto",
     overwrite: bool = False,
 ) -> int:
@@ -83,14 +87,17 @@ def export(
     Args:
         run: run folder.
         output: folder to write.
-        format: adapter is PEFT's (tens of megabytes, needs the base), merged is one model of 16 bits, gguf the same
-            in float16 for llama.cpp and Ollama.
+        format: adapter is PEFT's (tens of megabytes, needs the base), merged is one model of 16 bits, gguf one file
+            for llama.cpp and Ollama, with a Modelfile.
         merge_base: what the adapter is merged on: trained is the base as it was stored in training (an NF4 base is
             dequantised), 16bit the original.
-        dtype: of merged weights; auto is bfloat16, or float16 for a float16 base. GGUF is always float16.
+        dtype: of merged weights; auto is bfloat16, or float16 for a float16 base.
+        gguf_type: how a GGUF file stores matrices: f16, q8_0 (8.5 bits a weight), q4_1 (5 bits) or q4_0 (4.5 bits).
+        load_as: how an adapter is loaded to measure it: trained is the base as in training; agent is the way of
+            sys-scan-graph's agent, an NF4 base with double quantisation, float16 products and the base's tokenizer.
         golden: held-out findings of the certificate; 0 measures nothing, and the certificate says so.
-        max_kl: greatest mean divergence from the trained model, in nats a token. 0.02 moves at most a tenth of a
-            token's probability (Pinsker: sqrt(KL / 2)); rounding to 16 bits costs far less, a wrong base more.
+        max_kl: greatest mean divergence from the trained model, in nats a token; null is 0.02, and 0.1 for 4 bits.
+        max_drop: how much smaller than the trained model's the share of valid answers, or of right severities, may be.
         batch_size: golden answers written at once.
         device: auto (a GPU where there is one), cpu, cuda or cuda:N.
         overwrite: replace an earlier export in the folder.
@@ -98,8 +105,13 @@ def export(
     Raises:
         UserError: an option is out of its range, the run can't be exported, or the folder can't be written.
     """
-    if golden < 0 or max_kl < 0 or batch_size < 1:
-        raise UserError(f"--golden {golden} --max_kl {max_kl} --batch_size {batch_size}: must be 0 or more (batch 1)")
+    kind = gguf_type if format == "gguf" else format
+    bounds = certificates.Bounds(MAX_KL.get(kind, MAX_KL_ELSE) if max_kl is None else max_kl, max_drop)
+    if golden < 0 or bounds.max_kl < 0 or max_drop < 0 or batch_size < 1:
+        given = f"--golden {golden} --max_kl {bounds.max_kl} --max_drop {max_drop} --batch_size {batch_size}"
+        raise UserError(f"{given}: must be 0 or more (batch_size 1)")
+    if load_as == "agent" and format != "adapter":
+        raise UserError(f"--load_as agent --format {format}: the agent loads adapters; leave one of them out")
     trained, target, console = open_trained(run, "--run"), Path(output), Console()
     if trained.run is None:
         raise UserError(f"--run {run}: a run folder has config.yaml; this is an export or a model already")
@@ -108,16 +120,22 @@ def export(
     pairs, origin = golden_pairs(trained, task, golden)  # before anything is written: it may refuse
     place = pick_device(device)
     _clear(target, overwrite)
-    certificate = _facts(trained, format, None if format == "adapter" else merge_base)
+    settings = {
+        "format": format,
+        "merge_base": None if format == "adapter" else merge_base,
+        "gguf_type": gguf_type if format == "gguf" else None,
+        "load_as": load_as if format == "adapter" else None,
+    }
+    certificate = certificates.facts(trained, settings)
     try:
-        _save(target, certificate | {"state": "unfinished"})
-        _write_model(trained, target, format, merge_base, dtype, place)
+        certificates.save(target, certificate | {"state": "unfinished"})
+        _write_model(trained, target, settings, dtype, place)
         load_tokenizer(trained.tokenizer).save_pretrained(target)
-        measured = _measure(trained, target, task, pairs, batch_size, place, console) if pairs else {}
-        certificate |= _verdict(measured, task, origin, max_kl)
+        measured = _measure(trained, target, task, pairs, batch_size, place, load_as, console) if pairs else {}
+        certificate |= certificates.verdict(measured, {"task": task, "origin": origin}, bounds)
         (target / "README.md").write_text(model_card(trained, certificate), encoding="utf-8")
-        certificate["files"] = _files(target)
-        _save(target, certificate)
+        certificate["files"] = certificates.files(target)
+        certificates.save(target, certificate)
     except OSError as error:
         raise UserError(f"--output {output}: {error.strerror or error}; choose another place") from error
     for line in _closing_words(certificate, target):
@@ -125,17 +143,20 @@ def export(
     return FAILED if certificate["state"] == "failed" else 0
 
 
-def _write_model(
-    trained: Trained, target: Path, kind: str, base: MergeBase, dtype: Dtype, device: torch.device
-) -> None:
-    if kind == "adapter":
+def _write_model(trained: Trained, target: Path, settings: dict[str, Any], dtype: Dtype, device: torch.device) -> None:
+    if settings["format"] == "adapter":
         copy_adapter(trained.folder, target)
         return
+    gguf = settings["gguf_type"]
     with out_of_memory_advice("--device to cpu"):
-        model = merged_model(trained.backbone, base, "float16" if kind == "gguf" else dtype, device)
-    if kind == "gguf":
-        write_gguf(model, load_tokenizer(trained.tokenizer), target / GGUF_FILE, "sys-scan-analyst")
-        (target / "Modelfile").write_text(modelfile(SYSTEM), encoding="utf-8")
+        # blocks of 4 or 8 bits are made from float32: to round to 16 bits before would be a second error
+        kept: Dtype = dtype if gguf is None else "float16" if gguf == "f16" else "float32"
+        model = merged_model(trained.backbone, settings["merge_base"], kept, device)
+    if gguf is not None:
+        tokenizer = load_tokenizer(trained.tokenizer)
+        write_gguf(model, tokenizer, target / GGUF_FILE, "sys-scan-analyst", gguf)
+        recipe = modelfile(tokenizer, SYSTEM, model.config.max_position_embeddings)
+        (target / "Modelfile").write_text(recipe, encoding="utf-8")
     else:
         model.save_pretrained(target)  # with its generation config, if it has one
     del model
@@ -144,7 +165,7 @@ def _write_model(
 
 def _measure(
     trained: Trained, target: Path, task_name: str, pairs: list[Pair], batch_size: int, device: torch.device,
-    console: Console,
+    load_as: LoadAs, console: Console,
 ) -> dict[str, Any]:  # fmt: skip
     """Measures the trained model, then the exported one from the disk; never both in memory."""
     templates = (trained.config.get("data", {}).get("init_args") or {}).get("agent_templates")
@@ -158,33 +179,9 @@ def _measure(
         return result
 
     before = measured("trained", trained.tokenizer, lambda: trained.backbone.build(device))
-    after = measured("exported", str(target), lambda: load_exported(target, trained.backbone, device))
-    return compare(before, after) | {"device": str(device), "n": len(pairs), "digest": _digest(pairs)}
-
-
-def _verdict(measured: dict[str, Any], task: str, origin: str, max_kl: float) -> dict[str, Any]:
-    if not measured:
-        return {"state": "not measured", "golden": {"n": 0, "why": "--golden 0"}}
-    passed = measured["kl_mean"] is not None and measured["kl_mean"] <= max_kl
-    golden = {"task": task, "origin": origin, "max_kl": max_kl, **measured}
-    return {"state": "passed" if passed else "failed", "golden": golden}
-
-
-def _facts(trained: Trained, kind: str, merge_base: str | None) -> dict[str, Any]:
-    assert trained.run is not None
-    return {
-        "format": kind,
-        "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "base": recipe(trained.backbone),
-        "tasks": list(trained.tasks or ()),
-        **({"merge_base": merge_base} if merge_base else {}),
-        "config_sha256": _sha256(trained.run / "config.yaml"),
-        "weights_digest": trained.digest(),
-        "git": git_state(REPOSITORY),
-        "packages": package_versions(),
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-    }
+    tokenizer = trained.backbone.model if load_as == "agent" else str(target)
+    after = measured("exported", tokenizer, lambda: load_exported(target, trained.backbone, device, load_as))
+    return compare(before, after) | {"device": str(device), "n": len(pairs), "digest": certificates.digest(pairs)}
 
 
 def _clear(target: Path, overwrite: bool) -> None:
@@ -204,26 +201,6 @@ def _clear(target: Path, overwrite: bool) -> None:
         raise UserError(f"--output {target}: {error.strerror or error}; choose another place") from error
 
 
-def _files(target: Path) -> dict[str, dict[str, Any]]:
-    files = sorted(path for path in target.iterdir() if path.is_file() and path.name != CERTIFICATE)
-    return {path.name: {"sha256": _sha256(path), "bytes": path.stat().st_size} for path in files}
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _digest(pairs: list[Pair]) -> str:
-    return hashlib.sha256(json.dumps([[pair.content, pair.completion] for pair in pairs]).encode()).hexdigest()
-
-
-def _save(target: Path, certificate: dict[str, Any]) -> None:
-    unfinished = target / f"{CERTIFICATE}.unfinished"
-    unfinished.write_text(json.dumps(certificate, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-    unfinished.replace(target / CERTIFICATE)
-
-
 def _free() -> None:
     gc.collect()
     if torch.cuda.is_available():
@@ -231,21 +208,9 @@ def _free() -> None:
 
 
 def _closing_words(certificate: dict[str, Any], target: Path) -> list[str]:
-    golden, size = certificate["golden"], sum(file["bytes"] for file in certificate["files"].values())
-    lines = [f"{certificate['format']} of {size / 1e6:,.1f} MB: {target}"]
-    if certificate["state"] == "not measured":
-        lines.append("  certificate  not measured (--golden 0)")
-    else:
-        verdict = "passed" if certificate["state"] == "passed" else "FAILED"
-        kl = "not a number" if golden["kl_mean"] is None else f"{golden['kl_mean']:.2g} nats a token"
-        lines.append(
-            f"  certificate  {verdict}: divergence {kl} (at most {golden['max_kl']:g}), "
-            f"{golden['same_answers']:.0%} of {golden['n']} answers the same"
-        )
-        lines += [
-            f"  {name:<12} trained {value:.3g}, exported {golden['exported'].get(name, float('nan')):.3g}"
-            for name, value in golden["trained"].items()
-        ]
+    size = sum(file["bytes"] for file in certificate["files"].values())
+    kind = " ".join(filter(None, (certificate["format"], certificate.get("gguf_type"))))
+    lines = [f"{kind} of {size / 1e6:,.1f} MB: {target}", *certificates.closing_words(certificate)]
     if certificate["format"] == "gguf":
         return [*lines, f"  ollama       cd {shlex.quote(str(target))} && ollama create sys-scan-analyst"]
     command = f"python main.py analyze --model {shlex.quote(str(target))} --report REPORT.json --output ENRICHED.json"

@@ -19,7 +19,8 @@ from datamodules.errors import UserError
 from lightning_modules.backbone import Backbone
 
 MergeBase = Literal["trained", "16bit"]
-Dtype = Literal["auto", "bfloat16", "float16"]
+LoadAs = Literal["trained", "agent"]
+Dtype = Literal["auto", "bfloat16", "float16", "float32"]
 GGUF_FILE = "model.gguf"
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 
@@ -70,7 +71,7 @@ def merged_model(trained: Backbone, base: MergeBase, dtype: Dtype, device: torch
     return model
 
 
-def load_exported(folder: Path, trained: Backbone, device: torch.device) -> Any:
+def load_exported(folder: Path, trained: Backbone, device: torch.device, load_as: LoadAs = "trained") -> Any:
     """Loads an export as its user will: plain PEFT or plain transformers, in evaluation mode.
 
     A GGUF file is read by transformers too, which tests its weights but not its tokenizer.
@@ -79,12 +80,15 @@ def load_exported(folder: Path, trained: Backbone, device: torch.device) -> Any:
         folder: what was written.
         trained: names the base of an adapter and how it is stored.
         device: where the weights go.
+        load_as: of an adapter: beside the base as it was in training, or as sys-scan-graph's agent does it.
     """
     if (folder / ADAPTER_FILES[0]).is_file():
         from peft import PeftModel
 
-        base = replace(trained, adapter=None, lora=None).build(device)
-        return PeftModel.from_pretrained(base, str(folder)).eval()
+        base = replace(trained, adapter=None, lora=None)
+        if load_as == "agent":
+            base = replace(base, quantization="nf4", dtype="float16")
+        return PeftModel.from_pretrained(base.build(device), str(folder)).eval()
     from transformers import AutoModelForCausalLM
 
     if (folder / GGUF_FILE).is_file():
@@ -97,7 +101,8 @@ def load_exported(folder: Path, trained: Backbone, device: torch.device) -> Any:
 def _target_dtype(dtype: Dtype, stored: torch.dtype) -> torch.dtype:
     if dtype == "auto":
         return torch.float16 if stored == torch.float16 else torch.bfloat16
-    return torch.float16 if dtype == "float16" else torch.bfloat16
+    kind: torch.dtype = getattr(torch, dtype)
+    return kind
 
 
 def _merge_in_float32(model: nn.Module, target: torch.dtype) -> None:

@@ -1,23 +1,27 @@
-"""A Llama or Mistral model and its tokenizer as one GGUF file of 16-bit floats, for llama.cpp and Ollama.
+"""A Llama or Mistral model and its tokenizer as one GGUF file, for llama.cpp and Ollama.
 
-Matrices in float16, norms in float32, rows of queries and keys in llama.cpp's rotary order. The tokenizer is written
-for llama.cpp's own code: byte-level BPE with its merges (pre-tokenizer ``smollm``), or a SentencePiece model, whose
-scores are the ranks of its merges. Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
+Matrices in float16, or in blocks of 32 integers by the ``gguf`` package's own quantisers: q8_0 (8 bits and a float16
+scale), q4_1 (4 bits, scale and offset), q4_0 (4 bits and a scale). With 4 bits the embeddings and the output matrix
+stay at q8_0, since an error there touches every token. Norms are float32, rows of queries and keys in llama.cpp's
+rotary order. The tokenizer is written for llama.cpp's own code: byte-level BPE with its merges (pre-tokenizer
+``smollm``), or a SentencePiece model, whose scores are the ranks of its merges.
+Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from datamodules.errors import UserError
 
+GgufType = Literal["f16", "q8_0", "q4_1", "q4_0"]
 NORMAL, UNKNOWN, CONTROL, BYTE = 1, 2, 3, 6  #: token types of GGUF
-F16 = 1  #: file type "mostly float16"
+BLOCK = 32  #: numbers of a row that share a scale
 _BLOCK = {
     "input_layernorm": "attn_norm",
     "self_attn.q_proj": "attn_q",
@@ -32,7 +36,7 @@ _BLOCK = {
 _OTHER = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
 
 
-def write_gguf(model: Any, tokenizer: Any, path: Path, name: str) -> None:
+def write_gguf(model: Any, tokenizer: Any, path: Path, name: str, kind: GgufType = "f16") -> None:
     """Writes a model.
 
     Args:
@@ -40,12 +44,13 @@ def write_gguf(model: Any, tokenizer: Any, path: Path, name: str) -> None:
         tokenizer: its fast tokenizer.
         path: file to write.
         name: of the model, for people.
+        kind: how matrices are stored.
 
     Raises:
-        UserError: an architecture, a position encoding or a tokenizer that this can't express, or weights beyond
-            float16.
+        UserError: an architecture, a position encoding or a tokenizer that this can't express, weights beyond float16,
+            or rows that do not divide into blocks.
     """
-    from gguf import GGUFWriter
+    from gguf import GGUFWriter, LlamaFileType
 
     config = model.config
     _check(config)
@@ -53,13 +58,13 @@ def write_gguf(model: Any, tokenizer: Any, path: Path, name: str) -> None:
     writer = GGUFWriter(path, "llama")
     try:
         writer.add_name(name)
-        writer.add_file_type(F16)
+        writer.add_file_type(LlamaFileType[f"MOSTLY_{kind.upper()}"])
         _add_shape(writer, config)
         _add_tokenizer(writer, vocabulary, tokenizer)
         tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
         for key, weight in model.state_dict().items():
             if not (tied and key == "lm_head.weight"):
-                writer.add_tensor(tensor_name(key), _converted(key, weight, config))
+                _add_tensor(writer, key, _converted(key, weight, config), kind)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
@@ -121,11 +126,6 @@ def tokenizer_fields(tokenizer: Any, size: int) -> dict[str, Any]:
     return {"model": "llama", "pre": "default", "tokens": tokens, "types": types, "scores": scores}
 
 
-def modelfile(system: str) -> str:
-    """Ollama's recipe for the file beside it; greedy, as the model was measured."""
-    return f'FROM ./model.gguf\nPARAMETER temperature 0\nPARAMETER num_ctx 4096\nSYSTEM """{system}"""\n'
-
-
 def _check(config: Any) -> None:
     rope = getattr(config, "rope_parameters", None) or {}
     window = getattr(config, "sliding_window", None)
@@ -175,20 +175,37 @@ def _add_tokenizer(writer: Any, fields: dict[str, Any], tokenizer: Any) -> None:
         writer.add_chat_template(tokenizer.chat_template)
 
 
-def _converted(key: str, weight: Tensor, config: Any) -> Any:
-    """A tensor as numpy array: float32 for vectors, float16 for matrices, queries and keys in rotary pairs."""
-    weight = weight.detach().cpu()
+def _add_tensor(writer: Any, key: str, weight: Tensor, kind: GgufType) -> None:
+    """Adds a tensor: vectors in float32, matrices as ``kind`` says."""
+    from gguf import GGMLQuantizationType
+    from gguf.quants import quantize
+
+    name = tensor_name(key)
     if weight.ndim == 1:
-        return weight.float().numpy()
-    if ".q_proj." in key or ".k_proj." in key:
-        heads = config.num_attention_heads if ".q_proj." in key else config.num_key_value_heads
-        rows, columns = weight.shape
-        # Hugging Face's two halves of a head -> pairs (0, 1), (2, 3), ...
-        weight = weight.view(heads, 2, rows // heads // 2, columns).transpose(1, 2).reshape(rows, columns)
-    half = weight.to(torch.float16)
-    if not torch.isfinite(half).all():
-        raise UserError(f"--format gguf: {key} has values beyond float16; use --format merged")
-    return half.numpy()
+        writer.add_tensor(name, weight.numpy())
+    elif kind == "f16":
+        half = weight.to(torch.float16)
+        if not torch.isfinite(half).all():
+            raise UserError(f"--format gguf: {key} has values beyond float16; use --format merged")
+        writer.add_tensor(name, half.numpy())
+    else:
+        if weight.shape[1] % BLOCK:
+            raise UserError(
+                f"--gguf_type {kind}: {key} has rows of {weight.shape[1]}, no multiple of {BLOCK}; use --gguf_type f16"
+            )
+        coarse = GGMLQuantizationType["Q8_0" if name in ("token_embd.weight", "output.weight") else kind.upper()]
+        writer.add_tensor(name, quantize(weight.numpy(), coarse), raw_dtype=coarse)
+
+
+def _converted(key: str, weight: Tensor, config: Any) -> Tensor:
+    """A tensor in float32 on the CPU, the rows of queries and keys in rotary pairs."""
+    weight = weight.detach().cpu().float()
+    if ".q_proj." not in key and ".k_proj." not in key:
+        return weight
+    heads = config.num_attention_heads if ".q_proj." in key else config.num_key_value_heads
+    rows, columns = weight.shape
+    # Hugging Face's two halves of a head -> pairs (0, 1), (2, 3), ...
+    return weight.view(heads, 2, rows // heads // 2, columns).transpose(1, 2).reshape(rows, columns)
 
 
 def _head_width(config: Any) -> int:

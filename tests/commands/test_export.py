@@ -4,6 +4,7 @@ import hashlib
 import json
 import shutil
 import socket
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from trained_run import REPORT, analyze, make_run, short, write_evaluation
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from commands.certificate import Bounds
 from main import main
 
 
@@ -108,6 +110,10 @@ def test_a_gguf_file_holds_the_merged_model(tmp_path, tiny_mistral, mistral_toke
     assert certificate["golden"]["kl_mean"] < 1e-4
     assert {"model.gguf", "Modelfile", "README.md"} <= certificate["files"].keys()
     assert "ollama create" in capsys.readouterr().out
+    few = export(run, tmp_path / "few", "--format", "gguf", "--gguf_type", "q4_1", "--golden", "4", "--max_kl", "0.5")
+    assert (few[0], few[1]["gguf_type"]) == (0, "q4_1")
+    assert few[1]["golden"]["kl_mean"] > 10 * certificate["golden"]["kl_mean"]
+    assert few[1]["files"]["model.gguf"]["bytes"] < 0.6 * certificate["files"]["model.gguf"]["bytes"]
     assert main(["analyze", "--model", str(tmp_path / "out"), "--report", str(run / "run.json"),
                  "--output", str(tmp_path / "e.json")]) == 2  # fmt: skip
 
@@ -122,6 +128,9 @@ def test_the_certificate_holds_what_it_says(run, tmp_path):
     config = (run / "config.yaml").read_bytes()
     assert certificate["config_sha256"] == hashlib.sha256(config).hexdigest()
     assert certificate["packages"]["torch"]
+    assert certificate["run"]["step"] == 3
+    backbone = certificate["config"]["model"]["init_args"]["backbone"]
+    assert (backbone["lora"]["rank"], backbone["model"]) == (4, Path(backbone["model"]).name)  # no folder of this host
     assert certificate["golden"]["n"] == 2
 
 
@@ -130,8 +139,29 @@ def test_an_export_that_is_too_far_fails_with_the_numbers(run, tmp_path, capsys)
     assert (status, certificate["state"]) == (1, "failed")
     assert certificate["golden"]["max_kl"] == 1e-12
     assert (tmp_path / "out" / "model.safetensors").exists()
-    printed = capsys.readouterr().out
-    assert f"FAILED: divergence {certificate['golden']['kl_mean']:.2g} nats" in printed
+    printed, kl = capsys.readouterr().out, certificate["golden"]["kl_mean"]
+    assert f"FAILED: divergence {kl:.2g} nats" in printed
+    assert f"{kl:.3g} nats a token is {kl - 1e-12:.3g} above --max_kl 1e-12" in printed
+    assert "certificate: failed" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_bounds_say_what_is_beyond_them_and_by_how_much():
+    bounds = Bounds(max_kl=0.02, max_drop=0.05)
+    before = {"schema_valid": 1.0, "severity_accuracy": 0.8}
+
+    def exceeded(kl, valid, accuracy):
+        exported = {"schema_valid": valid, "severity_accuracy": accuracy}
+        return bounds.exceeded({"kl_mean": kl, "trained": before, "exported": exported})
+
+    assert exceeded(0.02, 0.95, 0.75) == []
+    assert exceeded(0.0, 1.0, 0.9) == []  # better is no fault
+    assert exceeded(0.05, 1.0, 0.8) == ["divergence 0.05 nats a token is 0.03 above --max_kl 0.02"]
+    words = exceeded(None, 0.9, 0.5)
+    assert words == [
+        "divergence is not a number",
+        "schema_valid fell from 1 to 0.9, 0.05 more than --max_drop 0.05",
+        "severity_accuracy fell from 0.8 to 0.5, 0.25 more than --max_drop 0.05",
+    ]
 
 
 def test_a_damaged_adapter_is_found_out(run, tmp_path, monkeypatch):
@@ -211,6 +241,7 @@ MISTAKES = {
     "no run": ({"--run": "nowhere"}, "--run nowhere: no such folder"),
     "an export as run": ({"--run": "adapter"}, "--run adapter: a run folder has config.yaml"),
     "no such format": ({"--format": "onnx"}, "format"),
+    "an agent that loads a merged model": ({"--format": "merged", "--load_as": "agent"}, "the agent loads adapters"),
     "negative golden": ({"--golden": "-1"}, "--golden -1"),
     "a folder of something else": ({"--output": "full", "--overwrite": "true"}, "holds no earlier export"),
     "a file": ({"--output": "file"}, "--output file is a file"),
