@@ -13,9 +13,6 @@ SHOWN = 300  #: characters of a text
 
 def to_markdown(document: dict[str, Any]) -> str:
     """Renders a ``ground_truth_v1`` document of :class:`lightning_modules.analysis.Analysis`."""
-    findings = sorted(
-        document["enriched_findings"], key=lambda f: (-SEVERITIES.index(f["severity"]), -f["risk_score"], f["id"])
-    )
     summaries = document["summaries"]
     parts = [
         "# Scan analysis",
@@ -30,19 +27,31 @@ def to_markdown(document: dict[str, Any]) -> str:
         *(_correlation(item) for item in document["correlations"]),
         *([] if document["correlations"] else ["None found."]),
         "## Findings",
-        _table(findings),
+        _table(by_rank(document)),
         "## How this was made",
-        *_provenance(document),
+        _provenance(document),
     ]
     return "\n\n".join(parts) + "\n"
 
 
-def plain(text: Any, length: int = SHOWN) -> str:
-    """Text on one line in which nothing is Markdown, HTML or a control character."""
+def by_rank(document: dict[str, Any]) -> list[dict[str, Any]]:
+    """The findings, the worst first."""
+    return sorted(
+        document["enriched_findings"], key=lambda f: (-SEVERITIES.index(f["severity"]), -f["risk_score"], f["id"])
+    )
+
+
+def visible(text: Any, length: int = SHOWN) -> str:
+    """Text on one line and of bounded length, control characters written out."""
     line = " ".join(str(text).split())
     line = "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in line)
-    line = line if len(line) <= length else line[: length - 1] + "…"
-    return _SPECIAL.sub(r"\\\1", line).replace("://", ":\u200b//")  # no autolink to where an attacker wants
+    return line if len(line) <= length else line[: length - 1] + "…"
+
+
+def plain(text: Any, length: int = SHOWN) -> str:
+    """Text on one line in which nothing is Markdown, HTML or a control character."""
+    line = _SPECIAL.sub(r"\\\1", visible(text, length))
+    return line.replace("://", ":\u200b//")  # no autolink to where an attacker wants
 
 
 def code(text: str) -> str:
@@ -82,11 +91,19 @@ def _table(findings: list[dict[str, Any]]) -> str:
     return "\n".join(rows)
 
 
-def _provenance(document: dict[str, Any]) -> list[str]:
+def _provenance(document: dict[str, Any]) -> str:
+    first, *rest = provenance(document)
+    return "\n".join([plain(first, 600), "", *(f"- {plain(line, 600)}" for line in rest)])
+
+
+def provenance(document: dict[str, Any]) -> list[str]:
+    """Report, model and how it was asked; then what each task's answers came to."""
     about, reference = document["enrichment_results"]["model_report"], document["raw_reference"]
     how = "constrained to the schema" if about["constrained"] else "written freely"
-    rows = [f"Report {plain(reference['file'])} (SHA-256 {reference['sha256']}), model {plain(about['model'])}, {how}."]
+    rows = [f"Report {reference['file']} (SHA-256 {reference['sha256']}), model {about['model']}, {how}."]
     for task, tally in about["answers"].items():
         reasons = ", ".join(f"{count} {reason}" for reason, count in tally["by_rule"].items()) or "none"
-        rows.append(f"- {task}: {tally['by_model']} by the model, by rule: {reasons}")
-    return ["\n".join([rows[0], "", *rows[1:]])]
+        rows.append(f"{task}: {tally['by_model']} by the model, by rule: {reasons}")
+    if unusable := reference["unusable"]:
+        rows.append(f"{len(unusable)} records of the report were not usable")
+    return rows

@@ -16,6 +16,7 @@ from jsonargparse import ArgumentError, ArgumentParser
 from rich.console import Console
 
 from callbacks.gauge import Gauge
+from commands.analysis_html import to_html
 from commands.analysis_markdown import to_markdown
 from commands.cli import one_line
 from commands.trained import Trained, open_trained
@@ -59,7 +60,7 @@ def analyze(
     output: str,
     limit: int | None = None,
     batch_size: int | None = None,
-    format: Literal["json", "markdown"] = "json",
+    format: Literal["json", "markdown", "html"] = "json",
     constrained: bool | None = None,
     device: str = "auto",
     actions: int = 10,
@@ -74,7 +75,7 @@ def analyze(
         output: file to write; answers so far are kept in OUTPUT.partial.jsonl until it is whole.
         limit: only the report's first findings.
         batch_size: questions at once; null is 24 on a CPU, whose arithmetic runs out there, and 96 on a GPU.
-        format: json is a ground_truth_v1 document, markdown is for people.
+        format: json is a ground_truth_v1 document; markdown and html (one file that loads nothing) are for people.
         constrained: whether a grammar keeps every answer to its schema; null is true where llguidance is installed.
         device: auto (a GPU where there is one), cpu, cuda or cuda:N.
         actions: findings above info that get a remediation, the riskiest of each kind first.
@@ -113,7 +114,7 @@ def analyze(
     results = document["enrichment_results"]
     results["model_report"] = about | {"answers": results["model_report"]}
     document["raw_reference"] = reference
-    _write(target, to_markdown(document) if format == "markdown" else dumps(document))
+    _write(target, WRITERS[format](document))
     journal.unlink(missing_ok=True)
     for line in _closing_words(document, target, inquiry.reused, time.monotonic() - started):
         console.print(line, soft_wrap=True, highlight=False, markup=False)
@@ -204,6 +205,9 @@ def pick_device(name: str) -> torch.device:
 def dumps(document: dict[str, Any]) -> str:
     """The document as JSON for files: indented, and readable for any parser."""
     return json.dumps(document, indent=2, ensure_ascii=True, allow_nan=False) + "\n"
+
+
+WRITERS = {"json": dumps, "markdown": to_markdown, "html": to_html}
 
 
 @contextmanager

@@ -3,6 +3,9 @@
 import json
 import shutil
 import socket
+from collections import Counter
+from html import unescape
+from html.parser import HTMLParser
 
 import pytest
 from jsonschema import Draft202012Validator
@@ -193,6 +196,39 @@ def test_markdown_shows_text_as_text(run, tmp_path):
     rows = [line for line in text.splitlines() if line.startswith("| critical")]
     assert len(rows) == 1
     assert rows[0].replace("\\|", "").count("|") == 7
+
+
+class Page(HTMLParser):
+    """Tags and text of a page; text of findings must not become a tag."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.tags, self.texts, self.attributes = Counter(), [], set()
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags[tag] += 1
+        self.attributes |= {name for name, _ in attrs}
+
+    def handle_data(self, data):
+        self.texts.append(data)
+
+
+def test_html_is_one_file_that_runs_and_loads_nothing(run, tmp_path):
+    report = json.loads(json.dumps(REPORT))
+    title = "<script>x</script> <img src=//evil onerror=x> &amp; \x1b[31m"
+    report["results"][0]["findings"][1] |= {"title": title, "category": '"><b onload=x>'}
+    file, output = tmp_path / "report.json", tmp_path / "report.html"
+    file.write_text(json.dumps(report))
+    assert main(["analyze", "--model", str(run), "--report", str(file), "--output", str(output), *short(),
+                 "--format", "html"]) == 0  # fmt: skip
+    page = Page(output.read_text())
+    assert not page.tags.keys() & {"script", "img", "link", "a", "iframe", "object"}
+    assert not page.attributes & {"src", "href", "onerror", "onload"}
+    assert "<script>x</script> <img src=//evil onerror=x> &amp; \\x1b[31m" in page.texts
+    assert page.tags["tr"] == 1 + 3
+    assert {"Scan analysis", "Triage", "What to do", "Correlations", "Findings"} <= set(page.texts)
+    assert "default-src 'none'" in unescape(output.read_text())
 
 
 def test_a_plain_adapter_folder_works_too(run, tmp_path):
