@@ -44,23 +44,35 @@ SOURCE = "synthetic://?findings=600&seed=7"  #: answers of usual length, and fin
 
 
 class Forced:
-    """A grammar's matcher whose mask is cut down to the next token of a given answer.
+    """A grammar whose masks are cut down to the next token of a given answer.
 
     Args:
-        matcher: of the grammar, computed at each step as for any answer.
+        grammar: computed at each step as for any answer.
         ids: of the answer, end of sequence included.
     """
 
-    def __init__(self, matcher: Any, ids: list[int]) -> None:
-        self.matcher, self.ids = matcher, iter(ids)
+    def __init__(self, grammar: Any, ids: list[int]) -> None:
+        self.grammar, self.ids = grammar, ids
 
-    def __call__(self, token: int | None) -> torch.Tensor:
-        """Takes the newest token and allows the next one only; one that the grammar forbids is an error."""
-        allowed, following = self.matcher(token), next(self.ids)
-        assert allowed[following], f"the grammar forbids token {following} of the forced answer"
-        only = torch.zeros_like(allowed)
-        only[following] = True
-        return only
+    def start(self) -> Any:
+        """Makes the matcher of one answer, which counts its tokens."""
+        matcher = self.grammar.start()
+        matcher.answer = iter(self.ids)
+        return matcher
+
+    def allowed(self, matchers: list[Any]) -> torch.Tensor:
+        """Allows the next token only; one that the grammar forbids is an error."""
+        bits_BW = self.grammar.allowed(matchers)
+        for row, matcher in zip(bits_BW, matchers, strict=True):
+            if matcher is None:
+                continue
+            following = next(matcher.answer)
+            bit = 1 << following % 32
+            bit -= (bit >> 31) << 32  # the highest bit is the sign's
+            assert row[following // 32] & bit, f"the grammar forbids token {following} of the forced answer"
+            row.zero_()
+            row[following // 32] = bit
+        return bits_BW
 
 
 class ForcedInquiry(Inquiry):
@@ -78,7 +90,7 @@ class ForcedInquiry(Inquiry):
 
     def _constraint(self, task: Any) -> Any:
         grammar = super()._constraint(task)
-        return lambda: Forced(grammar(), self.answers[task.name])
+        return Forced(grammar, self.answers[task.name])
 
     def __call__(self, task: Any, contents: Any, progress: Any = lambda share: None) -> Any:
         """Times the questions of a task."""

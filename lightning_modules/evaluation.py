@@ -12,15 +12,16 @@ from torch import nn
 
 from datamodules.records import SEVERITIES
 from lightning_modules.answers import judge, parse
-from lightning_modules.generation import completion_nll, forced_choice, generate
+from lightning_modules.generation import generate
 from lightning_modules.intervals import bootstrap, intervals, wilson
+from lightning_modules.likelihood import completion_nll, forced_choice
 from lightning_modules.metrics import AnswerMetrics
 
 if TYPE_CHECKING:
     from datamodules.tasks.prompts import Pair, Task
     from datamodules.tokenization import ChatFormat
 
-STEM = '{"severity":"'  #: what forced choice continues; trained answers name their tags before
+SEVERITY = '"severity":"'  #: what comes before an answer's severity
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,8 @@ class Outcome:
         complete: whether the model ended it; False: it ran into the token limit.
         nll: negative log-likelihood of the expected answer, NaN where there is no model (a baseline).
         tokens: tokens of the expected answer.
-        forced: the severity that is most likely after :data:`STEM`, "" where that was not asked.
+        forced: the severity that is most likely behind the expected answer's beginning (its tags, say), "" where that
+            was not asked.
     """
 
     text: str
@@ -92,8 +94,13 @@ def answer_pairs(
     )
     choices = [""] * len(pairs)
     if forced:
-        likelihoods = forced_choice(model, chat, task, contents, STEM, SEVERITIES, batch_size=batch_size)
-        choices = [SEVERITIES[index] for index in likelihoods.argmax(1).tolist()]
+        asked = [index for index, pair in enumerate(pairs) if SEVERITY in pair.completion]
+        stems = ["".join(pairs[index].completion.partition(SEVERITY)[:2]) for index in asked]
+        likelihoods = forced_choice(
+            model, chat, task, [contents[i] for i in asked], stems, SEVERITIES, batch_size=batch_size
+        )
+        for index, choice in zip(asked, likelihoods.argmax(1).tolist(), strict=True):
+            choices[index] = SEVERITIES[choice]
     answers = generate(
         model, chat, task, contents, max_new_tokens=limit, batch_size=batch_size,
         progress=lambda done: progress(share + (1 - share) * done),

@@ -1,47 +1,55 @@
-"""Greedy generation in batches behind one cached prompt prefix; likelihoods of given answers by the same means.
-
-Shapes in names: B rows, P prefix tokens, S tokens of the rest of a prompt, L tokens in the cache, V vocabulary,
-C choices.
+"""Greedy generation in slots behind one cached prompt prefix, free or held to a grammar.
 
 Every prompt of a task begins with the same tokens (system text and instruction, about 120 of 280). They go through
-the model once, alone; their keys and values are copied before each row of every batch::
+the model once, alone; their keys and values lie before each slot of the cache (:mod:`lightning_modules.slots`). A
+slot whose answer has ended takes the next prompt, so that no row waits for the longest of a batch. Meanwhile adapters
+and 4-bit layers are one 16-bit copy, where the memory is there (:mod:`lightning_modules.merged`).
 
-    cache   | prefix (copied) | padding, rest of the prompt | generated ... |
-    mask    | 1 1 1 1 1 1 1 1 | 0 0 1 1 1 1 1 1 1 1 1 1 1 1 | 1 1 1          |
-    position  0 ............P-1     P ..................P+s-1  P+s ...
-
-Masks and positions are given explicitly, so that padding between prefix and prompt changes nothing. Prompts are sorted
-by length (rows of a batch need little padding), rows that end leave the batch, and only the last position goes
-through the output layer. The tokens are those of ``model.generate`` called on one prompt at a time.
+The tokens are those of ``model.generate`` called on one prompt at a time. A prompt that leaves no room for its answer
+is cut in the middle by rule and says so; an answer that reaches the token limit says so too.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_modules.prefix_cache import Prefix, batches_by_length, common_prefix, evaluating
+from lightning_modules.merged import free_memory, merged
+from lightning_modules.prefix_cache import Prefix, bounded_prompts, common_prefix, evaluating, known_positions
+from lightning_modules.slots import Slots, grouped_attention
 
 if TYPE_CHECKING:
-    from datamodules.tasks.prompts import Pair, Task
+    from datamodules.tasks.prompts import Task
     from datamodules.tokenization import ChatFormat
 
 Progress = Callable[[float], None]  #: called with the share of the work done, 0..1, never falling
+FILL_TOKENS = 1 << 14  #: tokens of prompts that go through the model at once: more gain no speed and cost memory
+CACHE_SHARE = 0.7  #: of the free memory that keys and values may take
 
 
 class Matcher(Protocol):
-    """Follows one answer and says which tokens may come next."""
+    """Follows one answer."""
 
-    def __call__(self, token: int | None) -> Tensor:
-        """Takes the answer's newest token (None before the first) and returns bool [V] on the CPU, True = allowed."""
+    def accept(self, token: int) -> None:
+        """Takes the answer's newest token."""
 
 
-Constraint = Callable[[], Matcher]  #: makes the matcher of one answer
+class Constraint(Protocol):
+    """Says which tokens may come next, for many answers at once."""
+
+    def start(self) -> Matcher:
+        """Makes the matcher of one answer."""
+
+    def allowed(self, matchers: Sequence[Any]) -> Tensor:
+        """Returns int32 [B, W] on the CPU: a bit for each token that may come; all bits where there is no matcher."""
+
+    def accepts(self, tokens: Sequence[int]) -> int:
+        """How many of an answer's first tokens the grammar has."""
 
 
 @dataclass(frozen=True)
@@ -50,15 +58,17 @@ class Answer:
 
     Attributes:
         text: the answer without control tokens.
-        stopped: whether the model ended it; False: it ran into the token limit and is cut.
+        stopped: whether the model ended it; False: it ran into the token limit (or ``give_up``) and is cut.
         token_ids: as generated, the end-of-sequence token left out.
         logprob: natural logarithm of the answer's probability, its end-of-sequence token included.
+        prompt_tokens_cut: tokens of the content that did not fit the model's positions.
     """
 
     text: str
     stopped: bool
     token_ids: list[int]
     logprob: float
+    prompt_tokens_cut: int = 0
 
 
 def generate(
@@ -71,6 +81,9 @@ def generate(
     batch_size: int = 16,
     progress: Progress | None = None,
     constraint: Constraint | None = None,
+    begun: Sequence[Sequence[int]] | None = None,
+    give_up: Callable[[list[int]], bool] | None = None,
+    on_answer: Callable[[int, Answer], None] | None = None,
 ) -> list[Answer]:
     """Writes one answer for each content, greedily.
 
@@ -81,9 +94,13 @@ def generate(
         task: whose prompt is used.
         contents: the part of the prompt that differs (a finding as JSON, say).
         max_new_tokens: limit of an answer.
-        batch_size: rows at once.
+        batch_size: slots; fewer where the cache would not fit the device's memory.
         progress: called after every step.
         constraint: restricts the tokens of each answer, for instance to a grammar.
+        begun: for each content the tokens that its answer begins with; the model goes on from there. Their probability
+            is not in ``logprob``.
+        give_up: asked after every step with an answer's tokens; true ends it as the token limit would.
+        on_answer: called with index and answer as answers end.
 
     Returns:
         One answer per content, in the order of the contents.
@@ -93,151 +110,166 @@ def generate(
     """
     if not contents:
         return []
-    prompts = [list(ids) for ids in chat.prompt_ids(task, contents)]
+    prompts, cuts = bounded_prompts(chat, task, contents, known_positions(model.config) - max_new_tokens)
+    started = [list(tokens) for tokens in begun] if begun is not None else [[] for _ in prompts]
     answers: list[Answer | None] = [None] * len(prompts)
-    report = _Share(len(prompts), max_new_tokens, progress)
-    with evaluating(model), torch.no_grad():
+    share = _Share(len(prompts), max_new_tokens, progress)
+    with ExitStack() as stack:
+        base = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+        for context in (evaluating(model), torch.no_grad(), grouped_attention(base), merged(model)):
+            stack.enter_context(context)
         prefix = Prefix(model, common_prefix(chat.prefix_ids(task), prompts))
-        for batch in batches_by_length([len(prompt) for prompt in prompts], batch_size):
-            decoder = _Decoder(prefix, [prompts[i] for i in batch], chat.eos_id, max_new_tokens, constraint)
-            for row, tokens, stopped, logprob in decoder.run(report):
-                text = chat.decode(tokens)
-                answers[batch[row]] = Answer(text=text, stopped=stopped, token_ids=tokens, logprob=logprob)
+        rows = [
+            _Row(index, [*prompt, *tokens], tokens, constraint.start() if constraint is not None else None)
+            for index, (prompt, tokens) in enumerate(zip(prompts, started, strict=True))
+        ]
+        length = max(len(row.prompt) - len(row.tokens) for row in rows) + max_new_tokens
+        slots = Slots(prefix, _slots(prefix, min(batch_size, len(rows)), length), length)
+        for row in _Queue(slots, rows, chat.eos_id, max_new_tokens, constraint, give_up).run(share):
+            answer = Answer(chat.decode(row.tokens), row.ended, row.tokens, row.logprob, cuts[row.index])
+            answers[row.index] = answer
+            if on_answer is not None:
+                on_answer(row.index, answer)
     return [answer for answer in answers if answer is not None]
 
 
-def completion_nll(
-    model: nn.Module,
-    chat: ChatFormat,
-    task: Task,
-    pairs: Sequence[Pair],
-    *,
-    batch_size: int = 16,
-    progress: Progress | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Negative log-likelihood of each pair's completion, its end-of-sequence token included.
+def constrained(
+    free: Sequence[Answer],
+    constraint: Constraint,
+    eos_id: int,
+    write: Callable[[list[int], list[list[int]]], list[Answer]],
+) -> list[Answer]:
+    """The answers that greedy generation gives under a constraint, from those that it gave freely.
 
-    Returns:
-        float64 [n] sums over the completion's tokens (natural logarithm) and int64 [n] token counts, on the CPU: the
-        held-out loss is ``nll.sum() / tokens.sum()``.
-    """
-    examples = chat.encode(task, pairs)
-    prompts = [example.prompt_ids.tolist() for example in examples]
-    completions = [example.completion_ids.tolist() for example in examples]
-    nll_n, tokens_n = torch.zeros(len(examples), dtype=torch.float64), torch.tensor([len(ids) for ids in completions])
-    done = 0
-    with evaluating(model), torch.no_grad():
-        prefix = Prefix(model, common_prefix(chat.prefix_ids(task), prompts))
-        for batch in batches_by_length(
-            [len(p) + len(c) for p, c in zip(prompts, completions, strict=True)], batch_size
-        ):
-            rows = [prompts[i] + completions[i] for i in batch]
-            logprob_BC = _row_logprobs(prefix, rows, [len(completions[i]) for i in batch])
-            nll_n[batch] = -logprob_BC.sum(1).cpu().double()
-            done += len(batch)
-            if progress is not None:
-                progress(done / len(examples))
-    return nll_n, tokens_n
-
-
-def forced_choice(
-    model: nn.Module,
-    chat: ChatFormat,
-    task: Task,
-    contents: Sequence[str],
-    stem: str,
-    choices: Sequence[str],
-    *,
-    batch_size: int = 16,
-) -> Tensor:
-    """Log-likelihood of each choice as the answer's continuation after ``stem``; nothing is generated.
-
-    The choice with the highest value is what the model would say if it had to pick: a cheap measure while training
-    that also works on a model that cannot write JSON yet. Choices are compared whole, by the sum over their tokens.
+    As long as every token of a free answer is allowed, the constrained one is the same: only an answer that leaves the
+    grammar is written anew, from the token where it does.
 
     Args:
-        model: as in :func:`generate`.
-        chat: as in :func:`generate`.
-        task: as in :func:`generate`.
-        contents: as in :func:`generate`.
-        stem: how the answer begins, for instance ``{"severity":"``.
-        choices: the texts to compare, none of them the beginning of another.
-        batch_size: contents at once.
-
-    Returns:
-        float32 [n, choices] on the CPU.
+        free: answers without constraint.
+        constraint: of the constrained ones.
+        eos_id: the token that ended those which stopped.
+        write: generates under the constraint, given indices of answers and the tokens that each begins with.
     """
-    from datamodules.tasks.prompts import Pair
-
-    fillers = [
-        Pair(task=task.name, content="", completion=stem + choice, severity="", category="", findings=1)
-        for choice in choices
-    ]
-    tails = [example.completion_ids.tolist()[:-1] for example in chat.encode(task, fillers)]  # without end of sequence
-    shared = len(common_prefix(min(tails, key=len), tails))  # the stem's tokens: the same for every choice
-    stem_ids, ends = tails[0][:shared], [tail[shared:] for tail in tails]
-    rows = [list(ids) + stem_ids for ids in chat.prompt_ids(task, contents)]
-    result_NC = torch.zeros(len(rows), len(choices), dtype=torch.float32)
-    with evaluating(model), torch.no_grad():
-        prefix = Prefix(model, common_prefix(chat.prefix_ids(task), rows))
-        for batch in batches_by_length([len(row) for row in rows], batch_size):
-            result_NC[batch] = _choice_logprobs(prefix, [rows[i] for i in batch], ends).cpu()
-    return result_NC
+    answers, anew = list(free), dict[int, list[int]]()
+    for index, answer in enumerate(free):
+        whole = [*answer.token_ids, *[eos_id] * answer.stopped]
+        accepted = constraint.accepts(whole)
+        if accepted < len(whole):
+            anew[index] = whole[:accepted]
+    for index, answer in zip(anew, write(list(anew), list(anew.values())) if anew else [], strict=True):
+        answers[index] = answer
+    return answers
 
 
-class _Decoder:
-    """One batch on its way from prompts to answers."""
+def _slots(prefix: Prefix, wanted: int, length: int) -> int:
+    room = CACHE_SHARE * free_memory(prefix.device) / (prefix.bytes_per_position * length)
+    return max(1, min(wanted, int(room)))
+
+
+@dataclass
+class _Row:
+    """An answer on its way.
+
+    Attributes:
+        index: of the content.
+        prompt: all tokens that are known at the start, of the answer too.
+        tokens: of the answer so far.
+        matcher: follows it, where there is a constraint.
+        logprob: of the tokens that were generated.
+        ended: whether the model ended it.
+    """
+
+    index: int
+    prompt: list[int]
+    tokens: list[int]
+    matcher: Matcher | None
+    logprob: float = 0.0
+    ended: bool = False
+    newest: int = field(init=False)
+    position: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.newest, self.position = self.prompt[-1], len(self.prompt) - 1
+        for token in self.tokens if self.matcher is not None else ():
+            self.matcher.accept(token)  # type: ignore[union-attr]
+
+
+class _Queue:
+    """Prompts that wait, those in slots, and the steps between."""
 
     def __init__(
-        self,
-        prefix: Prefix,
-        prompts: list[list[int]],
-        eos_id: int,
-        max_new_tokens: int,
-        constraint: Constraint | None,
-    ) -> None:
-        self.prefix, self.eos_id, self.limit = prefix, eos_id, max_new_tokens
-        self.ids, self.mask, self.positions, self.cache = prefix.rest(prompts, max_new_tokens)
-        self.rows = list(range(len(prompts)))  # the prompt of each row still in the batch
-        self.tokens: list[list[int]] = [[] for _ in prompts]
-        self.logprobs = [0.0] * len(prompts)
-        self.matchers = [constraint() for _ in prompts] if constraint is not None else None
+        self, slots: Slots, rows: Sequence[_Row], eos_id: int, limit: int, constraint: Constraint | None,
+        give_up: Callable[[list[int]], bool] | None,
+    ) -> None:  # fmt: skip
+        self.slots, self.eos_id, self.limit, self.constraint, self.give_up = slots, eos_id, limit, constraint, give_up
+        # the longest first: if memory is short it shows at once, and neighbours need little padding
+        self.waiting = sorted(rows, key=lambda row: (len(row.prompt), -row.index))
+        self.rows: list[_Row | None] = [None] * slots.slots
+        # a prompt alone keeps a GPU idle, while a free slot costs a CPU a row's arithmetic
+        self.patience = max(1, slots.slots // 8) if slots.device.type == "cuda" else 1
 
-    def run(self, report: _Share) -> Iterator[tuple[int, list[int], bool, float]]:
-        """Yields (index of the prompt, tokens, stopped, log-probability) as answers end."""
-        for step in range(1, self.limit + 1):
-            tokens_B = self._step()
-            ended = [row for row, token in zip(self.rows, tokens_B.tolist(), strict=True) if token == self.eos_id]
-            for row in self.rows if step == self.limit else ended:
-                yield row, self.tokens[row], row in ended, self.logprobs[row]
-            report(step, len(self.rows), ended=len(self.rows) if step == self.limit else len(ended))
-            if len(ended) == len(self.rows) or step == self.limit:
-                return
-            self._advance(tokens_B, set(ended))
+    def run(self, share: _Share) -> Iterator[_Row]:
+        """Yields rows as they end."""
+        done = [row for row in self.waiting if len(row.tokens) >= self.limit]
+        self.waiting = [row for row in self.waiting if len(row.tokens) < self.limit]
+        yield from done
+        share.ended(done)
+        while self.waiting or any(self.rows):
+            self._fill()
+            ended = list(self._step())
+            yield from ended
+            share.ended(ended)
+            share([row for row in self.rows if row is not None])
 
-    def _step(self) -> Tensor:
-        """Picks each row's next token and books it."""
-        logits_BV = self.prefix.logits(self.ids, self.mask, self.positions, self.cache)[:, 0]
-        if self.matchers is not None:
-            allowed = [self.matchers[row](self.tokens[row][-1] if self.tokens[row] else None) for row in self.rows]
-            logits_BV = logits_BV.masked_fill(~_widened(torch.stack(allowed), logits_BV), float("-inf"))
-        logprob_B, tokens_B = logits_BV.log_softmax(-1).max(-1)
-        for row, token, logprob in zip(self.rows, tokens_B.tolist(), logprob_B.tolist(), strict=True):
-            self.logprobs[row] += logprob
-            if token != self.eos_id:
-                self.tokens[row].append(token)
-        return tokens_B
+    def _fill(self) -> None:
+        """Puts waiting prompts into free slots; where none waits, moves the last rows into them."""
+        free = [slot for slot, row in enumerate(self.rows) if row is None]
+        if self.waiting and (len(free) >= self.patience or len(free) == len(self.rows)):
+            taken = [(slot, self.waiting.pop()) for slot in free[: len(self.waiting)]]
+            for slot, row in taken:
+                self.rows[slot] = row
+            start = len(self.slots.prefix.ids)
+            for part in _parts(taken, start):
+                self.slots.fill([slot for slot, _ in part], [row.prompt[start:-1] for _, row in part])
+        elif not self.waiting:
+            for hole in free:
+                last = max((slot for slot, row in enumerate(self.rows) if row is not None), default=-1)
+                if last > hole:
+                    self.slots.move(last, hole)
+                    self.rows[hole], self.rows[last] = self.rows[last], None
 
-    def _advance(self, tokens_B: Tensor, ended: set[int]) -> None:
-        """Makes the chosen tokens the next input and drops the rows that ended."""
-        self.ids, self.positions = tokens_B[:, None], self.positions[:, -1:] + 1
-        self.mask = F.pad(self.mask, (0, 1), value=1)
-        if not ended:
-            return
-        kept = torch.tensor([i for i, row in enumerate(self.rows) if row not in ended], device=tokens_B.device)
-        self.rows = [row for row in self.rows if row not in ended]
-        self.ids, self.positions, self.mask = self.ids[kept], self.positions[kept], self.mask[kept]
-        self.cache.batch_select_indices(kept)
+    def _step(self) -> Iterator[_Row]:
+        count = 1 + max(slot for slot, row in enumerate(self.rows) if row is not None)
+        rows, start = self.rows[:count], len(self.slots.prefix.ids)
+        bits = None
+        if self.constraint is not None:
+            bits = self.constraint.allowed([row.matcher if row is not None else None for row in rows])
+        ids = [row.newest if row is not None else 0 for row in rows]
+        tokens, logprobs = self.slots.step(ids, [row.position if row is not None else start for row in rows], bits)
+        for slot, (row, token, logprob) in enumerate(zip(rows, tokens, logprobs, strict=True)):
+            if row is not None and self._advance(row, token, logprob):
+                self.rows[slot] = None
+                yield row
+
+    def _advance(self, row: _Row, token: int, logprob: float) -> bool:
+        """Books a token; returns whether the answer is over."""
+        row.logprob += logprob
+        row.ended = token == self.eos_id
+        if row.ended:
+            return True
+        row.tokens.append(token)
+        if row.matcher is not None:
+            row.matcher.accept(token)
+        row.newest, row.position = token, row.position + 1
+        return len(row.tokens) >= self.limit or (self.give_up is not None and self.give_up(row.tokens))
+
+
+def _parts(taken: list[tuple[int, _Row]], start: int) -> Iterator[list[tuple[int, _Row]]]:
+    """Parts of a few prompts each, the longest first, so that a part is no more than :data:`FILL_TOKENS`."""
+    while taken:
+        most = max(1, FILL_TOKENS // max(len(taken[0][1].prompt) - start, 1))
+        yield taken[:most]
+        taken = taken[most:]
 
 
 class _Share:
@@ -247,54 +279,15 @@ class _Share:
         self.answers, self.limit, self.progress = answers, limit, progress
         self.finished, self.steps, self.share = 0, 0, 0.0
 
-    def __call__(self, step: int, rows: int, ended: int) -> None:
-        self.finished, self.steps = self.finished + ended, self.steps + step * ended
+    def ended(self, rows: Sequence[_Row]) -> None:
+        """Counts answers that are over."""
+        self.finished += len(rows)
+        self.steps += sum(len(row.tokens) + row.ended for row in rows)
+
+    def __call__(self, rows: Sequence[Any]) -> None:
         if self.progress is None:
             return
-        expected = self.steps / self.finished if self.finished else self.limit  # steps of an answer
-        share = (self.finished + (rows - ended) * min(step / expected, 0.99)) / self.answers
-        self.share = max(self.share, share)
+        expected = max(self.steps / self.finished if self.finished else self.limit, 1)  # steps of an answer
+        begun = sum(min(len(row.tokens) / expected, 0.99) for row in rows)
+        self.share = max(self.share, min((self.finished + begun) / self.answers, 1.0))
         self.progress(self.share)
-
-
-def _row_logprobs(prefix: Prefix, rows: list[list[int]], scored: list[int]) -> Tensor:
-    """Log-probabilities of each row's last ``scored`` tokens, float32 [B, max(scored)], zero before them."""
-    keep = max(scored)
-    ids_BS, mask_BL, position_BS, cache = prefix.rest(rows, room=0)
-    # The last token predicts nothing; the one before the first scored token does.
-    logits_BKV = prefix.logits(ids_BS, mask_BL, position_BS, cache, keep=keep + 1)[:, :-1]
-    targets_BK = ids_BS[:, -keep:]
-    logprob_BK = torch.stack(
-        [  # row by row: a second copy of all logits would cost hundreds of megabytes
-            logits_KV.log_softmax(-1).gather(1, target_K[:, None])[:, 0]
-            for logits_KV, target_K in zip(logits_BKV, targets_BK, strict=True)
-        ]
-    )
-    counted_BK = torch.arange(keep, 0, -1, device=ids_BS.device) <= torch.tensor(scored, device=ids_BS.device)[:, None]
-    return logprob_BK.masked_fill(~counted_BK, 0.0)
-
-
-def _choice_logprobs(prefix: Prefix, rows: list[list[int]], ends: list[list[int]]) -> Tensor:
-    """Log-probability of each end after each row, float32 [B, C]; a row is computed once for all its ends."""
-    longest = max(map(len, ends))
-    ids_BS, mask_BL, position_BS, cache = prefix.rest(rows, room=longest)
-    logprob_BV = prefix.logits(ids_BS, mask_BL, position_BS, cache)[:, 0].log_softmax(-1)
-    ends_CE = torch.tensor([end + [0] * (longest - len(end)) for end in ends], device=ids_BS.device)
-    total_BC = logprob_BV[:, ends_CE[:, 0]]
-    if longest == 1:
-        return total_BC
-    rows_B, choices_C = len(rows), len(ends)
-    cache.batch_select_indices(torch.arange(rows_B, device=ids_BS.device).repeat_interleave(choices_C))
-    mask = F.pad(mask_BL.repeat_interleave(choices_C, 0), (0, longest - 1), value=1)  # padding comes last: harmless
-    steps = torch.arange(1, longest, device=ids_BS.device)
-    positions = position_BS[:, -1:].repeat_interleave(choices_C, 0) + steps
-    logits = prefix.logits(ends_CE[:, :-1].repeat(rows_B, 1), mask, positions, cache, keep=longest - 1)
-    logprob = logits.log_softmax(-1).gather(2, ends_CE[:, 1:].repeat(rows_B, 1)[:, :, None])[:, :, 0]
-    counted_CE = steps < torch.tensor([len(end) for end in ends], device=ids_BS.device)[:, None]
-    return total_BC + (logprob.view(rows_B, choices_C, -1) * counted_CE).sum(2)
-
-
-def _widened(allowed_BV: Tensor, logits_BV: Tensor) -> Tensor:
-    """Moves a mask to the logits' device; ids beyond the tokenizer (padding of the embedding) are not allowed."""
-    missing = logits_BV.shape[1] - allowed_BV.shape[1]
-    return F.pad(allowed_BV.to(logits_BV.device), (0, missing), value=False)

@@ -11,12 +11,12 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING
 
 from torch import nn
 
 from datamodules.errors import UserError
-from lightning_modules.generation import Constraint, generate
+from lightning_modules.generation import Answer, Constraint, generate
 
 if TYPE_CHECKING:
     from datamodules.tasks.prompts import Task
@@ -84,38 +84,29 @@ class Inquiry:
         keys = [self._key(task, content) for content in contents]
         missing = {key: content for key, content in zip(keys, contents, strict=True) if key not in self._kept}
         self.reused += len(set(keys)) - len(missing)
-        # the longest first, as generation sorts within a batch: little padding, and no flattering time left
-        waiting = sorted(missing, key=lambda key: (-len(missing[key]), key))
+        waiting = list(missing)
         constraint = self._constraint(task) if waiting else None
-        for start in range(0, len(waiting), self.batch_size):
-            batch = waiting[start : start + self.batch_size]
-            share = len(batch) / len(waiting)
-            replies = self._ask(
-                task, [missing[key] for key in batch], constraint,
-                lambda done, start=start, share=share: progress(start / len(waiting) + share * done),  # type: ignore[misc]
-            )  # fmt: skip
-            self._keep(batch, replies)
+        if waiting:
+            self._ask(task, waiting, [missing[key] for key in waiting], constraint, progress)
         return [self._kept[key] for key in keys]
 
-    def _ask(self, task: Task, contents: list[str], constraint: Constraint | None, progress: Progress) -> list[Reply]:
-        limit = self.limits[task.name]
-        chat = _Bounded(self.chat, self._positions() - limit)
-        answers = generate(
+    def _ask(
+        self, task: Task, keys: list[str], contents: list[str], constraint: Constraint | None, progress: Progress
+    ) -> None:
+        def keep(index: int, answer: Answer) -> None:
+            self._keep(keys[index], Reply(answer.text, answer.stopped, answer.prompt_tokens_cut))
+
+        generate(
             self.model,
-            cast("ChatFormat", chat),
+            self.chat,
             task,
             contents,
-            max_new_tokens=limit,
+            max_new_tokens=self.limits[task.name],
             batch_size=self.batch_size,
             progress=progress,
             constraint=constraint,
+            on_answer=keep,
         )
-        return [Reply(a.text, a.stopped, chat.cut[c]) for a, c in zip(answers, contents, strict=True)]
-
-    def _positions(self) -> int:
-        config: Any = self.model.config
-        known = (getattr(config, name, None) for name in ("max_position_embeddings", "sliding_window"))
-        return min((value for value in known if value), default=1 << 20)
 
     def _constraint(self, task: Task) -> Constraint | None:
         if not self.constrained:
@@ -129,42 +120,16 @@ class Inquiry:
         text = json.dumps([*settings, self.limits[task.name], content])
         return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
 
-    def _keep(self, keys: Sequence[str], replies: Sequence[Reply]) -> None:
-        fresh = dict(zip(keys, replies, strict=True))
-        self._kept |= fresh
+    def _keep(self, key: str, reply: Reply) -> None:
+        self._kept[key] = reply
         if self._journal is None:
             return
-        lines = (json.dumps({"key": key, **asdict(reply)}) for key, reply in fresh.items())
         try:
             with self._journal.open("a", encoding="utf-8") as file:
-                file.write("\n" + "\n".join(lines))  # the newline comes first: a line that was cut short ends there
+                # the newline comes first: a line that was cut short ends there
+                file.write("\n" + json.dumps({"key": key, **asdict(reply)}))
         except OSError as error:
             raise UserError(f"{self._journal}: {error.strerror or error}; choose another place for --output") from error
-
-
-class _Bounded:
-    """A chat format whose prompts are cut, in the middle of their content, to a number of tokens.
-
-    Attributes:
-        cut: content -> tokens of it that were cut.
-    """
-
-    def __init__(self, chat: ChatFormat, limit: int) -> None:
-        self._chat, self._limit = chat, limit
-        self.cut: dict[str, int] = {}
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._chat, name)
-
-    def prompt_ids(self, task: Task, contents: Sequence[str]) -> list[list[int]]:
-        """Ids of prompts of at most the limit; see ``ChatFormat.truncate_prompt``."""
-        prompts = []
-        for content, ids in zip(contents, self._chat.prompt_ids(task, contents), strict=True):
-            self.cut[content] = 0
-            if len(ids) > self._limit:
-                ids, self.cut[content] = self._chat.truncate_prompt(task, content, self._limit)
-            prompts.append(ids)
-        return prompts
 
 
 def _read_journal(journal: Path | None) -> dict[str, Reply]:

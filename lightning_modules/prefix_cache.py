@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +16,10 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicLayer
 
 from datamodules.errors import UserError
+
+if TYPE_CHECKING:
+    from datamodules.tasks.prompts import Task
+    from datamodules.tokenization import ChatFormat
 
 
 @contextmanager
@@ -45,7 +49,8 @@ def _autocast(model: nn.Module, adapted: bool) -> AbstractContextManager[Any]:
     weight = model.get_input_embeddings().weight  # type: ignore[operator]
     if not adapted or weight.dtype not in (torch.bfloat16, torch.float16):
         return nullcontext()
-    return torch.autocast(weight.device.type, dtype=weight.dtype)
+    # the cache of casts holds addresses that a recorded graph would go on reading
+    return torch.autocast(weight.device.type, dtype=weight.dtype, cache_enabled=False)
 
 
 class _Room(DynamicLayer):
@@ -86,25 +91,32 @@ class Prefix:
     Attributes:
         model: in evaluation mode.
         ids: the prefix; may be empty.
-        positions: how many positions the model knows.
+        positions: how many positions the model knows and attends to.
+        layers: keys [1, H, P, D] and values of each layer.
     """
 
     def __init__(self, model: nn.Module, ids: list[int]) -> None:
         self.model, self.ids = model, ids
         self.device = model.get_input_embeddings().weight.device  # type: ignore[operator]
         config: Any = model.config
-        self.positions: int = getattr(config, "max_position_embeddings", None) or 1 << 30
-        window: int | None = getattr(config, "sliding_window", None)
-        self.window = window or self.positions
+        self.positions = known_positions(config)
+        self.attention: str = getattr(config, "_attn_implementation", "")
         cache = Cache(layer_class_to_replicate=DynamicLayer)
-        if ids:
-            model(input_ids=self._tensor([ids]), past_key_values=cache, use_cache=True, logits_to_keep=1)
+        # without a prefix, one token of any kind tells the layers' shapes
+        model(input_ids=self._tensor([ids or [0]]), past_key_values=cache, use_cache=True, logits_to_keep=1)
         self.layers: list[Any] = cache.layers
+        for layer in self.layers:
+            layer.keys, layer.values = layer.keys[:, :, : len(ids)], layer.values[:, :, : len(ids)]
+
+    @property
+    def bytes_per_position(self) -> int:
+        """Memory of one position's keys and values in all layers."""
+        return sum(
+            (t.shape[1] * t.shape[3] * t.element_size()) for layer in self.layers for t in (layer.keys, layer.values)
+        )
 
     def cache(self, rows: int, length: int) -> Cache:
         """A cache for so many rows with the prefix in front and room for ``length`` positions in all."""
-        if not self.ids:
-            return Cache(layer_class_to_replicate=DynamicLayer)
         return Cache(layers=[_Room(layer.keys, layer.values, rows, length) for layer in self.layers])
 
     def rest(self, prompts: Sequence[Sequence[int]], room: int) -> tuple[Tensor, Tensor, Tensor, Cache]:
@@ -117,10 +129,10 @@ class Prefix:
             UserError: longer than the model's positions.
         """
         start, longest = len(self.ids), max(map(len, prompts))
-        if longest + room > min(self.positions, self.window):
+        if longest + room > self.positions:
             raise UserError(
                 f"a prompt of {longest} tokens and an answer of up to {room} do not fit the model's "
-                f"{min(self.positions, self.window)} positions; shorten the input or lower max_new_tokens"
+                f"{self.positions} positions; shorten the input or lower max_new_tokens"
             )
         width = longest - start
         rests = [list(prompt[start:]) for prompt in prompts]
@@ -140,6 +152,36 @@ class Prefix:
 
     def _tensor(self, rows: list[list[int]]) -> Tensor:
         return torch.tensor(rows, dtype=torch.long, device=self.device)
+
+
+def bounded_prompts(
+    chat: ChatFormat, task: Task, contents: Sequence[str], limit: int
+) -> tuple[list[list[int]], list[int]]:
+    """Prompts of at most so many tokens, and for each how many of its content's tokens were cut for it.
+
+    The cut is in the middle of the content, see :meth:`~datamodules.tokenization.ChatFormat.truncate_prompt`.
+
+    Raises:
+        UserError: the instruction alone is longer.
+    """
+    prompts, cuts = [list(ids) for ids in chat.prompt_ids(task, contents)], [0] * len(contents)
+    shortest = len(chat.prefix_ids(task)) + 8  # of which some are left for the content
+    for index, (content, ids) in enumerate(zip(contents, prompts, strict=True)):
+        if len(ids) <= limit:
+            continue
+        if limit < shortest:
+            raise UserError(
+                f"a prompt of {len(ids)} tokens leaves no room for an answer within the model's positions; "
+                "lower max_new_tokens"
+            )
+        prompts[index], cuts[index] = chat.truncate_prompt(task, content, limit)
+    return prompts, cuts
+
+
+def known_positions(config: Any) -> int:
+    """How many positions a model knows and attends to, by its config; 2**20 where it does not say."""
+    known = (getattr(config, name, None) for name in ("max_position_embeddings", "sliding_window"))
+    return min((value for value in known if value), default=1 << 20)
 
 
 def common_prefix(prefix: Sequence[int], prompts: Sequence[Sequence[int]]) -> list[int]:

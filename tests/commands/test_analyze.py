@@ -123,11 +123,14 @@ def test_an_interrupt_keeps_answers_and_the_same_command_goes_on(run, tmp_path, 
     output, asked = tmp_path / "e.json", []
     generate = inquiry.generate
 
-    def interrupted(model, chat, task, contents, **options):
-        asked.append((task.name, len(contents)))
-        if len(asked) == 3:
-            raise KeyboardInterrupt
-        return generate(model, chat, task, contents, **options)
+    def interrupted(model, chat, task, contents, *, on_answer, **options):
+        def answered(index, answer):
+            asked.append(task.name)
+            if len(asked) == 3:
+                raise KeyboardInterrupt
+            on_answer(index, answer)
+
+        return generate(model, chat, task, contents, on_answer=answered, **options)
 
     options = short("--batch-size", "1", "--actions", "1")
     _, whole = analyze(run, REPORT, tmp_path / "whole.json", *options)
@@ -135,12 +138,12 @@ def test_an_interrupt_keeps_answers_and_the_same_command_goes_on(run, tmp_path, 
     status, document = analyze(run, REPORT, output, *options)
     assert (status, document) == (130, None)
     journal = tmp_path / "e.json.partial.jsonl"
-    assert [task for task, _ in asked] == ["risk"] * 3
+    assert asked == ["risk"] * 3
     with journal.open("a") as file:
         file.write('\n{"key": "cut sho')  # as a power failure leaves it
     status, document = analyze(run, REPORT, output, *options)
     assert status == 0
-    assert [task for task, _ in asked].count("risk") == 4  # two, the interrupted one, and that one again
+    assert asked.count("risk") == 4  # two, the interrupted one, and that one again
     assert document == whole
     assert not journal.exists()
 

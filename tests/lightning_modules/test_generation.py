@@ -2,58 +2,17 @@
 
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM
+from byte_chat import CONTENTS, TASK, Bytes, load, plain_logprob
 
 from datamodules.errors import UserError
-from lightning_modules.generation import completion_nll, forced_choice, generate
-
-CONTENTS = ["a", "an open port 4444", "x" * 41, "suid binary", "", "world writable /tmp/x", "cron"]
-TASK = SimpleNamespace(name="risk")
-
-
-class Bytes:
-    """A chat format of bytes: ids 5 + byte, BOS 1, prompts that begin with the same instruction."""
-
-    pad_id, bos_id = 0, 1
-
-    def __init__(self, prefix="Assess this.\n", eos_id=2):
-        self.prefix, self.eos_id = prefix, eos_id
-
-    def ids(self, text):
-        return [5 + byte % 250 for byte in text.encode()]
-
-    def prefix_ids(self, task):
-        return [1, *self.ids(self.prefix)] if self.prefix else []
-
-    def prompt_ids(self, task, contents):
-        return [[*self.prefix_ids(task), *self.ids(content), 4] for content in contents]
-
-    def encode(self, task, pairs):
-        prompts = self.prompt_ids(task, [pair.content for pair in pairs])
-        return [
-            SimpleNamespace(
-                prompt_ids=np.array(prompt, np.int32), completion_ids=np.array([*self.ids(p.completion), self.eos_id])
-            )
-            for prompt, p in zip(prompts, pairs, strict=True)
-        ]
-
-    def decode(self, ids):
-        return " ".join(map(str, ids))
-
-
-def load(folder, adapter=False):
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    if not adapter:
-        return model
-    model = get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj", "v_proj", "down_proj"], lora_dropout=0.5))
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.normal_(parameter, std=0.5)
-    return model.eval()
+from datamodules.tasks import RiskTask
+from datamodules.tokenization import ChatFormat
+from lightning_modules import slots
+from lightning_modules.backbone import Backbone, LoRA
+from lightning_modules.generation import generate
+from lightning_modules.merged import merged
 
 
 def one_by_one(model, chat, contents, limit):
@@ -98,12 +57,6 @@ def test_padding_changes_nothing_with_any_prefix_and_attention(tiny_llama, prefi
     assert [answer.token_ids for answer in answers] == expected
 
 
-def plain_logprob(model, prompt, completion):
-    with torch.no_grad():
-        logprobs = model(torch.tensor([prompt + completion])).logits[0].double().log_softmax(-1)
-    return sum(logprobs[len(prompt) - 1 + i, token].item() for i, token in enumerate(completion))
-
-
 def test_logprob_is_the_probability_of_the_answer(tiny_llama):
     model = load(tiny_llama)
     chat = Bytes(eos_id=end_that_occurs(model, 9))
@@ -111,25 +64,6 @@ def test_logprob_is_the_probability_of_the_answer(tiny_llama):
         tokens = answer.token_ids + [chat.eos_id] * answer.stopped
         (prompt,) = chat.prompt_ids(TASK, [content])
         assert answer.logprob == pytest.approx(plain_logprob(model, prompt, tokens), abs=1e-4)
-
-
-def test_completion_nll_equals_a_plain_forward_pass(tiny_mistral):
-    model, chat = load(tiny_mistral, adapter=True), Bytes()
-    pairs = [SimpleNamespace(content=c, completion=f'{{"n":{len(c)}}}' + "z" * (i % 3)) for i, c in enumerate(CONTENTS)]
-    nll, tokens = completion_nll(model, chat, TASK, pairs, batch_size=3)
-    for i, example in enumerate(chat.encode(TASK, pairs)):
-        expected = -plain_logprob(model, example.prompt_ids.tolist(), example.completion_ids.tolist())
-        assert nll[i].item() == pytest.approx(expected, rel=1e-5)
-        assert tokens[i] == len(example.completion_ids)
-
-
-def test_forced_choice_equals_a_plain_forward_pass(tiny_llama):
-    model, chat, stem, choices = load(tiny_llama), Bytes(), '{"severity":"', ["info", "low", "lot"]
-    scores = forced_choice(model, chat, TASK, CONTENTS, stem, choices, batch_size=5)
-    assert scores.shape == (len(CONTENTS), len(choices))
-    for row, prompt in zip(scores, chat.prompt_ids(TASK, CONTENTS), strict=True):
-        expected = [plain_logprob(model, prompt + chat.ids(stem), chat.ids(choice)) for choice in choices]
-        assert row.tolist() == pytest.approx(expected, rel=1e-5)
 
 
 def test_bfloat16_answers_like_itself_alone(tiny_llama):
@@ -168,26 +102,148 @@ def test_gradient_checkpointing_changes_nothing(tiny_llama):
     assert generate(model.train(), chat, TASK, CONTENTS, max_new_tokens=5) == expected
 
 
-def test_constraint_restricts_every_step_and_ends_the_answer(tiny_llama):
-    model, chat = load(tiny_llama), Bytes()
-    allowed = [[10, 11], [20, 21, 22], [chat.eos_id]]
-    seen = []
+class Script:
+    """A constraint that allows some tokens at each step, whatever came before."""
 
-    def constraint():
-        steps, tokens = iter(allowed), []
-        seen.append(tokens)
+    def __init__(self, allowed):
+        self.steps, self.seen = allowed, []
 
-        def matcher(token):
-            tokens.append(token)
-            return torch.zeros(250, dtype=torch.bool).index_fill(0, torch.tensor(next(steps)), True)
-
+    def start(self):
+        matcher = SimpleNamespace(tokens=[])
+        matcher.accept = matcher.tokens.append
+        self.seen.append(matcher.tokens)
         return matcher
 
-    answers = generate(model, chat, TASK, CONTENTS, max_new_tokens=9, batch_size=3, constraint=constraint)
+    def allowed(self, matchers):
+        bits = torch.zeros(len(matchers), 8, dtype=torch.int64)
+        for row, matcher in enumerate(matchers):
+            for token in self.steps[len(matcher.tokens)]:
+                bits[row, token // 32] |= 1 << token % 32
+        return bits.to(torch.int32)
+
+
+@pytest.mark.parametrize("begun", [[], [11]], ids=["from the start", "begun"])
+def test_constraint_restricts_every_step_and_ends_the_answer(tiny_llama, begun):
+    model, chat = load(tiny_llama), Bytes()
+    script = Script([[10, 11], [20, 31, 63], [chat.eos_id]])
+    answers = generate(
+        model, chat, TASK, CONTENTS, max_new_tokens=9, batch_size=3, constraint=script, begun=[begun] * len(CONTENTS)
+    )
     for answer in answers:
         assert answer.stopped
-        assert [token in ids for token, ids in zip(answer.token_ids, allowed, strict=False)] == [True, True]
-    assert sorted(seen, key=str) == sorted([[None, *answer.token_ids] for answer in answers], key=str)
+        assert answer.token_ids[: len(begun)] == begun
+        assert [token in ids for token, ids in zip(answer.token_ids, script.steps, strict=False)] == [True, True]
+    assert sorted(script.seen) == sorted(answer.token_ids for answer in answers)
+
+
+def test_begun_answers_go_on_as_if_they_had_been_generated(tiny_llama):
+    model, chat = load(tiny_llama), Bytes(eos_id=999)
+    whole = generate(model, chat, TASK, CONTENTS, max_new_tokens=12)
+    begun = [answer.token_ids[: 2 * i] for i, answer in enumerate(whole)]
+    again = generate(model, chat, TASK, CONTENTS, max_new_tokens=12, batch_size=3, begun=begun)
+    assert [a.token_ids for a in again] == [a.token_ids for a in whole]
+
+
+def test_giving_up_cuts_an_answer_as_the_limit_does(tiny_llama):
+    model, chat = load(tiny_llama), Bytes(eos_id=999)
+    whole = generate(model, chat, TASK, CONTENTS, max_new_tokens=6)
+    given_up = []
+    answers = generate(
+        model, chat, TASK, CONTENTS, max_new_tokens=6, batch_size=2,
+        give_up=lambda tokens: len(tokens) == 4, on_answer=lambda index, answer: given_up.append((index, answer)),
+    )  # fmt: skip
+    assert [a.token_ids for a in answers] == [a.token_ids[:4] for a in whole]
+    assert not any(a.stopped for a in answers)
+    assert [answer for _, answer in sorted(given_up)] == answers
+
+
+def test_merged_copies_answer_like_the_layers_and_are_gone_afterwards(tiny_llama):
+    model, chat = load(tiny_llama, adapter=True), Bytes()
+    modules, state = list(model.named_modules()), {name: t.clone() for name, t in model.state_dict().items()}
+    expected = list(one_by_one(model, chat, CONTENTS, 9))
+    with merged(model) as there:
+        assert there
+        assert not any("lora" in name for name, _ in model.named_parameters())
+        assert list(one_by_one(model, chat, CONTENTS, 9)) == expected
+    assert list(model.named_modules()) == modules
+    assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
+
+
+def test_nothing_is_merged_where_memory_is_short_or_the_adapter_is_not_a_sum(tiny_llama, monkeypatch):
+    with merged(load(tiny_llama)) as there:
+        assert not there  # no adapter
+    model = load(tiny_llama, adapter=True)
+    with model.disable_adapter(), merged(model) as there:
+        assert not there
+    monkeypatch.setattr("lightning_modules.merged.free_memory", lambda device: 1000)
+    with merged(model) as there:
+        assert not there
+
+
+def test_merged_4bit_layers_are_dequantised_once_with_the_adapter_added(tiny_llama):
+    functional = pytest.importorskip("bitsandbytes").functional
+    model = Backbone(str(tiny_llama), "nf4", "float32", lora=LoRA(rank=4, alpha=12)).build()
+    layer = model.get_base_model().model.layers[1].mlp.down_proj
+    torch.nn.init.normal_(layer.lora_B["default"].weight, std=0.5)
+    weight = functional.dequantize_4bit(layer.base_layer.weight.data, layer.base_layer.weight.quant_state)
+    expected = weight + 12 / 4 * layer.lora_B["default"].weight @ layer.lora_A["default"].weight
+    with torch.no_grad(), merged(model.eval()) as there:
+        assert there
+        copy = model.get_base_model().model.layers[1].mlp.down_proj
+        torch.testing.assert_close(copy.weight, expected)
+        first = model(torch.arange(20)[None]).logits
+    assert model.get_base_model().model.layers[1].mlp.down_proj is layer
+    with torch.no_grad():  # bitsandbytes computes in bfloat16 here, and packs the weights for it
+        torch.testing.assert_close(model(torch.arange(20)[None]).logits, first, rtol=0.1, atol=0.3)
+    packed = getattr(layer.base_layer.weight.quant_state, "packing_format_for_cpu", False)
+    with merged(model) as there:
+        assert there is not packed  # what is packed can't be dequantised any more
+
+
+@pytest.mark.parametrize("fewest", [1, 3])
+def test_steps_of_a_gpus_shapes_write_the_same(tiny_llama, monkeypatch, fewest):
+    """Slots in halves and positions in multiples, as graphs want them, without the graphs."""
+    model, shapes = load(tiny_llama), set()
+    chat = Bytes(eos_id=end_that_occurs(model, 12))
+    expected = list(one_by_one(model, chat, CONTENTS, 12))
+    whole = slots.Slots.__init__
+
+    def with_shapes(self, *arguments):
+        def pick(rows, seen, bits):
+            shapes.add((rows.shape[1], seen))
+            return self._pick(rows, seen, bits)
+
+        whole(self, *arguments)
+        self._graphs = pick
+
+    monkeypatch.setattr(slots.Slots, "__init__", with_shapes)
+    monkeypatch.setattr(slots, "PLACES", 16)
+    monkeypatch.setattr(slots, "FEWEST", fewest)
+    answers = generate(model, chat, TASK, CONTENTS, max_new_tokens=12, batch_size=5)
+    assert [(answer.token_ids, answer.stopped) for answer in answers] == expected
+    longest = max(map(len, chat.prompt_ids(TASK, CONTENTS))) + 12
+    assert {count for count, _ in shapes} <= ({5, 3, 2, 1} if fewest == 1 else {5, 3})
+    assert {seen for _, seen in shapes} <= {16, 32, 48, 64, longest}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("held", [False, True], ids=["free", "constrained"])
+def test_graphs_write_what_single_steps_write(tiny_llama, monkeypatch, held):
+    model, chat = load(tiny_llama, adapter=True).cuda(), Bytes(eos_id=999)
+    constraint = Script([range(5, 250)] * 24) if held else None
+    with_graphs = generate(model, chat, TASK, CONTENTS, max_new_tokens=24, batch_size=4, constraint=constraint)
+    monkeypatch.setattr(slots, "EAGER", 1 << 30)
+    without = generate(model, chat, TASK, CONTENTS, max_new_tokens=24, batch_size=4, constraint=constraint)
+    assert [answer.token_ids for answer in with_graphs] == [answer.token_ids for answer in without]
+
+
+def test_slots_are_fewer_where_the_cache_would_not_fit(tiny_llama, monkeypatch):
+    model, chat = load(tiny_llama), Bytes()
+    expected = generate(model, chat, TASK, CONTENTS, max_new_tokens=5)
+    monkeypatch.setattr("lightning_modules.generation.free_memory", lambda device: 1)
+    assert [a.token_ids for a in generate(model, chat, TASK, CONTENTS, max_new_tokens=5)] == [
+        a.token_ids for a in expected
+    ]
 
 
 def test_modes_random_state_and_progress(tiny_llama):
@@ -203,10 +259,24 @@ def test_modes_random_state_and_progress(tiny_llama):
     assert shares[-1] == pytest.approx(1.0)
 
 
-def test_prompt_beyond_the_models_positions_is_refused(tiny_llama):
+def test_long_prompt_is_cut_by_rule_and_says_so(tiny_llama, chatml_tokenizer):
+    model, chat, task = load(tiny_llama), ChatFormat(chatml_tokenizer), RiskTask()
+    limit = len(chat.prefix_ids(task)) + 90
+    model.config.max_position_embeddings = limit + 9
+    contents = ['{"title":"a"}', '{"title":"' + "b" * 300 + '","end":1}']
+    short, long = generate(model, chat, task, contents, max_new_tokens=9)
+    ids, cut = chat.truncate_prompt(task, contents[1], limit)
+    assert (short.prompt_tokens_cut, long.prompt_tokens_cut) == (0, cut)
+    assert cut > 200
+    with torch.no_grad():
+        new = model.generate(torch.tensor([ids]), max_new_tokens=9, do_sample=False, eos_token_id=chat.eos_id)
+    assert long.token_ids == [token for token in new[0, len(ids) :].tolist() if token != chat.eos_id]
+
+
+def test_no_room_for_an_answer_is_refused(tiny_llama):
     model = load(tiny_llama)
-    model.config.max_position_embeddings = 64
-    with pytest.raises(UserError, match=r"prompt of 56 tokens .* max_new_tokens"):
+    model.config.max_position_embeddings = 30
+    with pytest.raises(UserError, match=r"prompt of .* tokens leaves no room .* max_new_tokens"):
         generate(model, Bytes(), TASK, CONTENTS, max_new_tokens=9)
 
 

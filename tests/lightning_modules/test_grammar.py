@@ -1,6 +1,7 @@
 """Constrained generation: whatever a random model wants to say, its answer validates."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,7 +13,8 @@ from datamodules.tasks.prompts import Pair, compact
 from datamodules.tasks.schemas import RISK, SEVERITY, SUBSCORES, array, closed, correlation, number, text
 from datamodules.tokenization import ChatFormat
 from lightning_modules.answers import parse
-from lightning_modules.generation import generate
+from lightning_modules.generation import constrained, generate
+from lightning_modules.slots import unpacked
 
 pytest.importorskip("llguidance", reason="constrained generation needs llguidance")
 from lightning_modules.grammar import JsonGrammar
@@ -31,12 +33,12 @@ SMALL = closed(
 
 def follow(grammar, ids):
     """Whether the grammar takes these tokens, and whether it lets the answer end after them."""
-    matcher, allowed = grammar(), None
-    for token in [None, *ids]:
-        if token is not None and not allowed[token]:
+    matcher = grammar.start()
+    for token in ids:
+        if not unpacked(grammar.allowed([None, matcher]), token + 1)[1, token]:
             return False, False
-        allowed = matcher(token)
-    return True, bool(allowed[2])
+        matcher.accept(token)
+    return True, bool(unpacked(grammar.allowed([matcher]), 3)[0, 2])
 
 
 @pytest.mark.parametrize("family", ["tiny_llama", "tiny_mistral"])
@@ -58,6 +60,32 @@ def test_every_answer_of_random_models_validates(request, family):
     assert len({answer.text for answer in answers}) > 4  # the model still decides what it says
 
 
+def test_free_answers_within_the_grammar_are_the_constrained_ones(tiny_llama, chatml_tokenizer):
+    """Only those that leave it are written anew, from there on; the rest is not generated twice."""
+    model, chat, task = (
+        AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32),
+        ChatFormat(chatml_tokenizer),
+        RiskTask(),
+    )
+    grammar = JsonGrammar(chatml_tokenizer, chat.eos_id, SMALL)
+    contents = [compact({"title": "x" * i}) for i in range(4)]
+    expected = generate(model, chat, task, contents, max_new_tokens=300, constraint=grammar)
+    cut = [replace(a, token_ids=[*a.token_ids[: 3 * i], 200, 201], text="") for i, a in enumerate(expected)]
+    cut[1] = replace(expected[1], token_ids=expected[1].token_ids[:9])  # ended too early
+    free, asked = [expected[0], *cut[1:]], []
+
+    def write(indices, begun):
+        asked.append(indices)
+        return generate(
+            model, chat, task, [contents[i] for i in indices], max_new_tokens=300, constraint=grammar, begun=begun
+        )
+
+    answers = constrained(free, grammar, chat.eos_id, write)
+    assert asked == [[1, 2, 3]]
+    assert [answer.text for answer in answers] == [answer.text for answer in expected]
+    assert answers[0] is expected[0]
+
+
 @pytest.mark.parametrize("tokenizer", ["chatml_tokenizer", "mistral_tokenizer"])
 def test_expected_answers_are_within_the_grammar(request, tokenizer):
     tokenizer = request.getfixturevalue(tokenizer)
@@ -68,7 +96,9 @@ def test_expected_answers_are_within_the_grammar(request, tokenizer):
     for completion, taken in ((answer, True), ({**answer, "risk_score": 101}, False), ({"severity": "low"}, False)):
         pair = Pair("risk", "{}", compact(completion), "low", "", 1)
         (example,) = chat.encode(task, [pair])
-        assert follow(grammar, example.completion_ids[:-1].tolist()) == (taken, taken)
+        ids = example.completion_ids.tolist()
+        assert follow(grammar, ids[:-1]) == (taken, taken)
+        assert (grammar.accepts(ids) == len(ids)) is taken
 
 
 def test_spaces_digits_and_lone_surrogates_are_not_allowed(chatml_tokenizer):
@@ -81,7 +111,7 @@ def test_spaces_digits_and_lone_surrogates_are_not_allowed(chatml_tokenizer):
 
 def test_every_task_compiles(chatml_tokenizer):
     for name, task in build_tasks(TASKS).items():
-        assert JsonGrammar(chatml_tokenizer, 2, task.answer_schema)() is not None, name
+        assert JsonGrammar(chatml_tokenizer, 2, task.answer_schema).start() is not None, name
     assert JsonGrammar(chatml_tokenizer, 2, correlation(3))
     with pytest.raises(ValueError, match="compiled"):
         JsonGrammar(chatml_tokenizer, 2, {"type": "no such type"})
