@@ -1,146 +1,177 @@
-"""How fast are findings read, gated, turned into pairs, tokenised and packed, and in how much memory?
+"""How fast are findings made, read, gated, turned into pairs, tokenised and packed, and in how much memory?
 
-    python benchmarks/data.py [--findings 10000 100000] [--model NAME] [--output table.json]
+    python benchmarks/data.py [--findings 10000 100000 2500000] [--measurements read first_batch] [--output table.json]
 
-For each size an archive in the scanner's wire format is generated, then each figure is taken in a process of its own,
-on one core where it is a rate. Where TRL is installed (it is no dependency), its own preparation of the same pairs
-(``datasets.map`` and packing) stands beside.
+For each size an archive in the scanner's wire format is generated (and kept where ``--folder`` names a place), then
+each figure is taken in a process of its own. Rates are findings a second of processor time, in a process that is bound
+to one core; ``first_batch`` is wall time with one reading process beside. Where TRL is installed (it is no dependency),
+its own preparation of the same pairs, by the constructor of its ``SFTTrainer``, stands beside.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import resource
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from itertools import chain, islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
+
+if TYPE_CHECKING:
+    from datamodules import FindingsDataModule
+    from datamodules.tasks import Pair
+
 ROW_TOKENS = 8192
+TRL_FINDINGS = 20_000  #: it prepares a data set as a whole, at the same rate whatever the size
 
 
-def pairs_of(archive: str) -> Any:
-    """Yields (task, pairs) of every document: read, repaired or quarantined, split, made into prompts and answers."""
+def one_core() -> None:
+    """Binds this process and its threads to one core."""
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
+
+
+def read(archive: Path, model: str) -> dict[str, float]:
+    """Archive to (prompt, completion) pairs: read, repaired or quarantined, dealt to splits, made into texts."""
+    one_core()
+    start, count = time.process_time(), 0
+    for pairs in _pairs(archive):
+        count += len(pairs)
+    return {"read_per_second": count / (time.process_time() - start)}
+
+
+def train(archive: Path, model: str) -> dict[str, float]:
+    """Archive to training batches of one epoch: also tokenised, without duplicates, shuffled, packed, laid out."""
+    one_core()
+    start, findings, used, rows = time.process_time(), 0, 0, 0
+    data = _data(archive, model, num_workers=0, prefetch_batches=0)
+    data.setup()
+    for batch in data.train_batches():
+        rows += 1
+        findings += batch.findings
+        used += int((batch.segment_ids_BT >= 0).sum())
+    seconds = time.process_time() - start
+    return {"train_per_second": findings / seconds, "trained": findings, "row_fill": used / rows / ROW_TOKENS}
+
+
+def first_batch(archive: Path, model: str) -> dict[str, float]:
+    """Seconds from an untouched data module to its first training batch, one reading process."""
+    archive.touch()  # an index that another measurement left is that of another file now
+    start = time.monotonic()
+    data = _data(archive, model)
+    data.setup("fit")
+    batches = iter(data.train_dataloader())
+    next(batches)
+    return {"first_batch_seconds": time.monotonic() - start}
+
+
+def trl(archive: Path, model: str) -> dict[str, float]:
+    """TRL's own road from the same pairs: ``datasets.map`` with the tokenizer, then packing; nothing without TRL."""
+    try:
+        from trl import SFTConfig, SFTTrainer
+    except ImportError:
+        return {}
+    from datasets import Dataset
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from datamodules.tasks import build_tasks
+    from datamodules.tokenization import load_tokenizer
+
+    one_core()
+    task, tokenizer = build_tasks(["risk"])["risk"], load_tokenizer(model)
+    head = f"{task.system}\n\n{task.instruction}"
+    records = [
+        {
+            "prompt": [{"role": "user", "content": head + pair.content}],
+            "completion": [{"role": "assistant", "content": pair.completion}],
+        }
+        for pair in islice(chain.from_iterable(_pairs(archive)), TRL_FINDINGS)
+    ]
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    smallest = LlamaForCausalLM(LlamaConfig(**sizes, vocab_size=len(tokenizer)))
+    with tempfile.TemporaryDirectory() as folder:
+        quiet = {"output_dir": folder, "report_to": [], "disable_tqdm": True, "use_cpu": True, "bf16": False}
+        config, dataset = SFTConfig(**quiet, packing=True, max_length=ROW_TOKENS), Dataset.from_list(records)
+        start = time.process_time()
+        trainer = SFTTrainer(smallest, args=config, train_dataset=dataset, processing_class=tokenizer)
+        seconds = time.process_time() - start
+        used = sum(map(len, trainer.train_dataset["input_ids"]))
+    fill = used / len(trainer.train_dataset) / ROW_TOKENS
+    return {"trl_per_second": len(records) / seconds, "trl_row_fill": fill}
+
+
+MEASUREMENTS = {function.__name__: function for function in (read, train, first_batch, trl)}
+
+
+def _pairs(archive: Path) -> Iterator[list[Pair]]:
+    """The pairs of each document and split."""
     from datamodules.sources import open_source, parse
     from datamodules.stream.splits import split_document
     from datamodules.tasks import build_tasks
 
     task = build_tasks(["risk"])["risk"]
-    for raw in open_source(archive).raw_documents():
+    for raw in open_source(str(archive)).raw_documents():
         for part in split_document(parse(raw).document, val=0.01, test=0.01, seed=0).values():
-            yield task, list(task.pairs(part))
+            yield list(task.pairs(part))
 
 
-def read(archive: str, model: str) -> dict[str, float]:
-    """Archive to (prompt, completion) pairs."""
-    start, count = time.process_time(), 0
-    for _, pairs in pairs_of(archive):
-        count += len(pairs)
-    return {"findings": count, "pairs_per_second": count / (time.process_time() - start)}
-
-
-def pack(archive: str, model: str) -> dict[str, float]:
-    """Archive to packed rows."""
-    from datamodules.packing import pack as pack_rows
-    from datamodules.packing import to_batch
-    from datamodules.tokenization import ChatFormat, load_tokenizer
-
-    chat = ChatFormat(load_tokenizer(model))
-    start, count, tokens, rows = time.process_time(), 0, 0, 0
-    for task, pairs in pairs_of(archive):
-        if not pairs:
-            continue
-        packed = pack_rows(chat.encode(task, pairs), row_tokens=ROW_TOKENS, mode="shared_prefix")
-        for row in packed:
-            to_batch([row], ROW_TOKENS)
-            tokens += row.tokens
-        count, rows = count + len(pairs), rows + len(packed)
-    return {"packed_per_second": count / (time.process_time() - start), "row_fill": tokens / rows / ROW_TOKENS}
-
-
-def first_batch(archive: str, model: str) -> dict[str, float]:
-    """Seconds from an untouched data module to its first training batch, one worker."""
+def _data(archive: Path, model: str, **options: Any) -> FindingsDataModule:
     from datamodules import FindingsDataModule
 
-    start = time.monotonic()
-    rows = {"row_tokens": ROW_TOKENS, "packing": "shared_prefix"}
-    data = FindingsDataModule([archive], model, val=0.01, test=0.01, **rows)
-    data.setup("fit")
-    batches = iter(data.train_dataloader())
-    next(batches)
-    seconds = time.monotonic() - start
-    if hasattr(batches, "close"):
-        batches.close()
-    return {"first_batch_seconds": seconds}
-
-
-def trl(archive: str, model: str) -> dict[str, float]:
-    """TRL's own road from the same pairs: ``datasets.map`` with the tokenizer, then packing; nothing without TRL."""
-    try:
-        from trl.data_utils import pack_dataset
-    except ImportError:
-        return {}
-    from datasets import Dataset
-
-    from datamodules.tokenization import load_tokenizer
-
-    tokenizer = load_tokenizer(model)
-    records = [
-        {"prompt": task.system + "\n\n" + task.instruction + pair.content, "completion": pair.completion}
-        for task, pairs in pairs_of(archive)
-        for pair in pairs
-    ]
-
-    def encode(record: dict[str, str]) -> dict[str, list[int]]:
-        roles = (("user", record["prompt"]), ("assistant", record["completion"]))
-        messages = [{"role": role, "content": content} for role, content in roles]
-        return {"input_ids": tokenizer.apply_chat_template(messages, return_dict=False)}
-
-    start = time.process_time()
-    mapped = Dataset.from_list(records).map(encode, remove_columns=["prompt", "completion"])
-    pack_dataset(mapped, ROW_TOKENS)
-    return {"trl_packed_per_second": len(records) / (time.process_time() - start)}
-
-
-MEASUREMENTS = {function.__name__: function for function in (read, pack, first_batch, trl)}
+    rows: dict[str, Any] = {"row_tokens": ROW_TOKENS, "packing": "shared_prefix"}
+    return FindingsDataModule([str(archive)], model, val=0.01, test=0.01, **rows, **options)
 
 
 def main() -> None:
-    """Reads the command line, runs every measurement and prints a table."""
+    """Reads the command line, runs every measurement and prints a line of figures for each size."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--findings", type=int, nargs="+", default=[10_000, 100_000])
     parser.add_argument("--model", default="embedded:smollm2-135m-instruct", help="whose tokenizer")
-    parser.add_argument("--measurements", nargs="+", choices=MEASUREMENTS, default=list(MEASUREMENTS))
-    parser.add_argument("--output", help="JSON file")
+    parser.add_argument("--measurements", nargs="*", choices=MEASUREMENTS, default=list(MEASUREMENTS))
+    parser.add_argument("--folder", type=Path, help="where archives are kept for another call")
+    parser.add_argument("--output", type=Path, help="JSON file")
     parser.add_argument("--child", nargs=2, metavar=("MEASUREMENT", "ARCHIVE"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child:
-        name, archive = options.child
-        figures = MEASUREMENTS[name](archive, options.model)
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-        print("RESULT " + json.dumps({**figures, f"{name}_peak_gib": peak} if figures else {}))
+        _report(options.child[0], Path(options.child[1]), options.model)
         return
     table = []
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as temporary:
         for findings in options.findings:
-            table.append({"findings": findings, **_measure(findings, Path(folder), options)})
-            print(json.dumps({k: round(v, 3) for k, v in table[-1].items()}), flush=True)
+            archive = (options.folder or Path(temporary)) / f"{findings}.tar.gz"
+            table.append({"findings": findings, **_measure(findings, archive, options)})
+            print(json.dumps({name: round(value, 3) for name, value in table[-1].items()}), flush=True)
     if options.output:
-        Path(options.output).write_text(json.dumps(table, indent=1))
+        options.output.write_text(json.dumps(table, indent=1))
 
 
-def _measure(findings: int, folder: Path, options: argparse.Namespace) -> dict[str, float]:
+def _report(name: str, archive: Path, model: str) -> None:
+    """Takes one figure in this process, and its peak memory and that of its reading process."""
+    figures = MEASUREMENTS[name](archive, model)
+    peaks = {f"{name}_peak_gib": resource.RUSAGE_SELF, f"{name}_reader_peak_gib": resource.RUSAGE_CHILDREN}
+    for peak, who in peaks.items():
+        if figures and (kib := resource.getrusage(who).ru_maxrss):
+            figures[peak] = kib / 2**20
+    print("RESULT " + json.dumps(figures))
+
+
+def _measure(findings: int, archive: Path, options: argparse.Namespace) -> dict[str, float]:
     from datamodules.synthetic import synthesize
 
-    archive = folder / f"{findings}.tar.gz"
-    start = time.monotonic()
-    synthesize(archive, findings=findings, seed=0)
-    figures = {"generated_per_second": findings / (time.monotonic() - start)}
+    figures: dict[str, float] = {}
+    if not archive.exists():
+        start = time.process_time()
+        synthesize(archive, findings=findings, seed=0)
+        figures["generated_per_second"] = findings / (time.process_time() - start)
     for name in options.measurements:
         command = [sys.executable, __file__, "--model", options.model, "--child", name, str(archive)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -148,7 +179,6 @@ def _measure(findings: int, folder: Path, options: argparse.Namespace) -> dict[s
         if not lines:
             raise SystemExit(f"{name} on {findings} findings failed:\n{done.stderr[-2000:]}")
         figures |= json.loads(lines[0].removeprefix("RESULT "))
-    archive.unlink()
     return figures
 
 

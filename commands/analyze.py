@@ -22,8 +22,9 @@ from commands.cli import one_line
 from commands.trained import Trained, open_trained
 from datamodules.errors import UserError
 from datamodules.sources.fields import Refused
+from datamodules.sources.reports import read_report
 from datamodules.sources.unpack import loads
-from datamodules.sources.wire import Parsed, read_report
+from datamodules.sources.wire import Parsed
 from datamodules.tasks import TASKS
 from datamodules.tokenization import ChatFormat, load_tokenizer
 from lightning_modules.analysis import Analysis, Limits

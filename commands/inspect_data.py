@@ -13,18 +13,20 @@ import orjson
 from jsonargparse import Namespace
 
 from commands.cli import FinetuneCLI
+from commands.inspect_device import MEASURED, find_device
 from commands.inspect_plan import Plan, epoch, find_warnings, memory_and_time
 from commands.inspect_progress import Meter, progress_bar
 from commands.inspect_report import Sample, print_report
 from datamodules.errors import UserError
 from datamodules.findings import FindingsDataModule
 from datamodules.stream.order import epoch_order
-from datamodules.survey import Survey, report_counts, survey
+from datamodules.survey import survey
+from datamodules.survey_figures import Survey, report_counts
 from datamodules.tokenization import load_tokenizer
 from lightning_modules.causal_lm import CausalLMModule
-from lightning_modules.estimate import DEVICES, device_named
+from lightning_modules.estimate import DEVICES
 
-NEAR_DUPLICATES = 100_000  #: findings that --near_duplicates compares, unless it says how many: some 100 MB
+NEAR_DUPLICATES = 20_000  #: findings that are compared with each other, unless the option says how many: 3 s, 20 MB
 
 
 class InspectCLI(FinetuneCLI):
@@ -54,7 +56,7 @@ def main(args: list[str]) -> None:
     """
     options, rest = _parse(args[1:])
     if options.device:
-        device_named(options.device)
+        find_device(options.device)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     with redirect_stdout(sys.stderr):  # stdout is the report's, whatever a library prints
         cli = InspectCLI(rest, run=False)
@@ -73,17 +75,17 @@ def _parse(args: list[str]) -> tuple[argparse.Namespace, list[str]]:
         allow_abbrev=False,
         exit_on_error=False,
     )
-    parser.add_argument("--device", metavar="NAME", help=f"estimate for one of {', '.join(DEVICES)}")
+    parser.add_argument(
+        "--device", metavar="NAME", help=f"estimate for one of {', '.join(DEVICES)}, or {MEASURED}: this machine's GPU"
+    )
     parser.add_argument("--format", choices=("text", "json"), default="text", help="json: one object on stdout")
     parser.add_argument("--limit", type=int, metavar="N", help="read only about so many findings")
     parser.add_argument(
         "--near_duplicates",
         type=int,
-        nargs="?",
-        const=NEAR_DUPLICATES,
-        default=0,
+        default=NEAR_DUPLICATES,
         metavar="N",
-        help=f"compare the first N distinct findings with each other ({NEAR_DUPLICATES:,} where no N is given)",
+        help=f"compare the first N distinct findings with each other ({NEAR_DUPLICATES:,}; 0 for none)",
     )
     try:
         options, rest = parser.parse_known_args(args)

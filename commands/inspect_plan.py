@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from commands.inspect_device import find_device
 from datamodules.pretrained import resolve
 from lightning_modules import estimate
 from lightning_modules.backbone import RANDOM, Backbone
@@ -19,7 +20,7 @@ from optimizers.lion import HIGHEST_USUAL_LR
 
 if TYPE_CHECKING:
     from datamodules.findings import FindingsDataModule
-    from datamodules.survey import Survey
+    from datamodules.survey_figures import Survey
 
 
 @dataclass(frozen=True)
@@ -179,7 +180,7 @@ def memory_and_time(
     Returns:
         Memory, time (where a device is named), and why there is no estimate (or "").
     """
-    named = estimate.device_named(device) if device else None
+    named = find_device(device) if device else None
     config, reason = model_config(backbone)
     if config is None:
         return None, None, reason

@@ -14,7 +14,7 @@ from datamodules.sources.readers import Archive, Files, Source
 from datamodules.stream.order import WHOLE, Place, Unit
 
 if TYPE_CHECKING:
-    from datamodules.survey import Survey
+    from datamodules.survey_figures import Survey
 
 
 class _Watched(Location):

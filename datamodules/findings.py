@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections import Counter
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +12,7 @@ import torch
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
+from datamodules.checks import check_options, check_prefixes, nothing_to_train
 from datamodules.errors import UserError
 from datamodules.packing import Packing, Row, to_batch
 from datamodules.pairs import first_pairs
@@ -114,7 +114,7 @@ class FindingsDataModule(LightningDataModule):
         )
         self._cursor = Cursor(BlockStart())
         self._unfinished: tuple[Cursor, int] | None = None  # cursor before the batch in hand, and that batch's number
-        self._counts: Counter[str] = Counter()
+        self._ledger = Ledger(max_quarantine)  # of the training epoch that was read last
         self._kept: dict[str, list[list[Row]]] = {}
         #: batches of a rank in an epoch; None until one was read to its end
         self.steps_per_epoch: int | None = None
@@ -134,7 +134,7 @@ class FindingsDataModule(LightningDataModule):
     @property
     def counts(self) -> dict[str, int]:
         """Counters of the training epoch that was read last; see :class:`datamodules.stream.ledger.Ledger`."""
-        return dict(self._counts)
+        return dict(self._ledger.counts)
 
     def setup(self, stage: str | None = None) -> None:
         """Opens sources, tasks and tokenizer, and checks what can be checked without reading.
@@ -142,21 +142,20 @@ class FindingsDataModule(LightningDataModule):
         Raises:
             UserError: an option can't be served.
         """
-        self._check_options()
+        check_options(self)
         _ = self._preparer.sources
-        for name, built in self.tasks.items():
-            prefix = len(self.chat.prefix_ids(built))
-            if prefix >= self.row_tokens:
-                raise UserError(
-                    f"data.init_args.row_tokens: {self.row_tokens} is less than the instruction of task {name} "
-                    f"alone, {prefix} tokens; set it to some hundred more"
-                )
+        check_prefixes(self)
         if (
             stage == "fit"
             and self.trainer is not None
             and not self.trainer.fit_loop.epoch_loop.batch_progress.total.ready
         ):
             self._cursor, self._unfinished = Cursor(BlockStart()), None  # a new run; a checkpoint is loaded after this
+
+    def teardown(self, stage: str) -> None:
+        """Says at the end of a fit what its last epoch read, repaired and left out."""
+        if stage == "fit" and self._ledger.counts:
+            rank_zero_info(f"data of the last epoch, as far as it was read: {self._ledger.summary()}")
 
     def train_dataloader(self) -> Restartable[Batch]:
         """Training batches of this rank, from what was consumed to the end of the epoch."""
@@ -235,6 +234,21 @@ class FindingsDataModule(LightningDataModule):
         facts = [sources, self.chat.fingerprint(), self._settings(), self.batch_rows]
         return hashlib.blake2b(orjson.dumps(facts), digest_size=16).hexdigest()
 
+    def recipe(self, packing: Packing, *, training: bool = True) -> Recipe:
+        """How this module's blocks are made, packed so."""
+        return Recipe(
+            tasks=self.shares,
+            row_tokens=self.row_tokens,
+            packing=packing,
+            block_examples=self.block_findings,
+            first_block=min(FIRST_BLOCK if training else FIRST_EVAL_BLOCK, self.block_findings),
+            seed=self.seed,
+            balance=self.balance,
+            balance_by=self.balance_by,
+            keep_conflicts=self.conflicts == "keep",
+            training=training,
+        )
+
     # ---------------------------------------------------------------- resume
 
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
@@ -300,7 +314,7 @@ class FindingsDataModule(LightningDataModule):
     def _epoch(self, start: Cursor, share: Share) -> Iterator[Batch]:
         """Batches from a cursor to the end of its epoch, or of the next where nothing is left of it."""
         began, count, epoch = time.monotonic(), 0, start.start.epoch
-        ledger = self._ledger(start, share)
+        ledger = self._ledger = self._open_ledger(start, share)
         dealt = self._deal("train", start, share, ledger)
         for batch in prefetch(dealt, self.prefetch_batches, lambda item: self._lay_out(*item)):
             if not count and not start.fresh:
@@ -312,32 +326,19 @@ class FindingsDataModule(LightningDataModule):
         if count:
             self.steps_per_epoch = count if start.fresh else self.steps_per_epoch
         elif start.fresh:
-            self._raise_empty(share, ledger.counts)
+            raise nothing_to_train(self, share, ledger.counts)
         else:  # resumed on more ranks: the rest of the epoch is no batch for each of them
             self._cursor = start.next_epoch()
             yield from self._epoch(self._cursor, share)
 
-    def _ledger(self, start: Cursor, share: Share) -> Ledger:
+    def _open_ledger(self, start: Cursor, share: Share) -> Ledger:
         writes = share.rank == 0 and start.start.epoch == 0
-        ledger = Ledger(self.max_quarantine, self.quarantine_path if writes else None, start.start.ledger)
-        self._counts = ledger.counts
-        return ledger
+        return Ledger(self.max_quarantine, self.quarantine_path if writes else None, start.start.ledger)
 
     def _deal(self, split: Split, start: Cursor, share: Share, ledger: Ledger) -> Iterator[tuple[list[Row], Cursor]]:
         """Opens the reading processes, here and now, and returns the pipeline behind them."""
         training = split == "train"
-        recipe = Recipe(
-            tasks=self.shares,
-            row_tokens=self.row_tokens,
-            packing=self.packing if training else self.val_packing or self.packing,
-            block_examples=self.block_findings,
-            first_block=min(FIRST_BLOCK if training else FIRST_EVAL_BLOCK, self.block_findings),
-            seed=self.seed,
-            balance=self.balance,
-            balance_by=self.balance_by,
-            keep_conflicts=self.conflicts == "keep",
-            training=training,
-        )
+        recipe = self.recipe(self.packing if training else self.val_packing or self.packing, training=training)
         order = epoch_order(self._preparer.sources, epoch=start.start.epoch, seed=self.seed)
         cache = TokenCache(self.cache_dir, self._preparer, split) if self.cache_dir else None
         documents = read_documents(
@@ -355,31 +356,3 @@ class FindingsDataModule(LightningDataModule):
         batch.cursor = cursor
         on_gpu = self.trainer is not None and self.trainer.strategy.root_device.type == "cuda"
         return batch.pin_memory() if on_gpu and torch.cuda.is_available() else batch
-
-    def _check_options(self) -> None:
-        for option, value, low in (("row_tokens", self.row_tokens, 2), ("batch_rows", self.batch_rows, 1)):
-            if value < low:
-                raise UserError(f"data.init_args.{option}: {value} is too small; set it to {low} or more")
-        for task, share in self.shares.items():
-            if share < 0:
-                raise UserError(f"data.init_args.tasks: the share of {task} is {share}; set it to 0 or more")
-        if not any(self.shares.values()):
-            raise UserError(f"data.init_args.tasks: {self.shares} uses no example; give a task a share above 0")
-        if not 0 <= self.balance <= 1:
-            raise UserError(f"data.init_args.balance: {self.balance} is not in 0..1")
-        if self.val < 0 or self.test < 0 or self.val + self.test >= 1:
-            raise UserError(
-                f"data.init_args: val={self.val} and test={self.test} must be shares >= 0 with a sum below 1"
-            )
-
-    def _raise_empty(self, share: Share, counts: Counter[str]) -> None:
-        examples = sum(n for name, n in counts.items() if name.startswith("examples."))
-        if not examples:
-            raise UserError(
-                f"data.init_args.sources: {self._preparer.specs} hold no training example of tasks {list(self.shares)} "
-                f"({counts['records']} records, {counts['quarantined']} unusable, {counts['overflow']} too long)"
-            )
-        raise UserError(
-            f"data.init_args.batch_rows: {examples} training examples make less than the "
-            f"{self.batch_rows * share.ranks} rows that {share.ranks} ranks need; lower batch_rows or row_tokens"
-        )

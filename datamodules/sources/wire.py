@@ -25,10 +25,10 @@ from typing import Any
 
 import orjson
 
-from datamodules.errors import UserError
-from datamodules.records import Document, Finding
+from datamodules.records import Document
 from datamodules.sources.fields import Ambiguous, Refused, flaw, measure
 from datamodules.sources.gate import read_correlation, read_finding
+from datamodules.sources.rows import plain_row
 from datamodules.sources.unpack import GZIP_MAGIC, LIMITS, ZSTD_MAGIC, Limits, inflate, loads
 
 RECORD_TEXT = 2000  #: characters of a quarantined record that are kept
@@ -154,8 +154,8 @@ class Reader:
         elif layout == "ground_truth":
             self._read_ground_truth(value)
         elif layout == "batch":
-            self._read_findings(value["findings"])
-            self._read_correlations(value.get("correlations"))
+            self.read_findings(value["findings"])
+            self.read_correlations(value.get("correlations"))
         elif layout == "record":
             self._record(value)
         elif layout == "generation_report":
@@ -179,8 +179,8 @@ class Reader:
         self.read_value(value, depth + 1)
 
     def _read_ground_truth(self, value: dict[str, Any]) -> None:
-        self._read_findings(value["enriched_findings"])
-        self._read_correlations(value.get("correlations"))
+        self.read_findings(value["enriched_findings"])
+        self.read_correlations(value.get("correlations"))
         summaries, actions, document = value.get("summaries"), value.get("actions"), self.parsed.document
         for name, item in summaries.items() if isinstance(summaries, dict) else ():
             if item is not None and self._sound(item):
@@ -189,7 +189,7 @@ class Reader:
             a for a in (actions if isinstance(actions, list) else ()) if isinstance(a, dict) and self._sound(a)
         )
 
-    def _read_findings(self, value: Any, category: str = "", severity: str = "", level: int = 0) -> None:
+    def read_findings(self, value: Any, category: str = "", severity: str = "", level: int = 0) -> None:
         """Walks findings[category][severity], or a plain list; ``level`` counts the objects passed."""
         if isinstance(value, list):
             for record in value:
@@ -199,9 +199,10 @@ class Reader:
             self.refuse(Refused(reason, f"findings of {category or 'all categories'}"), value)
         elif value:
             for name, below in value.items():
-                self._read_findings(below, category or name, name if category else "", level + 1)
+                self.read_findings(below, category or name, name if category else "", level + 1)
 
-    def _read_correlations(self, value: Any) -> None:
+    def read_correlations(self, value: Any) -> None:
+        """Reads a list of correlations."""
         if isinstance(value, list):
             for record in value:
                 self._record(record, correlation=True)
@@ -258,74 +259,6 @@ def layout_of(value: Any) -> str:
     if any(name in value for name in ("title", "description", "severity", "risk_score", "related_finding_ids")):
         return "record"
     return "unknown_layout"
-
-
-def read_report(report: Any, name: str = "report") -> Parsed:
-    """Reads a scanner report: version 2 (``results`` by scanner) or 3 (``findings``, ``correlations``).
-
-    Args:
-        report: the JSON value.
-        name: the file, for messages and quarantine.
-
-    Raises:
-        UserError: it is no scanner report.
-    """
-    if layout_of(report) not in ("scanner_report", "batch", "wrapped", "ground_truth"):
-        raise UserError(f"{name}: no scanner report (neither 'results' nor 'findings'); give the scanner's JSON output")
-    reader = Reader(name, "", 0, clean=False)
-    if not isinstance(report.get("results"), list):
-        if isinstance(report.get("findings"), list):
-            reader._read_findings(report["findings"])
-            reader._read_correlations(report.get("correlations"))
-        else:
-            reader.read_value(report)
-        return reader.parsed
-    for result in report["results"]:
-        if not isinstance(result, dict):
-            reader.refuse(Refused("not_an_object", "an entry of 'results'"), result)
-        else:
-            scanner = result.get("scanner")
-            reader._read_findings(result.get("findings") or [], scanner if isinstance(scanner, str) else "unknown")
-    return reader.parsed
-
-
-def report_findings(report: Any, name: str = "report") -> list[Finding]:
-    """Reads the usable findings of a scanner report; see :func:`read_report`."""
-    return read_report(report, name).document.findings
-
-
-def plain_row(row: Any) -> Any:
-    """Turns a table's row into what JSON would hold: no nulls of other rows' fields, objects instead of JSON text."""
-    if not isinstance(row, dict):
-        return row
-    plain = {name: _plain(value) for name, value in row.items() if value is not None}
-    for name in ("metadata", "risk_subscores", "_langchain_enrichment"):
-        text = plain.get(name)
-        if isinstance(text, str) and text.lstrip().startswith("{"):
-            try:
-                plain[name] = loads(text.encode("utf-8", "surrogatepass"))[0]
-            except Refused:
-                continue
-    for name in ("tags", "correlation_refs", "related_finding_ids", "rationale"):
-        text = plain.get(name)
-        if isinstance(text, str) and text.lstrip().startswith("["):
-            try:
-                plain[name] = loads(text.encode("utf-8", "surrogatepass"))[0]
-            except Refused:
-                continue
-    return plain
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, str | int | float | bool):
-        return value
-    if isinstance(value, dict):
-        return {str(name): _plain(item) for name, item in value.items() if item is not None}
-    if isinstance(value, list | tuple):
-        if value and all(isinstance(item, tuple) and len(item) == 2 for item in value):  # Arrow's map type
-            return {str(name): _plain(item) for name, item in value if item is not None}
-        return [_plain(item) for item in value if item is not None]
-    return str(value)
 
 
 def excerpt(record: Any) -> str:

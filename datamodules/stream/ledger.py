@@ -74,6 +74,15 @@ class Ledger:
             f"{where}, mend the source or raise the limit"
         )
 
+    def summary(self) -> str:
+        """What was read, in one line; names of counters that are zero are left out."""
+        kinds: dict[str, list[str]] = {}
+        for name, count in self.counts.most_common():
+            kind, _, detail = name.partition(".")
+            if count:
+                kinds.setdefault(kind, []).append(f"{detail} {count:,}" if detail else f"{count:,}")
+        return "; ".join(f"{kind} {', '.join(counts)}" for kind, counts in kinds.items())
+
     def close(self) -> None:
         """Closes the quarantine file."""
         if self._file:

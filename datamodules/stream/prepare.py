@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from datamodules.errors import UserError
+from datamodules.pretrained import cache_root
 from datamodules.sources import Quarantined, Source, open_source, parse
 from datamodules.stream.columns import Columns
 from datamodules.stream.conflicts import merge_conflicts
@@ -61,7 +62,8 @@ class Preparer:
         conflicts: ``merge`` gives equal inputs of a document one answer.
         agent_templates: folder of the agent's prompt templates, or None.
         storage_options: for remote sources.
-        cache_dir: where sources keep their index, or None.
+        cache_dir: where sources keep their index; in the user's cache where None, so that resuming never reads an
+            archive from its start.
     """
 
     def __init__(
@@ -118,7 +120,7 @@ class Preparer:
         if not self.specs:
             raise UserError("data.init_args.sources: none given; name an archive, a folder or a file of findings")
         if self._sources is None:
-            cache_dir = Path(self.cache_dir) if self.cache_dir else None
+            cache_dir = Path(self.cache_dir) if self.cache_dir else cache_root()
             options = self.storage_options
             self._sources = [open_source(s, storage_options=options, cache_dir=cache_dir) for s in self.specs]
         return self._sources

@@ -21,7 +21,7 @@ from datamodules.errors import UserError
 from datamodules.records import SEVERITIES
 from datamodules.tasks import schemas
 from datamodules.tasks.prompts import SYSTEM, Pair, clip, compact, number
-from datamodules.tasks.remediation import PRIORITIES, remediate
+from datamodules.tasks.remediation import PRIORITIES, remediate, texts
 from datamodules.tasks.windows import (
     URGENT,
     Window,
@@ -176,7 +176,9 @@ def _security_posture(window: Window) -> str:
 
 
 def _response_actions(window: Window) -> list[str]:
-    """First actions of the knowledge table for the riskiest findings that are more than informational."""
+    """The document's own; or the knowledge table's first ones for the riskiest findings, the informational left out."""
+    if own := texts([_told(action) for action in window.actions], schemas.MAX_LINES):
+        return own
     actions: dict[str, None] = {}
     for finding, shown in window.ranked():
         if PRIORITIES[finding.severity] != "none":
@@ -184,6 +186,11 @@ def _response_actions(window: Window) -> list[str]:
         if len(actions) == schemas.MAX_LINES:
             break
     return list(actions) or ["No action needed; keep this state as the baseline."]
+
+
+def _told(action: dict[str, Any]) -> str:
+    """An action of ``ground_truth_v1`` as a line."""
+    return ": ".join(text for key in ("title", "description") if isinstance(text := action.get(key), str) and text)
 
 
 _LIST = schemas.array(schemas.text(schemas.MAX_RATIONALE), schemas.MAX_LINES)

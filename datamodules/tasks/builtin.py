@@ -14,7 +14,7 @@ from datamodules.tasks import schemas
 from datamodules.tasks.agent_templates import AgentTask, load_templates
 from datamodules.tasks.answers import risk_answer
 from datamodules.tasks.correlation import CorrelationTask
-from datamodules.tasks.prompts import SYSTEM, Pair, Task, clip, compact, finding_content
+from datamodules.tasks.prompts import SYSTEM, Pair, Task, compact, finding_content
 from datamodules.tasks.remediation import remediate
 from datamodules.tasks.windows import Window, executive_summary, finding_line, top_findings, triage_summary, windows
 
@@ -103,14 +103,14 @@ class _WindowTask:
         lines = [finding_line(finding, shown) for finding, shown in zip(window.findings, window.ids, strict=True)]
         return compact({"findings": lines, "correlations": [link.line() for link in window.links]})
 
-    def answer(self, window: Window, document: Document) -> dict[str, Any]:
+    def answer(self, window: Window) -> dict[str, Any]:
         """Builds the answer for a window of a document."""
         raise NotImplementedError
 
     def pairs(self, document: Document) -> Iterator[Pair]:
         """Yields one pair per window."""
         for window in windows(document, self.window):
-            answer = compact(self.answer(window, document))
+            answer = compact(self.answer(window))
             yield Pair(self.name, self.content(window), answer, window.severity, "mixed", len(window.findings))
 
 
@@ -125,9 +125,9 @@ class SummaryTask(_WindowTask):
     )
     answer_schema = schemas.SUMMARY
 
-    def answer(self, window: Window, document: Document) -> dict[str, Any]:
-        """Takes the document's own summary where the window is the whole document."""
-        return {"executive_summary": own_summary(window, document, "executive_summary") or executive_summary(window)}
+    def answer(self, window: Window) -> dict[str, Any]:
+        """See :func:`~datamodules.tasks.windows.executive_summary`."""
+        return {"executive_summary": executive_summary(window)}
 
 
 class TriageTask(_WindowTask):
@@ -141,16 +141,9 @@ class TriageTask(_WindowTask):
     )
     answer_schema = schemas.TRIAGE
 
-    def answer(self, window: Window, document: Document) -> dict[str, Any]:
-        """Takes the document's own summary where the window is the whole document; the order is always by risk."""
-        text = own_summary(window, document, "triage_summary") or triage_summary(window)
-        return {"triage_summary": text, "top_findings": top_findings(window)}
-
-
-def own_summary(window: Window, document: Document, key: str) -> str:
-    """Returns a ``ground_truth_v1`` summary that speaks of exactly this window, else ""."""
-    text = document.summaries.get(key) if window.whole else None
-    return clip(text.strip(), schemas.MAX_SUMMARY) if isinstance(text, str) else ""
+    def answer(self, window: Window) -> dict[str, Any]:
+        """The order is always by risk."""
+        return {"triage_summary": triage_summary(window), "top_findings": top_findings(window)}
 
 
 def build_tasks(

@@ -67,12 +67,16 @@ class Window:
         findings: in the document's order.
         links: correlations among them, the riskiest first.
         whole: the window is the whole document.
+        summaries: the document's own, where the window is the whole of it.
+        actions: likewise.
         ids: ids as they are shown, one per finding.
     """
 
     findings: list[Finding]
     links: list[Link] = field(default_factory=list)
     whole: bool = False
+    summaries: dict[str, Any] = field(default_factory=dict)
+    actions: list[dict[str, Any]] = field(default_factory=list)
     ids: list[str] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -88,6 +92,11 @@ class Window:
         rows = zip(self.findings, self.ids, strict=True)
         return sorted(rows, key=lambda row: (-row[0].risk_score, row[1]))
 
+    def own_summary(self, key: str) -> str:
+        """The document's own text, where it speaks of exactly this window; else ""."""
+        text = self.summaries.get(key)
+        return clip(text.strip(), MAX_SUMMARY) if isinstance(text, str) else ""
+
 
 def windows(document: Document, size: int) -> Iterator[Window]:
     """Deals a document's findings to windows.
@@ -99,7 +108,8 @@ def windows(document: Document, size: int) -> Iterator[Window]:
     count = -(-len(document.findings) // size)
     parts = [document.findings[start::count] for start in range(count)]
     for findings, correlations in zip(parts, _correlations_by_window(document, count), strict=True):
-        yield Window(findings, links_among(findings, correlations), whole=count == 1)
+        own = (document.summaries, document.actions) if count == 1 else ({}, [])
+        yield Window(findings, links_among(findings, correlations), count == 1, *own)
 
 
 def _correlations_by_window(document: Document, count: int) -> list[list[Correlation]]:
@@ -184,7 +194,9 @@ def severity_counts(window: Window) -> str:
 
 
 def executive_summary(window: Window) -> str:
-    """Counts by severity, the top risks by name, the correlations, one recommendation."""
+    """The document's own; or counts by severity, the top risks by name, the correlations, one recommendation."""
+    if own := window.own_summary("executive_summary"):
+        return own
     if not window.findings:
         return "The scan reports no findings. No action is needed."
     titles = Counter(finding.title for finding in window.findings)
@@ -205,7 +217,9 @@ def executive_summary(window: Window) -> str:
 
 
 def triage_summary(window: Window) -> str:
-    """How many findings need attention now, how many can be planned or wait, and where to start."""
+    """The document's own; or how many findings need attention now, can be planned or wait, and where to start."""
+    if own := window.own_summary("triage_summary"):
+        return own
     counts = Counter(finding.severity for finding in window.findings)
     urgent = sum(counts[name] for name in URGENT)
     waiting = len(window.findings) - urgent - counts["medium"]

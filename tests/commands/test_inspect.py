@@ -1,15 +1,18 @@
 """The inspect command, through the door."""
 
 import io
+import itertools
 import json
 import shutil
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from rich.console import Console
 
+from commands.inspect_device import find_device, product_rate
 from commands.inspect_plan import _count, kernels_of
 from commands.inspect_progress import Meter
 from commands.inspect_report import Sample
@@ -65,7 +68,7 @@ def as_json(printed):
 
 
 def test_json_is_one_object_with_the_promised_keys(inspect):
-    report = as_json(inspect("--format", "json", "--device", "cpu", "--near_duplicates"))
+    report = as_json(inspect("--format", "json", "--device", "cpu"))
     assert report["records"]["findings"] == 120
     assert report["records"]["correlations"] > 0
     assert (report["quarantined"], report["repaired"], report["unsupervised_examples"]) == (0, 0, 0)
@@ -140,6 +143,7 @@ def test_without_a_model_config_there_is_a_report_without_estimate(inspect, tmp_
     ("options", "told"),
     [
         (["--device=abacus"], "--device abacus: unknown; there are h100"),
+        (["--device=measured"], "--device measured: torch sees no GPU"),
         (["--format=xml"], "--format"),
         (["--limit=0"], "--limit 0 is too small"),
         (["--limit=many"], "--limit"),
@@ -186,6 +190,27 @@ def test_the_kernels_are_foreseen_as_the_module_chooses_them(tiny_mistral, chang
     assert foreseen in ("plain", "checkpointed") or foreseen == backbone.activation_memory
     assert kernels_of(backbone, model.config, "gpu", 4) in ("plain", "checkpointed")  # flash kernels take 16 bits
     assert kernels_of(backbone, model.config, "tpu", 2) in ("plain", "checkpointed")
+
+
+def test_a_rate_is_the_products_arithmetic_over_its_time(monkeypatch):
+    clock = itertools.count()  # every look at it is a second later
+    monkeypatch.setattr("commands.inspect_device.time.perf_counter", lambda: next(clock))
+    monkeypatch.setattr("commands.inspect_device.SECONDS", 4)
+    rate = product_rate(torch.device("cpu"), torch.float32, (30, 40, 50))
+    assert rate == pytest.approx(3 * 2 * 30 * 40 * 50 / 5 / 1e12)
+
+
+def test_this_machines_gpu_is_a_device(monkeypatch):
+    facts = SimpleNamespace(total_memory=80 * 2**30, name="NVIDIA Test")
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda **_: True)
+    monkeypatch.setattr("torch.cuda.get_device_properties", lambda _: facts)
+    monkeypatch.setattr("commands.inspect_device.product_rate", lambda *_: 367.0)
+    find_device.cache_clear()
+    device = find_device("measured")
+    find_device.cache_clear()
+    assert (device.memory, device.tflops) == (80, 989 / 2)
+    assert device.source == "367 TFLOP/s of matrix products measured on NVIDIA Test"
 
 
 def test_devices_are_counted_as_lightning_counts_them():

@@ -1,8 +1,10 @@
 """The data module: ranks and workers, exact resume inside Lightning, errors, pairs."""
 
+import gzip
 import io
 import shutil
 import threading
+import time
 
 import pytest
 import torch
@@ -12,6 +14,8 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from datamodules import FindingsDataModule
 from datamodules.errors import UserError
+from datamodules.sources.byte_stream import ByteStream
+from datamodules.sources.seek_index import SeekIndex
 from datamodules.stream.loading import Share
 
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create", "ignore:Consider setting `persistent")
@@ -105,6 +109,20 @@ def test_epochs_hold_the_same_examples_in_another_order(make, tmp_path):
         assert first != second
         assert first == again
     assert sorted(examples(make().train_batches())) == sorted(first)
+
+
+def test_the_first_batch_does_not_wait_for_the_archives_end(make, tmp_path, monkeypatch):
+    read, plain = [], ByteStream.read
+    monkeypatch.setattr(ByteStream, "read", lambda stream, size: read.append(stream.offset) or plain(stream, size))
+    archive = write_archive(tmp_path / "findings.tar.gz", [100] * 30)
+    module = make(sources=[str(archive)], prefetch_batches=0)
+    batches = module.train_batches()
+    next(batches)
+    (source,) = module._preparer.sources
+    assert max(read) < len(gzip.decompress(archive.read_bytes())) / 4
+    assert not source.index_path.exists()
+    assert len(list(batches)) > 1000
+    assert SeekIndex.load(source.index_path).complete  # in the user's cache, also where no cache_dir is set
 
 
 def test_another_seed_another_order_and_split(make):
@@ -387,6 +405,16 @@ def test_quarantine_is_written_as_it_streams_and_not_twice_after_a_resume(make, 
     assert resumed.counts == module.counts
 
 
+def test_the_end_of_a_fit_says_what_was_read_and_left_out(make, tmp_path, monkeypatch):
+    said = []
+    monkeypatch.setattr("datamodules.findings.rank_zero_info", said.append)
+    module = make()
+    fit(Tiny(), module, tmp_path, max_steps=3)
+    assert len(said) == 1
+    assert f"records {module.counts['records']}; " in said[0]
+    assert "examples risk" in said[0]
+
+
 def test_too_much_in_quarantine_stops_with_the_reasons(make, tmp_path):
     sources = write(tmp_path / "bad", [*(finding(n) for n in range(30)), *["no finding"] * 10])
     with pytest.raises(UserError, match=r"max_quarantine: 0\.01: 10 of 40 records can't be used: \w+ \(10\); set data"):
@@ -456,6 +484,9 @@ def test_leaving_early_stops_thread_and_processes(make):
     next(stream)
     assert threading.active_count() > before
     stream.close()
+    deadline = time.monotonic() + 60  # on a busy machine a reading process takes its time to end
+    while threading.active_count() > before and time.monotonic() < deadline:
+        time.sleep(0.01)
     assert threading.active_count() == before
 
 

@@ -7,7 +7,8 @@ import pytest
 
 from datamodules.batch import IGNORE_INDEX
 from datamodules.findings import FindingsDataModule
-from datamodules.survey import MODES, Histogram, report_counts, survey
+from datamodules.survey import MODES, survey
+from datamodules.survey_figures import Histogram, report_counts
 from datamodules.synthetic import synthesize
 
 TASKS = {"risk": 1.0, "correlation": 0.5, "summary": 1.0}

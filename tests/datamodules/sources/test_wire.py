@@ -12,8 +12,10 @@ from hypothesis import strategies as st
 
 from datamodules.errors import UserError
 from datamodules.sources.fields import Ambiguous, Refused
+from datamodules.sources.reports import read_report
+from datamodules.sources.rows import plain_row
 from datamodules.sources.unpack import Limits, inflate, loads
-from datamodules.sources.wire import Reader, excerpt, plain_row, read_report, report_findings
+from datamodules.sources.wire import Reader, excerpt
 
 packed_gzip = partial(gzip.compress, mtime=0)  # the time would stand in the tests' names, other in each worker
 
@@ -289,7 +291,7 @@ def test_reports_of_both_versions():
     assert parsed.document.findings[0].category == "kernel_params"
     assert parsed.document.findings[0].severity == "medium"  # from its score of 50
     assert parsed.document.correlations[0].finding_ids == ["f0"]
-    assert report_findings({"results": []}) == []
+    assert read_report({"results": []}).document.findings == []
     for wrong in ({"a": 1}, [], None, {"generation_stats": {}}):
         with pytest.raises(UserError, match="no scanner report"):
             read_report(wrong, "x.json")

@@ -511,6 +511,20 @@ def test_data_that_looks_like_a_variable_is_not_filled(tasks):
     assert json.loads(pair.content.split("\n")[0])["findings"][0]["title"] == "{context}{scan_data}"
 
 
+def test_a_template_takes_the_documents_own_summary_and_actions(tasks):
+    own = {"executive_summary": "Ten findings."}
+    actions = [{"id": "a", "title": "Look", "description": "Look at it now."}, {"title": 5}, {"description": "Wait."}]
+    document = make_document(24, summaries=own)
+    document.actions = actions
+    answer = json.loads(next(tasks["agent_summarize"].pairs(document)).completion)
+    assert answer["executive_summary"] == "Ten findings."
+    assert answer["recommendations"] == ["Look: Look at it now.", "Wait."]
+    document.findings.append(make_finding(24))  # two windows: the texts are about neither
+    answer = json.loads(next(tasks["agent_summarize"].pairs(document)).completion)
+    assert "Ten findings." not in answer["executive_summary"]
+    assert "Wait." not in answer["recommendations"]
+
+
 @needs_data
 def test_the_agents_own_templates():
     folder = str(SHARED / "agent_prompt_templates")
