@@ -66,6 +66,9 @@ class Backbone:
     activation_memory: ActivationMemory = "full"
     """What the fast path keeps for the backward pass: full, balanced (computes the MLP's inner products twice), or low
     (whole layers twice, their inputs in host memory)."""
+    fp8: bool = False
+    """Products with the frozen base in FP8 on the fast path (Ada, Hopper and newer); a quarter faster, 2 bytes a weight
+    more memory, and noisier gradients: EXPERIMENTS.md has its loss curve beside bf16's."""
     revision: str | None = None
     """Branch, tag or commit on the hub."""
     adapter: str | None = None

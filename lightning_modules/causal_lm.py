@@ -31,7 +31,6 @@ from lightning_modules.decoder import Predictions, supervised_positions
 from lightning_modules.fast_decoder import FastDecoder, decoder_for
 from lightning_modules.hyperparameters import INSTANTIATOR, to_plain
 from lightning_modules.objectives import Objective
-from lightning_modules.packed_attention import plan_segments
 from lightning_modules.teacher import Teacher, build_teacher
 
 XLA_MULTIPLE = 256  #: supervised tokens are padded to it on a TPU: a new count would be a new compilation
@@ -89,7 +88,9 @@ class CausalLMModule(LightningModule):
             self.model = self.backbone.build(device)
             self.model.train(self.training)
             recipe = self.backbone
-            self._decoder, why = decoder_for(self.model, recipe.kernels, recipe.activation_memory, torch.device(device))
+            self._decoder, why = decoder_for(
+                self.model, recipe.kernels, recipe.activation_memory, torch.device(device), recipe.fp8
+            )
             rank_zero_info(why)
             # every rank loads the same base: DDP need not broadcast gigabytes at the start, and buffers at each step
             # (which would hang ranks that have unequal numbers of validation rows)
@@ -120,7 +121,7 @@ class CausalLMModule(LightningModule):
     def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
         """Plans the fast path's attention while the segments are still on the host, then copies."""
         if isinstance(self._decoder, FastDecoder) and batch.segment_ids_BT.device.type == "cpu":
-            batch = replace(batch, plan=plan_segments(batch.segment_ids_BT))
+            batch = replace(batch, plan=self._decoder.plan(batch.segment_ids_BT))
         return batch.to(device)
 
     def _prepare_teacher(self) -> Teacher | None:

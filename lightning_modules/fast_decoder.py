@@ -20,8 +20,9 @@ from datamodules.batch import Batch
 from datamodules.errors import UserError
 from lightning_modules.backbone import ActivationMemory
 from lightning_modules.decoder import Decoder
-from lightning_modules.fast_lora import Group, Norm, NormMLPResidual, NormQKV, OutputResidual, Projection
-from lightning_modules.packed_attention import SegmentPlan, packed_attention, plan_segments
+from lightning_modules.fast_lora import MLP, Attention, AttentionBlock, Group, MLPBlock, Norm, Projection
+from lightning_modules.fp8 import CAPABILITY
+from lightning_modules.segment_plan import SegmentPlan, plan_segments
 
 MODEL_TYPES = ("llama", "mistral")
 CHUNK = 2048  #: tokens of a piece of the MLP where gate and up are made again
@@ -29,15 +30,11 @@ CHUNK = 2048  #: tokens of a piece of the MLP where gate and up are made again
 
 @dataclass(frozen=True)
 class _Layer:
-    attention_norm: Norm
-    mlp_norm: Norm
-    qkv: Group
-    output: Group
-    gate_up: Group
-    down: Group
+    attention: Attention
+    mlp: MLP
 
     @classmethod
-    def of(cls, layer: Any, undo_nesting: bool) -> _Layer:
+    def of(cls, layer: Any, heads: tuple[int, int], undo_nesting: bool) -> _Layer:
         def group(parent: Any, *names: str) -> Group:
             return Group([Projection.of(getattr(parent, name), undo_nesting) for name in names])
 
@@ -46,13 +43,24 @@ class _Layer:
 
         attention, mlp = layer.self_attn, layer.mlp
         return cls(
-            norm(layer.input_layernorm),
-            norm(layer.post_attention_layernorm),
-            group(attention, "q_proj", "k_proj", "v_proj"),
-            group(attention, "o_proj"),
-            group(mlp, "gate_proj", "up_proj"),
-            group(mlp, "down_proj"),
+            Attention(
+                norm(layer.input_layernorm),
+                group(attention, "q_proj", "k_proj", "v_proj"),
+                group(attention, "o_proj"),
+                heads,
+                attention.scaling,
+            ),
+            MLP(norm(layer.post_attention_layernorm), group(mlp, "gate_proj", "up_proj"), group(mlp, "down_proj")),
         )
+
+    def groups(self) -> tuple[Group, ...]:
+        return self.attention.qkv, self.attention.output, self.mlp.wide, self.mlp.down
+
+    def attention_parameters(self) -> list[Tensor | None]:
+        return self.attention.qkv.parameters() + self.attention.output.parameters()
+
+    def mlp_parameters(self) -> list[Tensor | None]:
+        return self.mlp.wide.parameters() + self.mlp.down.parameters()
 
 
 class FastDecoder(Decoder):
@@ -61,12 +69,13 @@ class FastDecoder(Decoder):
     Args:
         model: a causal LM, as it is or wrapped by PEFT; it keeps owning every parameter.
         activation_memory: see the module's docstring.
+        fp8: whether products with the frozen base are computed in FP8.
 
     Raises:
         NotImplementedError: the model has something that the fused functions do not compute; the message says what.
     """
 
-    def __init__(self, model: Any, activation_memory: ActivationMemory = "full") -> None:
+    def __init__(self, model: Any, activation_memory: ActivationMemory = "full", fp8: bool = False) -> None:
         super().__init__(model)
         config = self.config
         if config.model_type not in MODEL_TYPES:
@@ -78,60 +87,66 @@ class FastDecoder(Decoder):
             raise NotImplementedError("the embeddings are trained")
         self.activation_memory = activation_memory
         self.window = getattr(config, "sliding_window", None)
-        self.heads = (config.num_attention_heads, config.num_key_value_heads)
-        self.scale = self.decoder.layers[0].self_attn.scaling
-        self.layers = [_Layer.of(layer, activation_memory != "low") for layer in self.decoder.layers]
+        heads = (config.num_attention_heads, config.num_key_value_heads)
+        self.group = heads[0] // heads[1]
+        self.head_width = self.decoder.layers[0].self_attn.head_dim
+        self.layers = [_Layer.of(layer, heads, activation_memory != "low") for layer in self.decoder.layers]
+        for group in (g for layer in self.layers for g in layer.groups() if fp8):
+            group.to_fp8(self.dtype)
 
     def hidden_states(self, batch: Batch) -> Tensor:
         """Computes the last hidden states [B, T, C], behind the final norm."""
         return self.decoder.norm(self._blocks(batch).view(*batch.input_ids_BT.shape, -1))
 
     def hidden_at(self, batch: Batch, positions_N: Tensor) -> Tensor:
-        """The same at some positions [N, C]; the final norm is computed there only."""
-        return self.decoder.norm(self._blocks(batch).index_select(0, positions_N))
+        """The same at some positions [N, C]; the last layer's output and MLP are computed there only."""
+        return self.decoder.norm(self._blocks(batch, positions_N))
 
-    def _blocks(self, batch: Batch) -> Tensor:
-        plan = batch.plan if batch.plan is not None else plan_segments(batch.segment_ids_BT.cpu())
-        return self.run(batch.input_ids_BT, batch.position_ids_BT, plan.to(batch.input_ids_BT.device))
+    def plan(self, segment_ids_BT: Tensor) -> SegmentPlan:
+        """Lays out the attention of a batch whose segments are on the host."""
+        return plan_segments(segment_ids_BT, self.group)
 
-    def run(self, input_ids_BT: Tensor, position_ids_BT: Tensor, plan: SegmentPlan) -> Tensor:
-        """Computes the hidden states [N, C] of all rows in one line, before the final norm.
+    def _blocks(self, batch: Batch, positions_N: Tensor | None = None) -> Tensor:
+        plan = batch.plan if batch.plan is not None else self.plan(batch.segment_ids_BT.cpu())
+        return self.run(batch.input_ids_BT, batch.position_ids_BT, plan.to(batch.input_ids_BT.device), positions_N)
+
+    def run(
+        self, input_ids_BT: Tensor, position_ids_BT: Tensor, plan: SegmentPlan, positions_N: Tensor | None = None
+    ) -> Tensor:
+        """Computes the hidden states [N, C] of all rows in one line, or of some positions of it, before the final norm.
 
         Raises:
             ValueError: an example is longer than the model's attention window.
         """
-        if self.window is not None and plan.longest + max((p.length for p in plan.prefixes), default=0) > self.window:
+        if self.window is not None and plan.longest > self.window:
             raise ValueError(f"an example is longer than the model's attention window of {self.window} tokens")
         embedded_BTC = self.decoder.embed_tokens(input_ids_BT)
         cos, sin = (x.flatten(0, 1) for x in self.decoder.rotary_emb(embedded_BTC, position_ids_BT))
         hidden_NC = embedded_BTC.flatten(0, 1)
-        for layer in self.layers:
-            hidden_NC = self._layer(layer, hidden_NC, cos, sin, plan)
-        return hidden_NC
+        for layer in self.layers[:-1]:
+            hidden_NC = self._layer(layer, hidden_NC, cos, sin, plan, None)
+        return self._layer(self.layers[-1], hidden_NC, cos, sin, plan, positions_N)
 
-    def _layer(self, layer: _Layer, hidden_NC: Tensor, cos: Tensor, sin: Tensor, plan: SegmentPlan) -> Tensor:
+    def _layer(self, layer: _Layer, hidden_NC: Tensor, *rest: Any) -> Tensor:
         if self.activation_memory != "low" or not torch.is_grad_enabled():
-            return self._block(layer, hidden_NC, cos, sin, plan)
-        if not hidden_NC.requires_grad and not any(
-            p is not None for g in (layer.qkv, layer.output, layer.gate_up, layer.down) for p in g.parameters()
-        ):
-            return self._block(layer, hidden_NC, cos, sin, plan)
+            return self._block(layer, hidden_NC, *rest)
+        adapted = any(p is not None for p in (*layer.attention_parameters(), *layer.mlp_parameters()))
+        if not hidden_NC.requires_grad and not adapted:
+            return self._block(layer, hidden_NC, *rest)
         with _offloaded(hidden_NC.shape):
-            return checkpoint(self._block, layer, hidden_NC, cos, sin, plan, use_reentrant=False)
+            return checkpoint(self._block, layer, hidden_NC, *rest, use_reentrant=False)
 
-    def _block(self, layer: _Layer, hidden_NC: Tensor, cos: Tensor, sin: Tensor, plan: SegmentPlan) -> Tensor:
-        query, key, value = NormQKV.apply(
-            hidden_NC, layer.attention_norm, layer.qkv, cos, sin, self.heads, *layer.qkv.parameters()
+    def _block(
+        self, layer: _Layer, hidden_NC: Tensor, cos: Tensor, sin: Tensor, plan: SegmentPlan, positions_N: Tensor | None
+    ) -> Tensor:
+        hidden_NC = AttentionBlock.apply(
+            hidden_NC, layer.attention, cos, sin, plan, positions_N, *layer.attention_parameters()
         )
-        attended = packed_attention(query, key, value, plan, self.scale).flatten(1)
-        hidden_NC = OutputResidual.apply(attended, hidden_NC, layer.output, *layer.output.parameters())
-        parameters = (*layer.gate_up.parameters(), *layer.down.parameters())
-        keep = self.activation_memory == "full"
-        return NormMLPResidual.apply(hidden_NC, layer.mlp_norm, layer.gate_up, layer.down, keep, CHUNK, *parameters)
+        return MLPBlock.apply(hidden_NC, layer.mlp, self.activation_memory == "full", CHUNK, *layer.mlp_parameters())
 
 
 def decoder_for(
-    model: Any, kernels: str, activation_memory: ActivationMemory, device: torch.device
+    model: Any, kernels: str, activation_memory: ActivationMemory, device: torch.device, fp8: bool = False
 ) -> tuple[Decoder, str]:
     """Chooses the path of a model's forward and backward pass.
 
@@ -140,6 +155,7 @@ def decoder_for(
         kernels: ``auto``, ``fast`` or ``plain``.
         activation_memory: see the module's docstring.
         device: where the model is.
+        fp8: whether products with the frozen base are computed in FP8, which the fast path can.
 
     Returns:
         The decoder, and one line that says which it is and why.
@@ -147,19 +163,50 @@ def decoder_for(
     Raises:
         UserError: ``fast`` was asked for and can't be had.
     """
+    if fp8:
+        _check_fp8(kernels, device)
     if kernels == "plain":
         return Decoder(model), "plain path: backbone.kernels is plain"
     try:
-        fast = FastDecoder(model, activation_memory)
         if device.type not in ("cuda", "cpu"):
             raise NotImplementedError(f"the device is {device.type}")
-        if device.type == "cuda" and fast.dtype not in (torch.bfloat16, torch.float16):
-            raise NotImplementedError(f"its attention kernels take 16-bit numbers, the model is {fast.dtype}")
+        fast = FastDecoder(model, activation_memory, fp8)
+        if device.type == "cuda":
+            _check_kernels(fast)
     except NotImplementedError as error:
-        if kernels == "fast":
-            raise UserError(f"backbone.kernels fast: {error}; set it to auto or plain") from error
+        if kernels == "fast" or fp8:
+            option = "backbone.fp8 true" if fp8 else "backbone.kernels fast"
+            way_out = "false" if fp8 else "auto or plain"
+            raise UserError(f"{option}: {error}; set it to {way_out}") from error
         return Decoder(model), f"plain path: {error}"
-    return fast, f"fast path: fused {fast.config.model_type} blocks, activation_memory {activation_memory}"
+    products = ", FP8 products with the base" if fp8 else ""
+    return fast, f"fast path: fused {fast.config.model_type} blocks, activation_memory {activation_memory}{products}"
+
+
+def _check_fp8(kernels: str, device: torch.device) -> None:
+    if kernels == "plain":
+        raise UserError("backbone.fp8 true: only the fast path computes it; set backbone.kernels auto, or fp8 false")
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) < CAPABILITY:
+        raise UserError(
+            f"backbone.fp8 true: {torch.cuda.get_device_name(device)} has no FP8 products, as Ada and Hopper have; "
+            "set backbone.fp8 false"
+        )
+
+
+def _check_kernels(decoder: FastDecoder) -> None:
+    """Raises NotImplementedError for a model that the GPU's attention kernels do not compute."""
+    if decoder.dtype not in (torch.bfloat16, torch.float16):
+        raise NotImplementedError(f"its attention kernels take 16-bit numbers, the model is {decoder.dtype}")
+    if decoder.head_width not in (16, 32, 64, 128):
+        raise NotImplementedError(f"its attention kernels take heads 16, 32, 64 or 128 wide, not {decoder.head_width}")
+    if torch.cuda.get_device_capability() < (8, 0):
+        raise NotImplementedError(
+            f"its attention kernels want an Ampere GPU or newer, not {torch.cuda.get_device_name()}"
+        )
+    try:
+        import triton  # noqa: F401
+    except ImportError as error:
+        raise NotImplementedError("its kernels need triton, which this torch came without") from error
 
 
 class _offloaded(torch.autograd.graph.saved_tensors_hooks):

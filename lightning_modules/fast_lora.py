@@ -1,6 +1,7 @@
 """Fused forward and backward of decoder blocks whose base is frozen.
 
-One autograd function each for norm+QKV+rotary, output projection+residual, and norm+MLP+residual.
+Two autograd functions a block: norm+QKV+rotary+attention+output projection+residual, and norm+MLP+residual. So the
+residual stream's gradient is added where a norm's is written, and Q, K and V are one buffer from product to kernel.
 
 Shapes in names: N tokens, C channels of the residual stream, O output channels of a group of projections, R ranks of
 its LoRA matrices together.
@@ -9,7 +10,8 @@ What the plain path (PEFT over bitsandbytes modules) pays for and this does not:
 
 - a group's projections (Q, K, V; gate, up) are one product, their LoRA A matrices another: bigger, fewer GEMMs;
 - NF4 is dequantised once per use into a buffer that is freed at once: no saved dequantised weight;
-- LoRA's B product is accumulated into the base's output (``addmm``): no separate buffer, no fp32 copies;
+- LoRA's product is written first and the base's accumulated onto it, where reading the buffer hides behind arithmetic:
+  no separate buffer, no fp32 copies;
 - what is expensive to make again is kept (GEMM outputs), what is cheap is recomputed (norms, SwiGLU): about 94 KB a
   token and layer of a 7B model.
 
@@ -19,29 +21,17 @@ PEFT's.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-Pointwise = Callable[..., Any]
-
-
-@cache
-def _compiled(function: Pointwise) -> Pointwise:
-    return torch.compile(function, dynamic=False)
-
-
-def _pointwise(function: Pointwise) -> Pointwise:
-    """Fuses an elementwise function on CUDA; a CPU runs it as it is (compiling there costs minutes)."""
-
-    def run(first: Tensor, *rest: Any) -> Any:
-        return (_compiled(function) if first.is_cuda else function)(first, *rest)
-
-    return run
+from lightning_modules.fp8 import Fp8Weight
+from lightning_modules.packed_attention import attend, attend_backward
+from lightning_modules.pointwise import rms_norm, rms_norm_backward, rotate_, swiglu, swiglu_backward
+from lightning_modules.segment_plan import SegmentPlan
 
 
 class FrozenWeight:
@@ -128,13 +118,20 @@ class Group:
     Attributes:
         members: the projections, in the order of their outputs.
         sizes: outputs of each.
+        fp8: the base's weights in FP8, where :meth:`to_fp8` was called.
     """
 
     members: Sequence[Projection]
     sizes: list[int] = field(init=False)
+    fp8: Fp8Weight | None = None
 
     def __post_init__(self) -> None:
         self.sizes = [member.weight.shape[0] for member in self.members]
+
+    def to_fp8(self, dtype: torch.dtype) -> None:
+        """Has the base's products computed in FP8 from now on; ``dtype`` is what the weights are quantised from."""
+        module = self.members[0].weight.module
+        self.fp8 = Fp8Weight.of(self.weight_OC(torch.empty(0, dtype=dtype, device=module.weight.device)))
 
     def weight_OC(self, like: Tensor) -> Tensor:
         """The base's weights, dequantised into a new buffer (or the weight itself where there is nothing to do)."""
@@ -171,107 +168,73 @@ class Group:
         self, x_NC: Tensor, parameters: Sequence[Tensor | None], residual: Tensor | None = None
     ) -> tuple[Tensor, Tensor | None]:
         """Computes the outputs [N, O] (plus ``residual``) and x A^T [N, R], which the backward pass wants."""
-        weight_OC = self.weight_OC(x_NC)
-        y_NO = x_NC @ weight_OC.T if residual is None else torch.addmm(residual, x_NC, weight_OC.T)
         a_RC = self.a_RC(parameters, x_NC.dtype)
-        if a_RC is None:
-            return y_NO, None
-        xa_NR = x_NC @ a_RC.T
-        for _, outputs, ranks, b, scale in self.ranked(parameters):
-            y_NO[:, outputs].addmm_(xa_NR[:, ranks], b.to(x_NC.dtype).T, alpha=scale)
-        return y_NO, xa_NR
+        xa_NR = None if a_RC is None else x_NC @ a_RC.T
+        if self.fp8 is not None:
+            y_NO = self.fp8.forward(x_NC)
+            y_NO = y_NO if residual is None else y_NO.add_(residual)
+            return self._add_adapters(y_NO, xa_NR, parameters), xa_NR
+        weight_OC = self.weight_OC(x_NC)
+        if xa_NR is None:
+            return (x_NC @ weight_OC.T if residual is None else torch.addmm(residual, x_NC, weight_OC.T)), None
+        y_NO = x_NC.new_empty(len(x_NC), sum(self.sizes)) if residual is None else residual.clone()
+        self._add_adapters(y_NO, xa_NR, parameters, fresh=residual is None)
+        return y_NO.addmm_(x_NC, weight_OC.T), xa_NR
 
-    def backward(
-        self, grad_NO: Tensor, x_NC: Tensor, xa_NR: Tensor | None, parameters: Sequence[Tensor | None], need_input: bool
-    ) -> tuple[Tensor | None, list[Tensor | None]]:
-        """Gradients of the input [N, C] (None unless needed) and of every A and B."""
-        grads: list[Tensor | None] = [None] * len(parameters)
-        grad_a = None
-        if xa_NR is not None:
-            ga_NR = torch.empty_like(xa_NR)
-            for index, outputs, ranks, b, scale in self.ranked(parameters):
-                part = grad_NO[:, outputs]
-                torch.mul(part @ b.to(part.dtype), scale, out=ga_NR[:, ranks])
-                grads[2 * index + 1] = (part.T @ xa_NR[:, ranks]).mul_(scale).to(b.dtype)
-            grad_a = ga_NR.T @ x_NC
-            for index, _, ranks, b, _ in self.ranked(parameters):
-                grads[2 * index] = grad_a[ranks].to(b.dtype)
-        if not need_input:
-            return None, grads
-        grad_NC = grad_NO @ self.weight_OC(grad_NO)
-        a_RC = self.a_RC(parameters, grad_NO.dtype)
+    def _add_adapters(
+        self, y_NO: Tensor, xa_NR: Tensor | None, parameters: Sequence[Tensor | None], fresh: bool = False
+    ) -> Tensor:
+        """Adds x A^T B^T to the outputs in place, or writes it where they are ``fresh``."""
+        if xa_NR is None:
+            return y_NO
+        ranked = self.ranked(parameters)
+        if fresh and len(ranked) < len(self.members):
+            y_NO.zero_()
+        for _, outputs, ranks, b, scale in ranked:
+            y_NO[:, outputs].addmm_(xa_NR[:, ranks], b.to(y_NO.dtype).T, beta=0 if fresh else 1, alpha=scale)
+        return y_NO
+
+    def input_gradient(
+        self, grad_NO: Tensor, parameters: Sequence[Tensor | None], need_input: bool = True
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Gradients of the input [N, C] (None unless needed) and of x A^T [N, R] (None without adapters)."""
+        a_RC, ga_NR = self.a_RC(parameters, grad_NO.dtype), None
         if a_RC is not None:
-            grad_NC.addmm_(ga_NR, a_RC)
-        return grad_NC, grads
+            ga_NR = grad_NO.new_empty(len(grad_NO), len(a_RC))
+            for _, outputs, ranks, b, scale in self.ranked(parameters):
+                torch.mul(grad_NO[:, outputs] @ b.to(grad_NO.dtype), scale, out=ga_NR[:, ranks])
+        if not need_input:
+            return None, ga_NR
+        if self.fp8 is not None:
+            grad_NC = self.fp8.backward(grad_NO)
+            return (grad_NC if a_RC is None or ga_NR is None else grad_NC.addmm_(ga_NR, a_RC)), ga_NR
+        weight_OC = self.weight_OC(grad_NO)
+        if a_RC is None or ga_NR is None:
+            return grad_NO @ weight_OC, None
+        return (ga_NR @ a_RC).addmm_(grad_NO, weight_OC), ga_NR
+
+    def parameter_gradients(
+        self,
+        grad_NO: Tensor,
+        ga_NR: Tensor | None,
+        x_NC: Tensor,
+        xa_NR: Tensor | None,
+        parameters: Sequence[Tensor | None],
+    ) -> list[Tensor | None]:
+        """Gradients of every A and B."""
+        grads: list[Tensor | None] = [None] * len(parameters)
+        if ga_NR is None:
+            return grads
+        if xa_NR is None:
+            xa_NR = x_NC @ self.a_RC(parameters, x_NC.dtype).T  # type: ignore[union-attr]
+        grad_a = ga_NR.T @ x_NC
+        for index, outputs, ranks, b, scale in self.ranked(parameters):
+            grads[2 * index] = grad_a[ranks].to(b.dtype)
+            grads[2 * index + 1] = (grad_NO[:, outputs].T @ xa_NR[:, ranks]).mul_(scale).to(b.dtype)
+        return grads
 
 
-# ---- pointwise parts -------------------------------------------------------------------------------------------------
-
-
-def _rms_norm(x_NC: Tensor, weight_C: Tensor, eps: float) -> Tensor:
-    wide = _wide(x_NC)
-    return (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)).to(x_NC.dtype) * weight_C
-
-
-def _rms_norm_backward(
-    x_NC: Tensor, weight_C: Tensor, eps: float, grad_NC: Tensor, residual_NC: Tensor | None
-) -> Tensor:
-    wide = _wide(x_NC)
-    inverse = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
-    normed = wide * inverse
-    grad = _wide(grad_NC * weight_C)
-    grad = inverse * (grad - normed * (grad * normed).mean(-1, keepdim=True))
-    return (grad if residual_NC is None else grad + residual_NC).to(x_NC.dtype)
-
-
-def _swiglu(gate_up_NO: Tensor) -> Tensor:
-    gate, up = gate_up_NO.chunk(2, -1)
-    return (nn.functional.silu(_wide(gate)) * up).to(gate.dtype)
-
-
-def _swiglu_backward(gate_up_NO: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients of gate and up [N, O], and SwiGLU's output made again."""
-    gate, up = (_wide(x) for x in gate_up_NO.chunk(2, -1))
-    sigmoid = torch.sigmoid(gate)
-    silu, wide = gate * sigmoid, _wide(grad)
-    grad_gate = wide * up * sigmoid * (1 + gate * (1 - sigmoid))
-    return torch.cat([grad_gate, wide * silu], -1).to(grad.dtype), (silu * up).to(grad.dtype)
-
-
-def _rotate(x_NHD: Tensor, cos_ND: Tensor, sin_ND: Tensor) -> Tensor:
-    first, second = x_NHD.chunk(2, -1)
-    return x_NHD * cos_ND[:, None] + torch.cat([-second, first], -1) * sin_ND[:, None]
-
-
-def _rotate_back(grad_NHD: Tensor, cos_ND: Tensor, sin_ND: Tensor) -> Tensor:
-    first, second = (grad_NHD * sin_ND[:, None]).chunk(2, -1)
-    return grad_NHD * cos_ND[:, None] + torch.cat([second, -first], -1)
-
-
-def _split_heads(
-    y_NO: Tensor, cos_ND: Tensor, sin_ND: Tensor, heads: int, shared: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    query, key, value = y_NO.unflatten(-1, (-1, cos_ND.shape[-1])).split([heads, shared, shared], 1)
-    cos, sin = cos_ND.to(y_NO.dtype), sin_ND.to(y_NO.dtype)
-    return _rotate(query, cos, sin), _rotate(key, cos, sin), value.clone()
-
-
-def _join_heads(query: Tensor, key: Tensor, value: Tensor, cos_ND: Tensor, sin_ND: Tensor) -> Tensor:
-    cos, sin = cos_ND.to(query.dtype), sin_ND.to(query.dtype)
-    return torch.cat([_rotate_back(query, cos, sin), _rotate_back(key, cos, sin), value], 1).flatten(1)
-
-
-def _wide(x: Tensor) -> Tensor:
-    """At least fp32: norms and SwiGLU are computed there, as the plain modules do."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
-rms_norm, rms_norm_backward = _pointwise(_rms_norm), _pointwise(_rms_norm_backward)
-swiglu, swiglu_backward = _pointwise(_swiglu), _pointwise(_swiglu_backward)
-split_heads, join_heads = _pointwise(_split_heads), _pointwise(_join_heads)
-
-
-# ---- the three functions of a block ----------------------------------------------------------------------------------
+# ---- the two functions of a block ------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -282,76 +245,107 @@ class Norm:
     eps: float
 
 
-class NormQKV(torch.autograd.Function):
-    """RMSNorm, Q, K and V with LoRA, rotary positions: x [N, C] -> query [N, H, D], key and value [N, K, D]."""
+@dataclass(frozen=True)
+class Attention:
+    """The attention half of a block.
+
+    Attributes:
+        norm: before it.
+        qkv: projections of queries, keys and values.
+        output: projection back to the residual stream.
+        heads: query heads and key-value heads.
+        scale: of the scores.
+    """
+
+    norm: Norm
+    qkv: Group
+    output: Group
+    heads: tuple[int, int]
+    scale: float
+
+    def split(self, y_NO: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Views of queries [N, H, D], keys and values [N, K, D] in one buffer."""
+        heads, shared = self.heads
+        query, key, value = y_NO.unflatten(-1, (heads + 2 * shared, -1)).split([heads, shared, shared], 1)
+        return query, key, value
+
+
+@dataclass(frozen=True)
+class MLP:
+    """The MLP half of a block: norm, gate and up, down."""
+
+    norm: Norm
+    wide: Group
+    down: Group
+
+
+class AttentionBlock(torch.autograd.Function):
+    """x + O(attention(Q, K, V of norm(x))), with LoRA: x [N, C] -> [N, C], or [n, C] at the rows asked for."""
 
     @staticmethod
     def forward(
         ctx: Any,
         x_NC: Tensor,
-        norm: Norm,
-        group: Group,
-        cos: Tensor,
-        sin: Tensor,
-        heads: tuple[int, int],
+        block: Attention,
+        cos_ND: Tensor,
+        sin_ND: Tensor,
+        plan: SegmentPlan,
+        rows: Tensor | None,
         *parameters: Tensor | None,
-    ) -> tuple[Tensor, ...]:
+    ) -> Tensor:
         """Computes the output and saves what the backward pass wants."""
-        y_NO, xa_NR = group.forward(rms_norm(x_NC, norm.weight_C, norm.eps), parameters)
-        ctx.save_for_backward(x_NC, xa_NR, cos, sin)
-        ctx.norm, ctx.group, ctx.parameters = norm, group, parameters
-        return split_heads(y_NO, cos, sin, *heads)
+        first, second = _halves(block.qkv, parameters)
+        y_NO, xa_NR = block.qkv.forward(rms_norm(x_NC, block.norm.weight_C, block.norm.eps), first)
+        rotate_(y_NO, cos_ND, sin_ND, sum(block.heads))
+        out_NHD, lse_HN = attend(*block.split(y_NO), plan, block.scale)
+        attended, residual = out_NHD.flatten(1), x_NC
+        if rows is not None:
+            attended, residual = attended.index_select(0, rows), x_NC.index_select(0, rows)
+        result, oa_NR = block.output.forward(attended, second, residual)
+        ctx.save_for_backward(x_NC, xa_NR, y_NO, out_NHD, lse_HN, oa_NR, cos_ND, sin_ND, rows)
+        ctx.block, ctx.plan, ctx.parameters = block, plan, parameters
+        return result
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         """Gradients in the order of the inputs."""
-        x_NC, xa_NR, cos, sin = ctx.saved_tensors
-        normed = rms_norm(x_NC, ctx.norm.weight_C, ctx.norm.eps)
-        grad_NO = join_heads(*grads, cos, sin)
-        grad_NC, parameters = ctx.group.backward(grad_NO, normed, xa_NR, ctx.parameters, ctx.needs_input_grad[0])
+        x_NC, xa_NR, y_NO, out_NHD, lse_HN, oa_NR, cos_ND, sin_ND, rows = ctx.saved_tensors
+        block, (first, second) = ctx.block, _halves(ctx.block.qkv, ctx.parameters)
+        attended = out_NHD.flatten(1) if rows is None else out_NHD.flatten(1).index_select(0, rows)
+        grad_attended, ga_NR = block.output.input_gradient(grad, second)
+        output_grads = block.output.parameter_gradients(grad, ga_NR, attended, oa_NR, second)
+        if rows is not None:  # the other rows' output was not asked for
+            grad_attended = out_NHD.new_zeros(out_NHD.flatten(1).shape).index_copy_(0, rows, grad_attended)
+            grad = torch.zeros_like(x_NC).index_copy_(0, rows, grad)
+        grad_NO = torch.empty_like(y_NO)
+        grad_attended, queries = grad_attended.view_as(out_NHD), block.split(y_NO)
+        attend_backward(grad_attended, queries, out_NHD, lse_HN, ctx.plan, block.scale, block.split(grad_NO))
+        rotate_(grad_NO, cos_ND, sin_ND, sum(block.heads), True)
+        grad_NC, ga_NR = block.qkv.input_gradient(grad_NO, first, ctx.needs_input_grad[0])
+        normed = rms_norm(x_NC, block.norm.weight_C, block.norm.eps) if ga_NR is not None else x_NC
+        qkv_grads = block.qkv.parameter_gradients(grad_NO, ga_NR, normed, xa_NR, first)
         if grad_NC is not None:
-            grad_NC = rms_norm_backward(x_NC, ctx.norm.weight_C, ctx.norm.eps, grad_NC, None)
-        return grad_NC, None, None, None, None, None, *parameters
+            grad_NC = rms_norm_backward(x_NC, block.norm.weight_C, block.norm.eps, grad_NC, grad)
+        return grad_NC, None, None, None, None, None, *qkv_grads, *output_grads
 
 
-class OutputResidual(torch.autograd.Function):
-    """Output projection with LoRA, plus the residual stream: (attended [N, H * D], residual [N, C]) -> [N, C]."""
-
-    @staticmethod
-    def forward(ctx: Any, attended: Tensor, residual_NC: Tensor, group: Group, *parameters: Tensor | None) -> Tensor:
-        """Computes the output and saves what the backward pass wants."""
-        y_NC, xa_NR = group.forward(attended, parameters, residual_NC)
-        ctx.save_for_backward(attended, xa_NR)
-        ctx.group, ctx.parameters = group, parameters
-        return y_NC
-
-    @staticmethod
-    def backward(ctx: Any, grad_NC: Tensor) -> tuple[Tensor | None, ...]:
-        """Gradients in the order of the inputs."""
-        attended, xa_NR = ctx.saved_tensors
-        grad, parameters = ctx.group.backward(grad_NC, attended, xa_NR, ctx.parameters, ctx.needs_input_grad[0])
-        return grad, grad_NC if ctx.needs_input_grad[1] else None, None, *parameters
-
-
-class NormMLPResidual(torch.autograd.Function):
-    """RMSNorm, SwiGLU MLP with LoRA, plus the residual stream: x [N, C] -> [N, C].
+class MLPBlock(torch.autograd.Function):
+    """x + down(SwiGLU(gate and up of norm(x))), with LoRA: x [N, C] -> [N, C].
 
     ``keep`` saves gate and up (57 KB a token of a 7B model) for the backward pass; otherwise they are made again, in
     pieces of ``chunk`` tokens.
     """
 
     @staticmethod
-    def forward(
-        ctx: Any, x_NC: Tensor, norm: Norm, wide: Group, down: Group, keep: bool, chunk: int, *parameters: Tensor | None
-    ) -> Tensor:
+    def forward(ctx: Any, x_NC: Tensor, block: MLP, keep: bool, chunk: int, *parameters: Tensor | None) -> Tensor:
         """Computes the output and saves what the backward pass wants."""
-        ctx.norm, ctx.wide, ctx.down, ctx.keep, ctx.chunk, ctx.parameters = norm, wide, down, keep, chunk, parameters
-        first, second = _halves(wide, parameters)
+        ctx.block, ctx.keep, ctx.chunk, ctx.parameters = block, keep, chunk, parameters
+        first, second = _halves(block.wide, parameters)
         pieces = []
         saved: tuple[Tensor | None, ...] = ()
         for x in (x_NC,) if keep else x_NC.split(chunk):
-            gate_up, xa = wide.forward(rms_norm(x, norm.weight_C, norm.eps), first)
-            y, ha = down.forward(swiglu(gate_up), second, x)
+            gate_up, xa = block.wide.forward(rms_norm(x, block.norm.weight_C, block.norm.eps), first)
+            y, ha = block.down.forward(swiglu(gate_up), second, x)
             pieces.append(y)
             saved = (gate_up, xa, ha) if keep else ()
         ctx.save_for_backward(x_NC, *saved)
@@ -362,46 +356,38 @@ class NormMLPResidual(torch.autograd.Function):
         """Gradients in the order of the inputs."""
         x_NC, *saved = ctx.saved_tensors
         if ctx.keep:
-            grad, parameters = NormMLPResidual._piece(ctx, x_NC, grad_NC, *saved)
-            return grad, None, None, None, None, None, *parameters
+            grad, parameters = MLPBlock._piece(ctx, x_NC, grad_NC, *saved)
+            return grad, None, None, None, *parameters
+        block, (first, _) = ctx.block, _halves(ctx.block.wide, ctx.parameters)
         grads: list[Tensor | None] = []
         sums: list[Tensor | None] = [None] * len(ctx.parameters)
         for x, g in zip(x_NC.split(ctx.chunk), grad_NC.split(ctx.chunk), strict=True):
-            first, _ = _halves(ctx.wide, ctx.parameters)
-            gate_up, xa = ctx.wide.forward(rms_norm(x, ctx.norm.weight_C, ctx.norm.eps), first)
-            grad, parameters = NormMLPResidual._piece(ctx, x, g, gate_up, xa, None)
+            gate_up, xa = block.wide.forward(rms_norm(x, block.norm.weight_C, block.norm.eps), first)
+            grad, parameters = MLPBlock._piece(ctx, x, g, gate_up, xa, None)
             grads.append(grad)
             sums = [
                 new if old is None else (old if new is None else old + new)
                 for old, new in zip(sums, parameters, strict=True)
             ]
         joined = torch.cat([grad for grad in grads if grad is not None]) if grads[0] is not None else None
-        return joined, None, None, None, None, None, *sums
+        return joined, None, None, None, *sums
 
     @staticmethod
     def _piece(
         ctx: Any, x: Tensor, grad: Tensor, gate_up: Tensor, xa: Tensor | None, ha: Tensor | None
     ) -> tuple[Tensor | None, list[Tensor | None]]:
         """Gradients over a run of tokens: (of x or None, of every A and B)."""
-        first, second = _halves(ctx.wide, ctx.parameters)
-        down_a = ctx.down.a_RC(second, grad.dtype)
-        grad_hidden = grad @ ctx.down.weight_OC(grad)
-        ranked = ctx.down.ranked(second)
-        if ranked:
-            _, _, _, b, scale = ranked[0]
-            gb = (grad @ b.to(grad.dtype)).mul_(scale)
-            grad_hidden.addmm_(gb, down_a)
+        block, (first, second) = ctx.block, _halves(ctx.block.wide, ctx.parameters)
+        grad_hidden, gb = block.down.input_gradient(grad, second)
         grad_wide, hidden = swiglu_backward(gate_up, grad_hidden)
-        second_grads: list[Tensor | None] = [None, None]
-        if ranked:
-            ha = hidden @ down_a.T if ha is None else ha
-            second_grads = [(gb.T @ hidden).to(b.dtype), (grad.T @ ha).mul_(scale).to(b.dtype)]
+        down_grads = block.down.parameter_gradients(grad, gb, hidden, ha, second)
         del hidden, grad_hidden
-        normed = rms_norm(x, ctx.norm.weight_C, ctx.norm.eps)
-        grad_normed, first_grads = ctx.wide.backward(grad_wide, normed, xa, first, ctx.needs_input_grad[0])
-        if grad_normed is None:
-            return None, [*first_grads, *second_grads]
-        return rms_norm_backward(x, ctx.norm.weight_C, ctx.norm.eps, grad_normed, grad), [*first_grads, *second_grads]
+        grad_normed, ga = block.wide.input_gradient(grad_wide, first, ctx.needs_input_grad[0])
+        normed = rms_norm(x, block.norm.weight_C, block.norm.eps) if ga is not None else x
+        wide_grads = block.wide.parameter_gradients(grad_wide, ga, normed, xa, first)
+        if grad_normed is not None:
+            grad_normed = rms_norm_backward(x, block.norm.weight_C, block.norm.eps, grad_normed, grad)
+        return grad_normed, [*wide_grads, *down_grads]
 
 
 def _halves(

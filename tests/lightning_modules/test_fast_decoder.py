@@ -6,12 +6,10 @@ from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
 from lightning_modules.fast_decoder import FastDecoder
-from lightning_modules.packed_attention import plan_segments
 
 SHAPE = dict(  # noqa: C408 - reads as the call's keywords
     vocab_size=97,
     hidden_size=48,
-    intermediate_size=88,
     num_hidden_layers=3,
     num_attention_heads=6,
     num_key_value_heads=2,
@@ -21,12 +19,14 @@ SHAPE = dict(  # noqa: C408 - reads as the call's keywords
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
-def adapted(kind, targets=TARGETS, layers=None, **options):
+def adapted(kind, targets=TARGETS, layers=None, intermediate_size=88, **options):
     torch.manual_seed(1)
     base = (
-        LlamaForCausalLM(LlamaConfig(**SHAPE, attn_implementation="sdpa"))
+        LlamaForCausalLM(LlamaConfig(**SHAPE, intermediate_size=intermediate_size, attn_implementation="sdpa"))
         if kind == "llama"
-        else MistralForCausalLM(MistralConfig(**SHAPE, sliding_window=None, attn_implementation="sdpa"))
+        else MistralForCausalLM(
+            MistralConfig(**SHAPE, intermediate_size=intermediate_size, sliding_window=None, attn_implementation="sdpa")
+        )
     )
     model = get_peft_model(
         base,
@@ -69,6 +69,11 @@ def plain(model, ids, positions, segments):
     return seen[0]
 
 
+def run(model, memory, ids, positions, segments, rows=None):
+    decoder = FastDecoder(model, memory)
+    return decoder.run(ids, positions, decoder.plan(segments), rows)
+
+
 def gradients(model, hidden, segments):
     weight = torch.randn(hidden.shape, generator=torch.Generator().manual_seed(5)) * (segments >= 0)[..., None]
     model.zero_grad()
@@ -88,13 +93,27 @@ def test_equals_peft_over_hugging_face_modules(kind, memory, targets, layers):
     ids = torch.randint(0, 97, segments.shape)
     expected = plain(model, ids, positions, segments)
     expected_grads = gradients(model, expected, segments)
-    got = FastDecoder(model, memory).run(ids, positions, plan_segments(segments)).view(*ids.shape, -1)
+    got = run(model, memory, ids, positions, segments).view(*ids.shape, -1)
     got_grads = gradients(model, got, segments)
     real = (segments >= 0)[..., None]
     torch.testing.assert_close(got * real, expected * real, rtol=1e-5, atol=1e-5)
     assert got_grads.keys() == expected_grads.keys() and got_grads
     for name, grad in got_grads.items():
         assert (grad - expected_grads[name]).norm() <= 1e-5 * expected_grads[name].norm(), name
+
+
+@pytest.mark.parametrize("memory", ["full", "balanced", "low"])
+def test_some_positions_equal_the_same_of_all(memory):
+    model = adapted("mistral")
+    segments, positions = packed_rows()
+    ids = torch.randint(0, 97, segments.shape)
+    rows = torch.tensor([3, 9, 4, 20, 37])
+    everywhere = run(model, memory, ids, positions, segments)[rows]
+    expected = gradients(model, everywhere, torch.ones(len(rows)))
+    there = run(model, memory, ids, positions, segments, rows)
+    torch.testing.assert_close(there, everywhere)
+    for name, grad in gradients(model, there, torch.ones(len(rows))).items():
+        assert (grad - expected[name]).norm() <= 1e-5 * expected[name].norm(), name
 
 
 def test_nf4_base_equals_its_dequantised_weights():
@@ -126,7 +145,7 @@ def test_nf4_base_equals_its_dequantised_weights():
     expected = plain(reference, ids, positions, segments)
     expected_grads = gradients(reference, expected, segments)
     for memory in ("full", "low"):  # scales unnested once, and at every use
-        got = FastDecoder(model, memory).run(ids, positions, plan_segments(segments)).view(*ids.shape, -1)
+        got = run(model, memory, ids, positions, segments).view(*ids.shape, -1)
         got_grads = gradients(model, got, segments)
         for name, grad in got_grads.items():
             assert (grad - expected_grads[name]).norm() <= 1e-5 * expected_grads[name].norm(), name
@@ -147,4 +166,4 @@ def test_an_example_beyond_the_attention_window_is_refused():
     decoder.window = 8
     segments, positions = packed_rows()
     with pytest.raises(ValueError, match="window of 8"):
-        decoder.run(torch.zeros_like(segments), positions, plan_segments(segments))
+        decoder.run(torch.zeros_like(segments), positions, decoder.plan(segments))
