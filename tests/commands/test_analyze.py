@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import socket
 from collections import Counter
 from html import unescape
 from html.parser import HTMLParser
@@ -170,17 +169,6 @@ def test_prompts_beyond_the_context_are_cut_and_counted(run, tmp_path):
     report["results"][0]["findings"][0]["metadata"] = {"value": "x" * 7900}
     _, document = analyze(run, report, tmp_path / "e.json", *short("--actions", "0"))
     assert document["enrichment_results"]["model_report"]["answers"]["risk"]["prompts_cut"] == 1
-
-
-def test_no_socket_is_opened(run, tmp_path, monkeypatch):
-    def refuse(*args, **kwargs):
-        raise AssertionError("a socket was opened")
-
-    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
-    monkeypatch.setattr(socket, "socket", refuse)
-    monkeypatch.setattr(socket, "create_connection", refuse)
-    monkeypatch.setattr(socket, "getaddrinfo", refuse)
-    assert analyze(run, REPORT, tmp_path / "e.json", *short())[0] == 0
 
 
 def test_markdown_shows_text_as_text(run, tmp_path):
