@@ -21,6 +21,8 @@ COMMANDS = {
 def main(args: list[str] | None = None) -> int:
     """Runs one command and returns the exit status: 0 done, 2 a mistake to mend, 128 + n stopped by signal n."""
     args = list(sys.argv[1:] if args is None else args)
+    # where the package kernels is installed, bitsandbytes (at import) and transformers fetch and run code from the hub
+    sys.modules.setdefault("kernels", None)  # type: ignore[arg-type]
     if not args or args[0] in ("-h", "--help"):
         print("usage: python main.py COMMAND [options]      (COMMAND --help lists them)\n")
         print("\n".join(f"  {name:<13} {text}" for name, (_, _, text) in COMMANDS.items()))

@@ -3,6 +3,7 @@
 The process starts without HF_HUB_OFFLINE (conftest sets it, and libraries read it when they are imported). An audit
 hook sees every connection and look-up that Python code or its C modules begin, notes it, and refuses it; so an attempt
 whose error a library swallows is found too. Only sockets between processes of this machine (AF_UNIX) are let through.
+A package named kernels stands for the real one, through which libraries fetch code.
 """
 
 import json
@@ -44,11 +45,15 @@ print("RESULT " + json.dumps({"statuses": statuses, "attempts": during, "hub": a
 """
 
 
-def run_guarded(commands, cache_root):
+KERNELS = "raise AssertionError('the package kernels, which fetches code from the hub, was imported')"
+
+
+def run_guarded(commands, cache_root, packages):
     """Runs commands one after another in one guarded process; returns their statuses and every attempt."""
+    (packages / "kernels.py").write_text(KERNELS)
     hidden = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "HF_HUB_DISABLE_TELEMETRY", "TRANSFORMERS_OFFLINE")
     environment = {name: value for name, value in os.environ.items() if name not in hidden}
-    environment |= {"SYS_SCAN_CACHE": str(cache_root), "PYTHONPATH": str(ROOT)}
+    environment |= {"SYS_SCAN_CACHE": str(cache_root), "PYTHONPATH": f"{ROOT}{os.pathsep}{packages}"}
     done = subprocess.run(
         [sys.executable, "-c", GUARDED, json.dumps(commands)], cwd=ROOT, env=environment, capture_output=True, text=True
     )
@@ -78,9 +83,10 @@ def test_nothing_phones_home(tmp_path, tiny_llama, cache_root):
         ["analyze", "--model", str(tmp_path / "merged"), "--report", str(report), "--output", str(tmp_path / "m.md"),
          "--format", "markdown", *short],
     ]  # fmt: skip
-    result, done = run_guarded(commands, cache_root)
+    result, done = run_guarded(commands, cache_root, tmp_path)
     assert result["statuses"] == [0] * len(commands), done.stdout[-2000:] + done.stderr[-4000:]
     assert result["attempts"] == []
+    assert "was imported" not in done.stderr
     assert result["hub"], "the guard is blind: it did not see a call of the hub"
     assert (run / "evaluation.json").is_file()
     assert (tmp_path / "e.json").is_file()
