@@ -31,14 +31,15 @@ import torch  # noqa: E402
 from commands.analyze import pick_device  # noqa: E402
 from datamodules.findings import FindingsDataModule  # noqa: E402
 from datamodules.records import Document  # noqa: E402
+from datamodules.sources.reports import read_report  # noqa: E402
 from datamodules.sources.unpack import loads  # noqa: E402
-from datamodules.sources.wire import read_report  # noqa: E402
 from datamodules.synthetic import iter_documents  # noqa: E402
 from datamodules.tasks import TASKS  # noqa: E402
 from datamodules.tokenization import ChatFormat, load_tokenizer  # noqa: E402
 from lightning_modules import Backbone, LoRA  # noqa: E402
 from lightning_modules.analysis import Analysis  # noqa: E402
 from lightning_modules.inquiry import Inquiry  # noqa: E402
+from lightning_modules.merged import merged  # noqa: E402
 
 SOURCE = "synthetic://?findings=600&seed=7"  #: answers of usual length, and findings where no report is given
 
@@ -128,7 +129,8 @@ def measure(inquiry: ForcedInquiry, document: Document, repeats: int) -> dict[st
     for _ in range(repeats):
         inquiry._kept.clear()  # no answer from the pass before
         started = time.perf_counter()
-        Analysis(inquiry, TASKS)(copy.deepcopy(document))
+        with merged(inquiry.model):
+            Analysis(inquiry, TASKS)(copy.deepcopy(document))
         passes.append((time.perf_counter() - started, dict(inquiry.seconds)))
     seconds, by_task = min(passes, key=lambda one: one[0])
     count = len(document.findings)

@@ -30,6 +30,7 @@ from datamodules.tokenization import ChatFormat, load_tokenizer
 from lightning_modules.analysis import Analysis, Limits
 from lightning_modules.backbone import out_of_memory_advice
 from lightning_modules.inquiry import MAX_NEW_TOKENS, Inquiry
+from lightning_modules.merged import merged
 
 if TYPE_CHECKING:
     from lightning_modules.inquiry import Progress
@@ -105,7 +106,7 @@ def analyze(
         inquiry, tasks, Limits(actions=actions, correlations=correlations), lambda task, n: _gauge(task, n, console)
     )
     try:
-        with out_of_memory_advice("--batch_size"):
+        with out_of_memory_advice("--batch_size"), merged(inquiry.model):  # once, and not for each task anew
             document = analysis(parsed.document)
     except KeyboardInterrupt:
         words = f"interrupted: answers so far are in {journal}; the same command goes on from there"
