@@ -1,6 +1,6 @@
 """Are our GPU kernels worth having? Each beside the library's way, at the shapes of a 7B model, in one run on one GPU.
 
-    python benchmarks/kernels.py [--tokens 16384]
+    python benchmarks/gpu_kernels.py [--tokens 16384]
 
 Attention over packed rows behind a shared prefix: ours beside compiled FlexAttention with the same mask; pointwise
 kernels beside ``torch.compile`` of the plain functions that they are tested against; FP8 products, the quantisation of

@@ -1,0 +1,96 @@
+"""What do the trainer, the loader and the callbacks cost? ``main.py fit`` beside a bare loop over the same batches.
+
+    python benchmarks/end_to_end.py --steps 40 -- --config benchmarks/end_to_end.yaml [any option of fit]
+
+The bare loop holds its batches in memory beforehand and does nothing but forward, backward, clipping and the optimizer.
+Then ``main.py fit`` runs the same config in a process of its own, with all that a user gets; its speed is read from the
+curves that it logged, the first interval left out. Prints both in findings/s and what the difference is.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+import tempfile
+import time
+from itertools import islice
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+
+WARMUP = 4
+
+
+def bare(arguments: list[str], steps: int) -> float:
+    """Findings/s of a loop over batches that lie ready."""
+    import torch
+
+    from commands.cli import FinetuneCLI
+
+    cli = FinetuneCLI(arguments, run=False)
+    module, device = cli.model, cli.trainer.strategy.root_device
+    cli.datamodule.setup()
+    batches = list(islice(cli.datamodule.train_batches(), WARMUP + steps))
+    with torch.device(device):
+        module.configure_model()
+    module.to(device).train()
+    parameters = [p for p in module.parameters() if p.requires_grad]
+    optimizer = module.optimizer(parameters)
+    for index, batch in enumerate(batches):
+        if index == WARMUP:
+            _wait(device)
+            start = time.monotonic()
+        sums = module._step(module.transfer_batch_to_device(batch, device, 0))
+        sums["loss"].backward()
+        torch._foreach_mul_([p.grad for p in parameters], 1 / sums["count"])
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    _wait(device)
+    return sum(batch.findings for batch in batches[WARMUP:]) / (time.monotonic() - start)
+
+
+def _wait(device: object) -> None:
+    import torch
+
+    if torch.device(str(device)).type == "cuda":
+        torch.cuda.synchronize()
+
+
+def through_fit(arguments: list[str], steps: int) -> float:
+    """Findings/s that ``main.py fit`` logs."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    with tempfile.TemporaryDirectory() as folder:
+        options = [f"--trainer.max_steps={WARMUP + steps}", f"--trainer.logger.init_args.save_dir={folder}"]
+        subprocess.run([sys.executable, "main.py", "fit", *arguments, *options], cwd=ROOT, check=True)
+        (events,) = Path(folder).rglob("events.out.tfevents.*")
+        curves = EventAccumulator(str(events))
+        curves.Reload()
+        rates = [point.value for point in curves.Scalars("throughput/findings_per_second")]
+    return sum(rates[1:]) / len(rates[1:])
+
+
+def main() -> None:
+    """Reads the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--only", choices=("bare", "fit"), help=argparse.SUPPRESS)
+    parser.add_argument("arguments", nargs="*", help="options of main.py fit, behind --")
+    options = parser.parse_args()
+    if options.only == "bare":  # in a process of its own, so that its memory is free afterwards
+        print(f"BARE {bare(options.arguments, options.steps)}")
+        return
+    command = [sys.executable, __file__, "--only", "bare", "--steps", str(options.steps), "--", *options.arguments]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    found = [line.split()[1] for line in done.stdout.splitlines() if line.startswith("BARE ")]
+    if not found:
+        sys.exit(done.stdout + done.stderr)
+    loop, fit = float(found[0]), through_fit(options.arguments, options.steps)
+    print(f"bare loop {loop:.1f} findings/s, main.py fit {fit:.1f} findings/s: {1 - fit / loop:.1%} for the rest")
+
+
+if __name__ == "__main__":
+    main()
