@@ -14,6 +14,7 @@ COMMANDS = {
     "analyze": ("commands.analyze", "main", "a scanner report, scored, correlated and summarised by a trained model"),
     "export": ("commands.export", "main", "a run's model as PEFT or transformers load it, with a certificate"),
     "inspect": ("commands.inspect_data", "main", "what a run would be given and cost, before it starts"),
+    "cache-teacher": ("commands.cache_teacher", "main", "write what a frozen teacher predicts, for fits without it"),
     "synthesize": ("commands.synthesize", "main", "write findings in the scanner's wire format"),
 }
 

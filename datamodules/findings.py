@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import orjson
@@ -16,7 +16,7 @@ from datamodules.checks import check_options, check_prefixes, nothing_to_train
 from datamodules.errors import UserError
 from datamodules.packing import Packing, Row, to_batch
 from datamodules.pairs import first_pairs
-from datamodules.stream.blocks import BalanceBy, BlockStart, Recipe, blocks
+from datamodules.stream.blocks import BalanceBy, Block, BlockStart, Recipe, blocks
 from datamodules.stream.cache import TokenCache
 from datamodules.stream.ledger import Ledger
 from datamodules.stream.loading import Cursor, DocumentStream, Restartable, Share, deal, prefetch, read_documents
@@ -112,6 +112,8 @@ class FindingsDataModule(LightningDataModule):
             storage_options=storage_options,
             cache_dir=cache_dir,
         )
+        #: what an objective wants beside a batch's rows (``Batch.extras``): rows -> tensors
+        self.extras: Callable[[Sequence[Row]], dict[str, torch.Tensor]] | None = None
         self._cursor = Cursor(BlockStart())
         self._unfinished: tuple[Cursor, int] | None = None  # cursor before the batch in hand, and that batch's number
         self._ledger = Ledger(max_quarantine)  # of the training epoch that was read last
@@ -228,6 +230,16 @@ class FindingsDataModule(LightningDataModule):
             raise UserError(f"data.init_args.tasks: {task!r} is none of {sorted(self.tasks)}; add it there")
         return first_pairs(self._preparer, split, task, limit, balanced=balanced, seed=self.seed)
 
+    def first_uses(self, split: Split, epoch: int = 0, *, ranks: int = 1) -> Iterator[tuple[list[Row], int]]:
+        """The rows of one epoch (of a held-out split: of its evaluation), a block at a time.
+
+        Yields:
+            A block's rows, and how many of them are dealt to ranks; the others come again in the next block.
+        """
+        quantum = self.batch_rows * ranks
+        for block in self._blocks(split, Cursor(BlockStart(epoch)), Ledger(self.max_quarantine), quantum=quantum):
+            yield block.rows, block.emit
+
     def fingerprint(self) -> str:
         """Digest of the sources and of everything that turns them into batches."""
         sources = [source.fingerprint() for source in self._preparer.sources]
@@ -337,6 +349,10 @@ class FindingsDataModule(LightningDataModule):
 
     def _deal(self, split: Split, start: Cursor, share: Share, ledger: Ledger) -> Iterator[tuple[list[Row], Cursor]]:
         """Opens the reading processes, here and now, and returns the pipeline behind them."""
+        made = self._blocks(split, start, ledger, quantum=self.batch_rows * share.ranks)
+        return deal(made, start, share, batch_rows=self.batch_rows, limit=self.limit(split))
+
+    def _blocks(self, split: Split, start: Cursor, ledger: Ledger, *, quantum: int) -> Iterator[Block]:
         training = split == "train"
         recipe = self.recipe(self.packing if training else self.val_packing or self.packing, training=training)
         order = epoch_order(self._preparer.sources, epoch=start.start.epoch, seed=self.seed)
@@ -344,15 +360,15 @@ class FindingsDataModule(LightningDataModule):
         documents = read_documents(
             DocumentStream(self._preparer, split, order, start.start.place, cache), self.num_workers
         )
-        quantum = self.batch_rows * share.ranks
-        made = blocks(documents, recipe, start.start.fresh(), ledger, quantum=quantum, skip=start.rows)
-        return deal(made, start, share, batch_rows=self.batch_rows, limit=None if training else self._limit(split))
+        return blocks(documents, recipe, start.start.fresh(), ledger, quantum=quantum, skip=start.rows)
 
-    def _limit(self, split: Split) -> int | None:
+    def limit(self, split: Split) -> int | None:
+        """At most so many rows of a split are used, on all ranks together; None is all."""
         return self.val_rows if split == "val" else None
 
     def _lay_out(self, rows: list[Row], cursor: Cursor | None = None) -> Batch:
         batch = to_batch(rows, self.row_tokens, batch_rows=self.batch_rows)
         batch.cursor = cursor
+        batch.extras = self.extras(rows) if self.extras is not None else None
         on_gpu = self.trainer is not None and self.trainer.strategy.root_device.type == "cuda"
         return batch.pin_memory() if on_gpu and torch.cuda.is_available() else batch

@@ -26,12 +26,15 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from datamodules.batch import IGNORE_INDEX, Batch
 from datamodules.errors import UserError
+from datamodules.findings import FindingsDataModule
 from lightning_modules.backbone import Backbone, out_of_memory_advice
 from lightning_modules.decoder import Predictions, supervised_positions
 from lightning_modules.fast_decoder import FastDecoder, decoder_for
 from lightning_modules.hyperparameters import INSTANTIATOR, to_plain
 from lightning_modules.objectives import Objective
 from lightning_modules.teacher import Teacher, build_teacher
+from lightning_modules.teacher_cache import CachedTeacher, targets_of
+from lightning_modules.teacher_shards import Targets
 
 XLA_MULTIPLE = 256  #: supervised tokens are padded to it on a TPU: a new count would be a new compilation
 
@@ -75,6 +78,7 @@ class CausalLMModule(LightningModule):
         self.step_metrics: dict[str, Tensor] = {}
         self._decoder: Any = None  # a view of the model, plain or fast
         self._teacher: Teacher | None = None  # no nn.Module, so that it is in no state_dict, parameters() or train()
+        self._cached: CachedTeacher | None = None
         self._pending: dict[str, Tensor] = {}  # sums of the micro-batches since the last optimizer step
         self._evaluated: dict[str, Tensor] = {}  # sums of the validation or test so far
 
@@ -109,6 +113,15 @@ class CausalLMModule(LightningModule):
         device = torch._C._nn._parse_to(*args, **kwargs)[0]
         return self if device is None else super().to(device)
 
+    def setup(self, stage: str) -> None:
+        """Has the data module join a cached teacher's targets to the rows."""
+        data = getattr(self.trainer, "datamodule", None)
+        if isinstance(data, FindingsDataModule):
+            self._cached = data.extras = self.objective.cached_teacher(data, self.backbone)
+            if self._cached is not None and stage == "fit" and self.trainer.max_steps > 0:
+                batches = self.trainer.max_steps * self.trainer.accumulate_grad_batches * self.trainer.world_size
+                self._cached.check_length(batches * data.batch_rows)
+
     def on_fit_start(self) -> None:
         """Builds the teacher before the first step, and forgets the sums of an interrupted one."""
         self._pending = {}
@@ -139,7 +152,10 @@ class CausalLMModule(LightningModule):
             positions_N = supervised_positions(batch, XLA_MULTIPLE if self.device.type == "xla" else 1)
             labels_N = batch.labels_BT.flatten()[positions_N]
             teacher = self._prepare_teacher()
-            predictions = teacher.predict(batch, positions_N) if teacher is not None else None
+            if teacher is not None:
+                predictions: Predictions | Targets | None = teacher.predict(batch, positions_N)
+            else:
+                predictions = targets_of(batch, len(positions_N), self._cached.vocabulary if self._cached else None)
             hidden_NC = self._decoder.hidden_at(batch, positions_N)
             student = Predictions(hidden_NC, self._decoder.head, self._decoder.frozen_head)
             sums = self.objective(student, labels_N, predictions)

@@ -15,7 +15,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
@@ -24,8 +24,14 @@ from torch.nn.functional import cross_entropy, log_softmax
 from torch.utils.checkpoint import checkpoint
 
 from datamodules.batch import IGNORE_INDEX
+from datamodules.errors import UserError
 from lightning_modules.backbone import Backbone
 from lightning_modules.decoder import Predictions
+from lightning_modules.teacher_cache import CachedTeacher, TeacherCache, cache_key
+from lightning_modules.teacher_shards import Targets
+
+if TYPE_CHECKING:
+    from datamodules.findings import FindingsDataModule
 
 Divergence = Literal["forward_kl", "reverse_kl", "jsd"]
 
@@ -35,17 +41,24 @@ class Objective(ABC):
 
     @property
     def teacher_recipe(self) -> Backbone | Literal["base"] | None:
-        """The teacher whose predictions the call wants; None for none."""
+        """The teacher that has to be built for the call; None for none."""
+        return None
+
+    def cached_teacher(self, data: FindingsDataModule, student: Backbone) -> CachedTeacher | None:
+        """Opens the cache that holds the teacher's predictions on this data; None for none."""
         return None
 
     @abstractmethod
-    def __call__(self, student: Predictions, labels_N: Tensor, teacher: Predictions | None = None) -> dict[str, Tensor]:
+    def __call__(
+        self, student: Predictions, labels_N: Tensor, teacher: Predictions | Targets | None = None
+    ) -> dict[str, Tensor]:
         """Computes sums over the labels that are not -100.
 
         Args:
             student: hidden states and head of the model that is trained.
             labels_N: int64, the token to predict at each position; -100 counts nothing.
-            teacher: the frozen model's predictions at the same positions, where there is a teacher.
+            teacher: the frozen model's predictions at the same positions, or what a cache kept of them, where there is
+                a teacher.
 
         Returns:
             Scalars: ``loss``, which is minimised; ``correct``, tokens whose label has the highest logit; and whatever
@@ -60,7 +73,9 @@ class CompletionCrossEntropy(Objective):
     chunk: int = 1024
     """Tokens whose logits exist at a time."""
 
-    def __call__(self, student: Predictions, labels_N: Tensor, teacher: Predictions | None = None) -> dict[str, Tensor]:
+    def __call__(
+        self, student: Predictions, labels_N: Tensor, teacher: Predictions | Targets | None = None
+    ) -> dict[str, Tensor]:
         """See :class:`Objective`."""
 
         def sums(hidden_NC: Tensor, labels_N: Tensor) -> tuple[Tensor, ...]:
@@ -77,6 +92,9 @@ class Distillation(Objective):
 
     D compares the softmaxes of both models' logits divided by T. T^2 keeps its gradient's size as T grows. ``kl`` of
     the result is D itself, with the teacher's entropy and without alpha and T^2: zero where both models agree.
+
+    From a cache D is taken over the teacher's K most probable tokens and one bucket for all others. Merging outcomes
+    never raises a divergence, so that it is a lower bound of the full one.
     """
 
     teacher: Backbone | Literal["base"] = "base"
@@ -94,6 +112,8 @@ class Distillation(Objective):
     """Weight of the teacher in the mixture of jsd, in (0, 1)."""
     chunk: int = 1024
     """Tokens whose logits, of both models, exist at a time."""
+    cache: TeacherCache | None = None
+    """What the teacher predicted, written before by ``python main.py cache-teacher``: then no teacher is loaded."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.alpha <= 1:
@@ -105,44 +125,79 @@ class Distillation(Objective):
 
     @property
     def teacher_recipe(self) -> Backbone | Literal["base"] | None:
-        """The teacher, or None where it would have no weight."""
-        return self.teacher if self.alpha > 0 else None
+        """The teacher, or None where it would have no weight, or is in a cache."""
+        return self.teacher if self.alpha > 0 and self.cache is None else None
 
-    def __call__(self, student: Predictions, labels_N: Tensor, teacher: Predictions | None = None) -> dict[str, Tensor]:
+    def cached_teacher(self, data: FindingsDataModule, student: Backbone) -> CachedTeacher | None:
+        """See :class:`Objective`."""
+        if self.alpha == 0 or self.cache is None:
+            return None
+        return CachedTeacher(self.cache, cache_key(data, self.teacher, student, self.cache), self.temperature)
+
+    def __call__(
+        self, student: Predictions, labels_N: Tensor, teacher: Predictions | Targets | None = None
+    ) -> dict[str, Tensor]:
         """See :class:`Objective`; adds ``ce`` and ``kl``."""
         if self.alpha == 0:
             sums = CompletionCrossEntropy(self.chunk)(student, labels_N)
             return {**sums, "ce": sums["loss"].detach()}
         if teacher is None:
-            raise ValueError("Distillation was called without the teacher's predictions")
-        head = teacher.head
+            raise UserError(
+                "objective Distillation: the batches hold no targets of a teacher; data.class_path FindingsDataModule "
+                "reads them from objective.cache"
+            )
+        log_probs: Callable[..., tuple[Tensor, Tensor]]
+        if isinstance(teacher, Targets):
+            log_probs = self._over_buckets(teacher.vocabulary)
+            teaching: tuple[Tensor, ...] = (teacher.ids_NK, teacher.log_probs_NK, teacher.tail_N)
+        else:
+            log_probs, teaching = self._over_vocabulary(teacher.head), (teacher.hidden_NC,)
 
-        def sums_of(hidden_NC: Tensor, labels_N: Tensor, teacher_NC: Tensor) -> tuple[Tensor, ...]:
+        def sums_of(hidden_NC: Tensor, labels_N: Tensor, *teaching: Tensor) -> tuple[Tensor, ...]:
             logits_NV = student.head(hidden_NC)
-            with torch.no_grad():
-                teacher_NV = head(teacher_NC).to(logits_NV)
-            kl = self._divergence(logits_NV, teacher_NV, labels_N)
-            ce = _cross_entropy(logits_NV, labels_N)
+            kl_N = self._divergence(*log_probs(logits_NV, *teaching))
+            kl, ce = (kl_N * (labels_N != IGNORE_INDEX)).sum(), _cross_entropy(logits_NV, labels_N)
             loss = self.alpha * self.temperature**2 * kl + (1 - self.alpha) * ce
             return loss, _correct(logits_NV, labels_N), ce.detach(), kl.detach()
 
-        totals = _chunked(sums_of, self.chunk, student, labels_N, teacher.hidden_NC)
+        totals = _chunked(sums_of, self.chunk, student, labels_N, *teaching)
         return dict(zip(("loss", "correct", "ce", "kl"), totals, strict=True))
 
-    def _divergence(self, logits_NV: Tensor, teacher_NV: Tensor, labels_N: Tensor) -> Tensor:
-        """Sum of the divergence at T over the labelled positions."""
-        # One tokenizer, but some models round their vocabulary up: the rows behind it are no tokens
-        vocabulary = min(logits_NV.shape[-1], teacher_NV.shape[-1])
-        student = log_softmax(logits_NV[:, :vocabulary] / self.temperature, dim=-1)
-        teacher = log_softmax(teacher_NV[:, :vocabulary] / self.temperature, dim=-1)
+    def _over_vocabulary(self, head: Callable[[Tensor], Tensor]) -> Callable[..., tuple[Tensor, Tensor]]:
+        """Makes a function of logits and teacher's hidden states: both models' log-probabilities at T [N, V]."""
+
+        def log_probs(logits_NV: Tensor, hidden_NC: Tensor) -> tuple[Tensor, Tensor]:
+            with torch.no_grad():
+                teacher_NV = head(hidden_NC).to(logits_NV)
+            # One tokenizer, but some models round their vocabulary up: the rows behind it are no tokens
+            vocabulary = min(logits_NV.shape[-1], teacher_NV.shape[-1])
+            both = (logits_NV[:, :vocabulary], teacher_NV[:, :vocabulary])
+            student_NV, teacher_NV = (log_softmax(logits / self.temperature, dim=-1) for logits in both)
+            return student_NV, teacher_NV
+
+        return log_probs
+
+    def _over_buckets(self, vocabulary: int | None) -> Callable[..., tuple[Tensor, Tensor]]:
+        """The same over the cache's K tokens and the rest [N, K + 1]."""
+
+        def log_probs(logits_NV: Tensor, ids_NK: Tensor, kept_NK: Tensor, tail_N: Tensor) -> tuple[Tensor, Tensor]:
+            scaled_NV = logits_NV[:, :vocabulary] / self.temperature
+            rest_N1 = scaled_NV.scatter(1, ids_NK, -torch.inf).logsumexp(dim=-1, keepdim=True)
+            student = torch.cat([scaled_NV.gather(1, ids_NK), rest_N1], dim=1)
+            teacher = torch.cat([kept_NK.to(student) / self.temperature, tail_N.to(student)[:, None]], dim=1)
+            # log_softmax takes off the log of the sum of all, here of K + 1 parts of it
+            return log_softmax(student, dim=-1), log_softmax(teacher, dim=-1)
+
+        return log_probs
+
+    def _divergence(self, student: Tensor, teacher: Tensor) -> Tensor:
+        """The divergence [N] between log-probabilities over any outcomes [N, ...]."""
         if self.divergence == "forward_kl":
-            kl_N = _kl(teacher, student)
-        elif self.divergence == "reverse_kl":
-            kl_N = _kl(student, teacher)
-        else:
-            mixture = torch.logaddexp(teacher + math.log(self.beta), student + math.log1p(-self.beta))
-            kl_N = self.beta * _kl(teacher, mixture) + (1 - self.beta) * _kl(student, mixture)
-        return (kl_N * (labels_N != IGNORE_INDEX)).sum()
+            return _kl(teacher, student)
+        if self.divergence == "reverse_kl":
+            return _kl(student, teacher)
+        mixture = torch.logaddexp(teacher + math.log(self.beta), student + math.log1p(-self.beta))
+        return self.beta * _kl(teacher, mixture) + (1 - self.beta) * _kl(student, mixture)
 
 
 def _kl(log_p_NV: Tensor, log_q_NV: Tensor) -> Tensor:
