@@ -52,8 +52,8 @@ def read(archive: Path, model: str) -> dict[str, float]:
 def train(archive: Path, model: str) -> dict[str, float]:
     """Archive to training batches of one epoch: also tokenised, without duplicates, shuffled, packed, laid out."""
     one_core()
-    start, findings, used, rows = time.process_time(), 0, 0, 0
     data = _data(archive, model, num_workers=0, prefetch_batches=0)
+    start, findings, used, rows = time.process_time(), 0, 0, 0
     data.setup()
     for batch in data.train_batches():
         rows += 1
@@ -66,8 +66,8 @@ def train(archive: Path, model: str) -> dict[str, float]:
 def first_batch(archive: Path, model: str) -> dict[str, float]:
     """Seconds from an untouched data module to its first training batch, one reading process."""
     archive.touch()  # an index that another measurement left is that of another file now
-    start = time.monotonic()
     data = _data(archive, model)
+    start = time.monotonic()
     data.setup("fit")
     batches = iter(data.train_dataloader())
     next(batches)

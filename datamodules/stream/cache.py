@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from datamodules.stream.prepare import Preparer
     from datamodules.stream.splits import Split
 
-VERSION = 2  #: of the layout and of everything between bytes and ids; a change of either makes old files unused
+VERSION = 3  #: of the layout and of everything between bytes and ids; a change of either makes old files unused
 _DIGEST = 16
 
 

@@ -1,14 +1,17 @@
 """Windows: bounded parts of a document for the tasks that look at many findings, and the texts about them.
 
-Every number, title and id of an answer stands in the window or is counted from it. A document of n findings has
-``ceil(n / size)`` windows; window i takes every k-th finding from i on. Files list findings by category and severity,
-so a run of neighbours would be 24 harmless processes; a comb is a small copy of the host.
+Every number, title and id of an answer stands in the window or is counted from it. A document of n findings is dealt
+to k = ``ceil(n / size)`` combs, which take every k-th finding. Files list findings by category and severity, so a run
+of neighbours would be 24 harmless processes; a comb is a small copy of the host. Every second comb is cut in two, each
+at another place: a host may have five findings, and windows of one size (2,000 tokens) fill rows of 8,192 to 95 % only.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, field
+from itertools import compress
+from operator import not_
 from typing import TYPE_CHECKING, Any
 
 from datamodules.records import SEVERITIES
@@ -20,6 +23,8 @@ if TYPE_CHECKING:
 
     from datamodules.records import Correlation, Document, Finding
 
+SMALLEST_CUT = 6  #: findings of a comb that is cut in two
+GOLDEN = 0.6180339887498949  #: its multiples modulo 1 are spread evenly
 MAX_LINKS = 4  #: correlations of a window that its prompt lists
 MAX_LINK_IDS = 6  #: findings of such a correlation that are named
 URGENT = ("critical", "high")
@@ -105,20 +110,36 @@ def windows(document: Document, size: int) -> Iterator[Window]:
         document: findings of one split.
         size: most findings a window.
     """
-    count = -(-len(document.findings) // size)
-    parts = [document.findings[start::count] for start in range(count)]
-    for findings, correlations in zip(parts, _correlations_by_window(document, count), strict=True):
-        own = (document.summaries, document.actions) if count == 1 else ({}, [])
-        yield Window(findings, links_among(findings, correlations), count == 1, *own)
+    parts = _deal(document.findings, size)
+    whole = len(parts) == 1
+    for findings, correlations in zip(parts, _correlations_by_window(parts, document.correlations), strict=True):
+        own = (document.summaries, document.actions) if whole else ({}, [])
+        yield Window(findings, links_among(findings, correlations), whole, *own)
 
 
-def _correlations_by_window(document: Document, count: int) -> list[list[Correlation]]:
+def _deal(findings: list[Finding], size: int) -> list[list[Finding]]:
+    count = -(-len(findings) // size)
+    parts: list[list[Finding]] = []
+    for index in range(count):
+        comb = findings[index::count]
+        if index % 2 == 0 or len(comb) < SMALLEST_CUT:
+            parts.append(comb)
+            continue
+        first = 2 + int(index * GOLDEN % 1 * (len(comb) - 3))  # of 2 to len - 2 findings, spread over the whole comb
+        chosen = [position * first % len(comb) < first for position in range(len(comb))]
+        parts.append(list(compress(comb, chosen)))
+        parts.append(list(compress(comb, map(not_, chosen))))
+    return parts
+
+
+def _correlations_by_window(parts: list[list[Finding]], correlations: list[Correlation]) -> list[list[Correlation]]:
     """Finds the correlations with two findings in one window, in one pass over all references."""
     window_of: dict[str, int] = {}
-    for position, finding in enumerate(document.findings):
-        window_of.setdefault(finding.id, position % count)
-    found: list[list[Correlation]] = [[] for _ in range(count)]
-    for correlation in document.correlations:
+    for window, findings in enumerate(parts):
+        for finding in findings:
+            window_of.setdefault(finding.id, window)
+    found: list[list[Correlation]] = [[] for _ in parts]
+    for correlation in correlations:
         present = (window_of[key] for key in dict.fromkeys(correlation.finding_ids) if key in window_of)
         for window, members in Counter(present).items():
             if members > 1:

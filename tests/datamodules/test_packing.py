@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM
 
-from datamodules.packing import Row, pack, to_batch
+from datamodules import FindingsDataModule
+from datamodules.packing import Row, _best_fit_decreasing, _subset_sums, pack, to_batch
 from datamodules.tasks.prompts import Pair
 from datamodules.tokenization import ChatFormat, Example
 
@@ -140,22 +141,33 @@ def naive_best_fit_decreasing(lengths, capacity):
     return sorted(capacity - room for room in rooms)
 
 
-@given(st.lists(st.integers(20, 50), min_size=1, max_size=120))
+@given(st.lists(st.integers(3, 50), min_size=1, max_size=120))
 @settings(max_examples=100, deadline=None)
-def test_few_examples_a_row_are_packed_best_fit_decreasing(lengths):
+def test_no_more_rows_than_best_fit_decreasing_needs(lengths):
     rows = pack([example([5] * n, [2]) for n in lengths], row_tokens=51, mode="packed")
-    assert sorted(row.tokens for row in rows) == naive_best_fit_decreasing([n + 1 for n in lengths], 51)
+    naive = naive_best_fit_decreasing([n + 1 for n in lengths], 51)
+    assert len(rows) <= len(naive)
+    alone = _best_fit_decreasing([n + 1 for n in lengths], 51)
+    assert sorted(sum(lengths[i] + 1 for i in row) for row in alone) == naive
 
 
-@given(st.lists(st.integers(1, 40), min_size=1, max_size=14))
+@given(st.lists(st.integers(2, 41), min_size=1, max_size=14))
 @settings(max_examples=100, deadline=None)
-def test_the_first_row_of_many_examples_is_as_full_as_can_be(lengths):
-    needed = [n + 1 for n in lengths]
-    capacity = max(41, 8 * sum(needed) // len(needed) + 1)
-    rows = pack([example([5] * n, [2]) for n in lengths], row_tokens=capacity, mode="packed")
-    others = sorted(needed)[:-1]
-    sums = {sum(chosen) + max(needed) for k in range(len(others) + 1) for chosen in combinations(others, k)}
-    assert rows[0].tokens == max(n for n in sums if n <= capacity)
+def test_the_first_row_by_sums_is_as_full_as_can_be(lengths):
+    capacity = max(41, 8 * sum(lengths) // len(lengths) + 1)
+    first = _subset_sums(lengths, capacity)[0]
+    others = sorted(lengths)[:-1]
+    sums = {sum(chosen) + max(lengths) for k in range(len(others) + 1) for chosen in combinations(others, k)}
+    assert sum(lengths[i] for i in first) == max(n for n in sums if n <= capacity)
+
+
+def test_real_tasks_rows_are_full(shared_data):
+    tasks = dict.fromkeys(("risk", "correlation", "summary", "triage", "remediation"), 1.0)
+    options = {"row_tokens": 8192, "packing": "shared_prefix", "num_workers": 0}
+    data = FindingsDataModule([str(shared_data / "batches")], str(shared_data / "tokenizer"), tasks=tasks, **options)
+    data.setup()
+    used = [int((batch.segment_ids_BT >= 0).sum()) for batch in data.train_batches()]
+    assert sum(used) / (8192 * len(used)) >= 0.98
 
 
 def test_rows_of_8192_tokens_are_full():
