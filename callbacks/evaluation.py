@@ -2,75 +2,52 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 from rich.console import Console
 
+from callbacks.exam import Exam, read_exams, write_exams
 from callbacks.folders import run_folder
 from callbacks.gauge import Gauge
-from callbacks.report_table import comparison, markdown, sample
+from callbacks.pictures import pictures
+from callbacks.report_table import by_category, comparison, markdown, sample
 from datamodules.errors import UserError
-from lightning_modules.baselines import MajorityClass, TitleLookup
-from lightning_modules.evaluation import Outcome, Scores, answer_pairs, score, token_limit
+from lightning_modules.baselines import MajorityClass, TitleLookup, told_categories
+from lightning_modules.evaluation import Outcome, answer_pairs, token_limit
+from lightning_modules.tree_baseline import BoostedTrees
 
-if TYPE_CHECKING:
-    from datamodules.tasks.prompts import Pair, Task
-
-BASELINES = (MajorityClass, TitleLookup)  #: of the risk task
-
-
-@dataclass
-class _Exam:
-    """The questions of one task and everybody's answers so far.
-
-    Attributes:
-        task: what is asked.
-        split: where the pairs come from.
-        pairs: the questions, held out.
-        columns: heading -> scores, in the table's order.
-        seconds: heading -> how long the model took.
-    """
-
-    task: Task
-    split: str
-    pairs: list[Pair]
-    columns: dict[str, Scores] = field(default_factory=dict)
-    seconds: dict[str, float] = field(default_factory=dict)
-
-    @property
-    def digest(self) -> str:
-        """Digest of the questions and expected answers: only columns of the same one can be compared."""
-        text = json.dumps([[pair.content, pair.completion] for pair in self.pairs])
-        return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+BASELINES = (MajorityClass, TitleLookup, BoostedTrees)  #: of the risk task
 
 
 class Evaluation(Callback):
     """Measures the model on held-out findings when a fit starts and when it ends, and in ``validate`` and ``test``.
 
-    The model answers freely (greedy, nothing constrains it) and scores the expected answers; majority class and a
-    look-up by title, fitted on training pairs, answer the same questions. The table has 95 % intervals, since 50
+    For every task the model answers freely (greedy, nothing constrains it) and scores the expected answers; with a
+    column of their own, answers that a grammar holds to the task's schema. On the risk task majority class, look-up by
+    title and boosted trees, fitted on training pairs, answer the same questions. The table has 95 % intervals, since 50
     findings leave up to 14 points either way. Ranks share the questions. All numbers and answers go to
-    ``evaluation.json`` in the run folder (``evaluation_validate.json`` and ``evaluation_test.json`` for those
-    commands), the figures and a table of samples to the logger. The random state and the module's modes stay as they
-    were.
+    ``evaluation.json`` in the run folder (``evaluation_val.json`` and ``evaluation_test.json`` for those
+    commands), figures, pictures and a table of samples to the logger. The random state and the module's modes stay as
+    they were.
 
-    After a fit the weights of its last step are measured, not the best checkpoint's. A fit that goes on from a
-    checkpoint takes the column of the untuned model from the run folder, if the questions are still the same.
+    After a fit the weights of the best checkpoint are measured where there is one (those that ``analyze`` and
+    ``export`` take), else the last step's; the column says which. A fit that goes on from a checkpoint takes the
+    untuned model's column from the run folder, if the questions are still the same.
 
     Args:
-        tasks: which tasks of the data module to ask about.
+        tasks: which tasks of the data module to ask about; None is all.
         samples: questions a task.
         split: where they come from in a fit; ``validate`` and ``test`` take their own.
         reference: training pairs that the baselines are fitted on.
@@ -78,7 +55,12 @@ class Evaluation(Callback):
         batch_size: rows at once; more are faster until memory or (on a CPU, at about 25) arithmetic runs out.
         before: whether to measure the untuned model.
         every_n_validations: also measure within a fit, after every so many validations; None is never.
-        forced_choice: whether to measure also which severity is most likely without generation (risk task).
+        forced_choice: whether to measure also which severity is most likely behind the expected answer's beginning,
+            without generation.
+        constrained: whether to measure grammar-held answers of the tuned model too; None is where llguidance is
+            installed.
+        give_up: an answer that has no ``{`` after so many tokens is ended there and counts as cut; None waits for the
+            limit. It saves most of the untuned model's time.
         show: analysed findings to print.
         balanced: whether the questions hold equally many of each severity; the figures then say nothing of the
             frequencies that real scans have.
@@ -86,7 +68,7 @@ class Evaluation(Callback):
 
     def __init__(
         self,
-        tasks: Sequence[str] = ("risk",),
+        tasks: Sequence[str] | None = None,
         samples: int = 50,
         split: Literal["val", "test"] = "val",
         reference: int = 2000,
@@ -95,19 +77,24 @@ class Evaluation(Callback):
         before: bool = True,
         every_n_validations: int | None = None,
         forced_choice: bool = False,
+        constrained: bool | None = None,
+        give_up: int | None = None,
         show: int = 1,
         balanced: bool = False,
     ) -> None:
-        for name, value in (("samples", samples), ("batch_size", batch_size), ("reference", reference)):
-            if value < 1:
+        for name, value in (
+            ("samples", samples), ("batch_size", batch_size), ("reference", reference),
+            ("max_new_tokens", max_new_tokens), ("give_up", give_up), ("every_n_validations", every_n_validations),
+        ):  # fmt: skip
+            if value is not None and value < 1:
                 raise ValueError(f"{name} {value} is less than 1")
-        self.tasks, self.samples, self.split, self.reference = list(tasks), samples, split, reference
+        self.tasks, self.samples, self.split, self.reference = tasks, samples, split, reference
         self.max_new_tokens, self.batch_size, self.before = max_new_tokens, batch_size, before
         self.every_n_validations, self.forced_choice, self.show = every_n_validations, forced_choice, show
-        self.balanced = balanced
+        self.constrained, self.give_up, self.balanced = constrained, give_up, balanced
         self.console = Console()
         self._run = Path()
-        self._exams: list[_Exam] = []
+        self._exams: list[Exam] = []
         self._validations = 0
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -121,9 +108,9 @@ class Evaluation(Callback):
             return
         self._exams = self._questions(trainer, self.split)
         if trainer.ckpt_path is not None:
-            self._remember("evaluation.json")
+            self._remember()
         elif self.before:
-            self._measure(trainer, pl_module, "untuned")
+            self._measure(trainer, pl_module, "untuned", {"step": 0})
             self._write(trainer, "evaluation.json")
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -135,7 +122,7 @@ class Evaluation(Callback):
         elif self.every_n_validations and self._exams:
             self._validations += 1
             if self._validations % self.every_n_validations == 0:
-                self._measure(trainer, pl_module, "tuned")
+                self._measure(trainer, pl_module, "tuned", {"step": trainer.global_step})
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measures once."""
@@ -146,14 +133,16 @@ class Evaluation(Callback):
         """Measures the tuned model; before Lightning moves it off the device, and not after an interrupt."""
         if not self._exams or trainer.interrupted:
             return
-        self._measure(trainer, pl_module, "tuned")
+        with best_weights(trainer, pl_module) as about:
+            self._measure(trainer, pl_module, "tuned", about, held=True)
         self._report(trainer, "evaluation.json")
         self._exams = []
 
     def _measure_once(self, trainer: Trainer, pl_module: LightningModule, split: str) -> None:
         self._exams = self._questions(trainer, split)
-        self._remember("evaluation.json")  # of the fit that made the checkpoint
-        self._measure(trainer, pl_module, "this model")
+        self._remember()  # of the fit that made the checkpoint
+        checkpoint = {"checkpoint": Path(trainer.ckpt_path).name} if trainer.ckpt_path else {}
+        self._measure(trainer, pl_module, "this model", {"step": trainer.global_step} | checkpoint, held=True)
         self._report(trainer, f"evaluation_{split}.json")
         self._exams = []
 
@@ -163,7 +152,7 @@ class Evaluation(Callback):
             return True
         return bool(trainer.fast_dev_run)  # type: ignore[attr-defined]
 
-    def _questions(self, trainer: Trainer, split: str) -> list[_Exam]:
+    def _questions(self, trainer: Trainer, split: str) -> list[Exam]:
         """Reads the questions, and lets the baselines answer those of the risk task.
 
         Raises:
@@ -174,24 +163,27 @@ class Evaluation(Callback):
             raise UserError(
                 "callbacks.Evaluation: needs a data module with pairs (FindingsDataModule); leave it out here"
             )
-        exams = []
-        for name in self.tasks:
+        exams: list[Exam] = []
+        for name in data.tasks if self.tasks is None else self.tasks:
             if name not in data.tasks:
                 raise UserError(
                     f"callbacks.Evaluation tasks: {name!r} is none of {', '.join(data.tasks)}; add it to data"
                 )
             pairs = data.pairs(split, name, self.samples, balanced=self.balanced)
+            if not pairs and self.tasks is None and exams:
+                rank_zero_warn(f"callbacks.Evaluation: the {split} split holds no pair of {name}; it is left out")
+                continue
             if not pairs:
                 raise UserError(f"callbacks.Evaluation: the {split} split holds no pair of {name}; raise data.{split}")
-            exam = _Exam(data.tasks[name], split, pairs)
+            exam = Exam(data.tasks[name], split, pairs)
             if name == "risk":
-                training = data.pairs("train", name, self.reference)
-                for baseline in (kind(training) for kind in BASELINES):
-                    exam.columns[baseline.name] = score(exam.task, pairs, [Outcome(baseline(p.content)) for p in pairs])
+                _add_baselines(exam, data.pairs("train", name, self.reference))
             exams.append(exam)
         return exams
 
-    def _measure(self, trainer: Trainer, pl_module: LightningModule, heading: str) -> None:
+    def _measure(
+        self, trainer: Trainer, pl_module: LightningModule, heading: str, about: dict[str, Any], held: bool = False
+    ) -> None:
         """Lets the model answer every question, each rank its share, and logs the figures."""
         rank, ranks = trainer.global_rank, trainer.world_size
         console = self.console if trainer.is_global_zero else None
@@ -209,25 +201,38 @@ class Evaluation(Callback):
                     exam.pairs[rank::ranks],
                     max_new_tokens=limit,
                     batch_size=self.batch_size,
-                    forced=self.forced_choice and exam.task.name == "risk",
+                    forced=self.forced_choice,
+                    constraint=self._grammar(data.chat, exam.task) if held else None,
+                    give_up=self.give_up,
                     progress=gauge,
                 )
-            scores = score(exam.task, exam.pairs, _gather(outcomes, rank, ranks))
-            exam.columns = {name: old for name, old in exam.columns.items() if name != heading}
-            exam.columns = _ordered(exam.columns | {heading: scores})
-            exam.seconds[heading] = round(time.monotonic() - started, 1)
+            outcomes = _gather(outcomes, rank, ranks)
+            exam.add(heading, outcomes)
+            exam.seconds[heading], exam.about[heading] = round(time.monotonic() - started, 1), about
+            if all(item.held for item in outcomes):
+                name = f"{heading}, constrained"
+                exam.add(name, [item.held for item in outcomes if item.held])
+                exam.about[name] = about
             self._log(trainer, exam, heading)
         if pl_module.device.type == "cuda":
             torch.cuda.empty_cache()  # rows of other lengths than training's would leave the memory in pieces
 
-    def _log(self, trainer: Trainer, exam: _Exam, heading: str) -> None:
+    def _grammar(self, chat: Any, task: Any) -> Any:
+        if self.constrained is False or (self.constrained is None and find_spec("llguidance") is None):
+            return None
+        from lightning_modules.grammar import JsonGrammar
+
+        return JsonGrammar(chat.tokenizer, chat.eos_id, task.answer_schema)
+
+    def _log(self, trainer: Trainer, exam: Exam, heading: str) -> None:
         prefix, scores = f"evaluation_{exam.task.name}", exam.columns[heading]
         figures = {f"{prefix}/{name}": value for name, value in scores.figures.items() if not math.isnan(value)}
         for logger in trainer.loggers:
             logger.log_metrics(figures, step=trainer.global_step)
             if isinstance(logger, TensorBoardLogger) and trainer.is_global_zero:
-                models = {name: column for name, column in exam.columns.items() if name in exam.seconds}
-                logger.experiment.add_text(f"{prefix}/samples", markdown(exam.pairs, models), trainer.global_step)
+                logger.experiment.add_text(f"{prefix}/samples", markdown(exam.pairs, exam.models), trainer.global_step)
+                for name, figure in pictures(scores).items():
+                    logger.experiment.add_figure(f"{prefix}/{name}", figure, trainer.global_step)
 
     def _report(self, trainer: Trainer, file: str) -> None:
         """Prints tables and samples and writes the file; rank zero only."""
@@ -236,49 +241,66 @@ class Evaluation(Callback):
             return
         for exam in self._exams:
             kind = "balanced over severity" if self.balanced else "as frequent as in the data"
-            title = f"{exam.task.name}: {len(exam.pairs)} held-out pairs ({exam.split}, {kind}), free greedy generation"
-            self.console.print(comparison(title, exam.columns))
-            models = {name: scores for name, scores in exam.columns.items() if name not in _BASELINE_NAMES}
+            title = f"{exam.task.name}: {len(exam.pairs)} held-out pairs ({exam.split}, {kind}), greedy generation"
+            self.console.print(comparison(title, exam.columns, exam.about))
+            if exam.task.name == "risk":
+                self.console.print(by_category(exam.columns, exam.told))
             for index in range(min(self.show, len(exam.pairs))):
-                texts = {name: scores.outcomes[index].text for name, scores in models.items()}
+                texts = {name: scores.outcomes[index].text for name, scores in exam.models.items()}
                 self.console.print(sample(exam.pairs[index], texts), soft_wrap=True)
 
     def _write(self, trainer: Trainer, file: str) -> None:
-        if not trainer.is_global_zero:
-            return
-        self._run.mkdir(parents=True, exist_ok=True)
-        record = {exam.task.name: _record(exam) for exam in self._exams}
-        unfinished = self._run / f"{file}.unfinished"
-        text = json.dumps({"step": trainer.global_step, "tasks": record}, indent=1, ensure_ascii=False, allow_nan=False)
-        unfinished.write_text(text + "\n", encoding="utf-8")
-        unfinished.replace(self._run / file)
+        if trainer.is_global_zero:
+            write_exams(self._run / file, self._exams, step=trainer.global_step)
 
-    def _remember(self, file: str) -> None:
-        """Takes the untuned model's answers from an earlier evaluation of the same questions."""
-        try:
-            tasks = json.loads((self._run / file).read_text(encoding="utf-8"))["tasks"]
-        except (OSError, ValueError, KeyError):
-            return
+    def _remember(self) -> None:
+        """Takes the untuned model's answers from the fit's evaluation of the same questions."""
+        records = read_exams(self._run / "evaluation.json")
         for exam in self._exams:
-            earlier = tasks.get(exam.task.name, {})
-            column = earlier.get("columns", {}).get("untuned")
-            if column is None or earlier.get("digest") != exam.digest:
-                continue
-            outcomes = [
-                Outcome(**item | {"nll": math.nan if item["nll"] is None else item["nll"]})
-                for item in column["outcomes"]
-            ]
-            exam.columns = _ordered(exam.columns | {"untuned": score(exam.task, exam.pairs, outcomes)})
-            exam.seconds["untuned"] = column["seconds"]
+            exam.remember(records.get(exam.task.name, {}), "untuned")
 
 
-_BASELINE_NAMES = [baseline.name for baseline in BASELINES]
+@contextmanager
+def best_weights(trainer: Trainer, pl_module: LightningModule) -> Iterator[dict[str, Any]]:
+    """Puts the best checkpoint's trainable weights in place meanwhile, where there is one.
+
+    Yields:
+        ``step`` of the weights, and ``checkpoint``, its file name, where they are not the last step's.
+    """
+    callback = next((c for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint)), None)
+    path = Path(callback.best_model_path) if callback is not None and callback.best_model_path else None
+    if path is None or callback is None or callback.best_model_score is None or not path.is_file():
+        yield {"step": trainer.global_step}
+        return
+    checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    about = {"step": checkpoint["global_step"], "checkpoint": path.name}
+    if about["step"] == trainer.global_step:
+        yield about
+        return
+    trained = {name: parameter for name, parameter in pl_module.named_parameters() if parameter.requires_grad}
+    last = {name: parameter.detach().clone() for name, parameter in trained.items()}
+    try:
+        _copy(checkpoint["state_dict"], trained)
+        yield about
+    finally:
+        _copy(last, trained)
 
 
-def _ordered(columns: dict[str, Scores]) -> dict[str, Scores]:
-    """Models first, the untuned one before all; then the baselines."""
-    names = sorted(columns, key=lambda name: (name in _BASELINE_NAMES, name != "untuned"))
-    return {name: columns[name] for name in names}
+@torch.no_grad()
+def _copy(values: dict[str, Any], parameters: dict[str, Any]) -> None:
+    for name, parameter in parameters.items():
+        parameter.copy_(values[name])
+
+
+def _add_baselines(exam: Exam, training: list[Any]) -> None:
+    exam.told = told_categories(training)
+    for kind in BASELINES:
+        try:
+            baseline = kind(training)
+        except UserError as error:  # a package is missing
+            rank_zero_warn(f"{error}; it is left out")
+            continue
+        exam.add(baseline.name, [Outcome(baseline(pair.content)) for pair in exam.pairs], baseline=True)
 
 
 def _gather(mine: list[Outcome], rank: int, ranks: int) -> list[Outcome]:
@@ -289,25 +311,3 @@ def _gather(mine: list[Outcome], rank: int, ranks: int) -> list[Outcome]:
     torch.distributed.all_gather_object(everybody, mine)
     total = sum(map(len, everybody))
     return [everybody[index % ranks][index // ranks] for index in range(total)]
-
-
-def _record(exam: _Exam) -> dict[str, Any]:
-    """An exam as JSON; NaN becomes null."""
-    return {
-        "split": exam.split, "n": len(exam.pairs), "digest": exam.digest,
-        "columns": {
-            name: {
-                "figures": {key: _finite(value) for key, value in scores.figures.items()},
-                "intervals": {key: [_finite(low), _finite(high)] for key, (low, high) in scores.intervals.items()},
-                "confusion": scores.confusion,
-                "seconds": exam.seconds.get(name),
-                "outcomes": [vars(item) | {"nll": _finite(item.nll)} for item in scores.outcomes],
-            }
-            for name, scores in exam.columns.items()
-        },
-        "questions": [{"content": pair.content, "expected": pair.completion} for pair in exam.pairs],
-    }  # fmt: skip
-
-
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None

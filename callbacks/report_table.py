@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Collection, Mapping, Sequence
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Group, RenderableType
 from rich.table import Table
@@ -21,32 +22,80 @@ ROWS = (
     ("loss", "held-out loss per token", ".3f"),
     ("schema_valid", "schema-valid answers", ".0%"),
     ("exact_keys", "exactly the expected keys", ".0%"),
+    ("json_cut", "readable by the agent", ".0%"),
+    ("complete", "ended by itself", ".0%"),
+    ("prompts_cut", "prompts cut to fit", ".0%"),
     ("severity_accuracy", "severity accuracy", ".0%"),
+    ("told_severity_accuracy", "  where the input tells it", ".0%"),
     ("severity_macro_f1", "severity macro-F1", ".2f"),
     ("forced_severity_accuracy", "severity, forced choice", ".0%"),
     ("risk_error", "risk error (points of 100)", ".1f"),
+    ("subscore_error", "sub-score error", ".3f"),
+    ("actionable_brier", "actionable: Brier score", ".3f"),
+    ("actionable_ece", "actionable: calibration error", ".3f"),
     ("tags_f1", "tags F1", ".2f"),
     ("ids_f1", "finding ids F1", ".2f"),
     ("ids_invented", "invented ids", ".0%"),
+    ("numbers_invented", "invented numbers", ".0%"),
     ("faithful", "invents nothing", ".0%"),
+    ("steps_f1", "remediation steps F1", ".2f"),
+    ("commands_f1", "commands and checks F1", ".2f"),
     ("word_overlap", "word overlap", ".2f"),
 )
+DULL = {"prompts_cut": 0.0, "complete": 1.0, "json_cut": 1.0}  #: left out where every column has this value
 
 
-def comparison(title: str, columns: Mapping[str, Scores]) -> Table:
+def shown_rows(columns: Mapping[str, Scores]) -> list[tuple[str, str, str]]:
+    """Rows of the table that say something: at least one column has the figure, and not all its usual value."""
+    rows = []
+    for name, label, form in ROWS:
+        values = [scores.figures[name] for scores in columns.values() if name in scores.figures]
+        if values and any(value != DULL.get(name) for value in values):
+            rows.append((name, label, form))
+    return rows
+
+
+def comparison(
+    title: str, columns: Mapping[str, Scores], about: Mapping[str, Mapping[str, Any]] = MappingProxyType({})
+) -> Table:
     """One table: a row for each figure that a column has, a column for each model or baseline.
 
     Args:
         title: says what was measured and on how many findings.
         columns: heading -> scores, in order.
+        about: heading -> ``step`` and ``checkpoint`` of the weights that were measured.
     """
     table = Table(title=title, caption="second lines: 95 % intervals", title_justify="left", show_lines=False)
     table.add_column("")
     for heading in columns:
+        table.add_column(_heading(heading, about.get(heading, {})), justify="right")
+    for name, label, form in shown_rows(columns):
+        table.add_row(label, *(cell(scores, name, form) for scores in columns.values()))
+    return table
+
+
+def _heading(heading: str, about: Mapping[str, Any]) -> str:
+    if heading == "untuned" or "step" not in about:
+        return heading
+    return f"{heading}\n{'best' if 'checkpoint' in about else 'last'} step {about['step']}"
+
+
+def by_category(columns: Mapping[str, Scores], told: Collection[str]) -> Table:
+    """Severity accuracy in each category of findings.
+
+    Args:
+        columns: heading -> scores.
+        told: categories whose severity the input tells.
+    """
+    table = Table(title="severity accuracy by category", title_justify="left")
+    for heading in ("category", "findings", "input tells it"):
+        table.add_column(heading)
+    for heading in columns:
         table.add_column(heading, justify="right")
-    for name, label, form in ROWS:
-        if any(name in scores.figures for scores in columns.values()):
-            table.add_row(label, *(cell(scores, name, form) for scores in columns.values()))
+    first = next(iter(columns.values()))
+    for category, figures in first.groups["category"].items():
+        cells = [format(scores.groups["category"][category]["severity_accuracy"], ".0%") for scores in columns.values()]
+        table.add_row(category, str(int(figures["answers"])), "yes" if category in told else "no", *cells)
     return table
 
 

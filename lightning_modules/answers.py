@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 _NUMBER = re.compile(r"(?<![\w.])-?\d+(?:\.\d+)?(?![\w])")
 _WORD = re.compile(r"\w+")
+_NAME = re.compile(r"/?\w[\w./:-]*")
+_ID_PARTS = [re.compile(part) for part in (r"[^\W\d_]", r"\d", r"[_-]")]
 
 
 @dataclass(frozen=True)
@@ -113,6 +115,12 @@ def named_ids(value: Any) -> Iterator[str]:
 def numbers(text: str) -> list[float]:
     """The numbers in a text that stand alone: ``4444`` and ``0.5``, not the ``2`` of ``sha256``."""
     return [float(match) for match in _NUMBER.findall(text)]
+
+
+def identifiers(text: str) -> list[str]:
+    """Words that name one thing: a path, or letters and digits about a ``_`` or ``-`` (``proc_12``, ``CVE-2024-1``)."""
+    found = (match.rstrip(".:-") for match in _NAME.findall(text))
+    return [name for name in found if name.startswith("/") or all(part.search(name) for part in _ID_PARTS)]
 
 
 def words(texts: Sequence[str]) -> list[str]:

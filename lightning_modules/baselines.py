@@ -1,11 +1,13 @@
 """What a model must beat: answers to the risk task without a model, from the training pairs alone.
 
 They write the same JSON as a model, so that they pass through the same metrics. Counts and medians only: fitted in
-milliseconds, and nothing to tune.
+milliseconds, and nothing to tune. The strongest one, a gradient-boosted tree, is in
+:mod:`lightning_modules.tree_baseline`.
 """
 
 from __future__ import annotations
 
+import re
 from collections import Counter, defaultdict
 from collections.abc import Hashable, Iterable, Sequence
 from statistics import median
@@ -59,6 +61,29 @@ class TitleLookup:
     def __call__(self, content: str) -> str:
         """Returns the answer to a prompt's content."""
         return self._answers.get(_title(content)) or self._otherwise(content)
+
+
+def told_categories(pairs: Sequence[Pair], least: int = 10, share: float = 0.99) -> set[str]:
+    """Categories in which the input tells the severity: findings alike but for their numbers have the same one.
+
+    Some data carry severities that follow from nothing a scanner says. Where findings that are alike disagree, no model
+    can be right on all of them, and its accuracy says little.
+
+    Args:
+        pairs: training pairs of the risk task.
+        least: findings that have one like them which a category must have to be judged.
+        share: of these that must have the severity most frequent among those alike.
+    """
+    alike: dict[str, dict[str, Counter[str]]] = defaultdict(lambda: defaultdict(Counter))
+    for pair in pairs:
+        alike[pair.category][re.sub(r"\d+", "0", pair.content)][pair.severity] += 1
+    told = set()
+    for category, groups in alike.items():
+        repeated = [group for group in groups.values() if group.total() > 1]
+        count = sum(group.total() for group in repeated)
+        if count >= least and sum(max(group.values()) for group in repeated) >= share * count:
+            told.add(category)
+    return told
 
 
 def typical(answers: Iterable[dict[str, Any]]) -> str:

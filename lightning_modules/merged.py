@@ -81,7 +81,7 @@ def _can_merge(module: Any) -> bool:
     base = _base(module)
     if not isinstance(base, nn.Linear) or type(base.weight).__name__ == "Int8Params":
         return False
-    if _is_4bit(base) and getattr(base.weight.quant_state, "packing_format_for_cpu", False):
+    if _is_4bit(base) and getattr(getattr(base.weight, "quant_state", None), "packing_format_for_cpu", False):
         return False
     if not _is_adapted(module):
         return _is_4bit(base)

@@ -16,7 +16,7 @@ from torch import Tensor
 from torchmetrics import Metric, MetricCollection
 
 from datamodules.records import SEVERITIES
-from lightning_modules.answers import Judged, as_number, named_ids, numbers, strings, words
+from lightning_modules.answers import Judged, as_number, identifiers, named_ids, numbers, strings, words
 
 if TYPE_CHECKING:
     from datamodules.tasks.prompts import Task
@@ -180,6 +180,10 @@ class Calibration(Metric):
                 [1.0, p, q], dtype=self.bins.dtype, device=self.bins.device
             )
 
+    def reliability(self) -> list[tuple[float, float, float]]:
+        """For each bin that has answers: their number, the mean answered and the mean expected probability."""
+        return [(n, p / n, q / n) for n, p, q in self.bins.tolist() if n]
+
     def compute(self) -> dict[str, Tensor]:
         """``actionable_brier`` and ``actionable_ece``."""
         n = self.bins[:, 0].sum()
@@ -221,10 +225,10 @@ class SetF1(AnswerMetric):
 class Faithfulness(AnswerMetric):
     """Whether what an answer names stands in its input.
 
-    ``ids_invented`` is the share of the ids in answers that the input does not hold; ``numbers_invented`` the same for
-    numbers in its sentences (a count of findings that the model made itself is not in the input: the input or the
-    expected answer excuses a number); ``faithful`` is the share of answers that invent nothing, not being JSON counts
-    as unfaithful.
+    ``ids_invented`` is the share of the ids in answers (under keys for ids, and names like ``proc_12`` or ``/tmp/x`` in
+    sentences) that the input does not hold; ``numbers_invented`` the same for numbers in its sentences (a count of
+    findings that the model made itself is not in the input: the input or the expected answer excuses a number or a
+    name); ``faithful`` is the share of answers that invent nothing, not being JSON counts as unfaithful.
     """
 
     sums = ("ids", "false_ids", "numbers", "false_numbers", "faithful", "answers")
@@ -233,14 +237,20 @@ class Faithfulness(AnswerMetric):
         """The ids and numbers of one answer and how many are invented."""
         if item.answer is None:
             return {"answers": 1}
-        ids = list(named_ids(item.answer))
         known = set(strings(_loads(item.content)))
-        false_ids = sum(name not in known for name in ids)
-        said = [number for text in strings(item.answer) if text not in known for number in numbers(text)]
+        sentences = [text for text in strings(item.answer) if text not in known]
+        names = [name for text in sentences for name in identifiers(text)]
+        given_text = "\n".join([item.content, *known, *strings(item.expected)])
+        ids = list(named_ids(item.answer))
+        false_ids = sum(name not in known for name in ids) + sum(name not in given_text for name in names)
+        rest = " ".join(sentences)
+        for name in names:
+            rest = rest.replace(name, " ")  # its digits are no numbers
+        said = numbers(rest)
         given = {*numbers(item.content), *(n for text in strings(item.expected) for n in numbers(text))}
         false_numbers = sum(number not in given for number in said)
         return {
-            "ids": len(ids), "false_ids": false_ids, "numbers": len(said), "false_numbers": false_numbers,
+            "ids": len(ids) + len(names), "false_ids": false_ids, "numbers": len(said), "false_numbers": false_numbers,
             "faithful": false_ids == 0 and false_numbers == 0, "answers": 1,
         }  # fmt: skip
 
@@ -294,6 +304,9 @@ class AnswerMetrics(MetricCollection):
             metrics["tags"] = SetF1("tags", lambda answer: set(strings(answer.get("tags"))), **kwargs)
         if keys & {"related_finding_ids", "top_findings"}:
             metrics["ids"] = SetF1("ids", lambda answer: set(named_ids(answer)), **kwargs)
+        if "actions" in keys:
+            metrics["commands"] = SetF1("commands", _commands, **kwargs)
+            metrics["steps"] = SetF1("steps", _titles, **kwargs)
         if keys - _OF_ONE_FINDING:  # answers in sentences
             metrics["overlap"] = WordOverlap(**kwargs)
             if "actions" not in keys:  # a command may hold numbers (a mode, a port to allow) that no input holds
@@ -303,6 +316,10 @@ class AnswerMetrics(MetricCollection):
     def results(self) -> dict[str, float]:
         """All figures, reduced over ranks: name -> value, NaN where nothing could be measured."""
         return {name: value.item() for name, value in self.compute().items()}
+
+    def reliability(self) -> list[tuple[float, float, float]] | None:
+        """See :meth:`Calibration.reliability`; None where the task has no probability."""
+        return self["calibration"].reliability() if "calibration" in self else None  # type: ignore[operator]
 
     def confusion(self) -> list[list[int]] | None:
         """Severity confusion matrix of this rank's answers, rows expected, last column no severity."""
@@ -348,6 +365,20 @@ def _subscores(answer: dict[str, Any]) -> dict[str, float]:
     if not isinstance(scores, dict):
         return {}
     return {key: number for key, value in scores.items() if (number := as_number(value)) is not None}
+
+
+def _commands(answer: dict[str, Any]) -> set[str]:
+    """Commands and checks of a remediation, word for word: one that differs by a letter is another command."""
+    return {text for step in _steps(answer) for key in ("command", "check") if isinstance(text := step.get(key), str)}
+
+
+def _titles(answer: dict[str, Any]) -> set[str]:
+    return {title for step in _steps(answer) if isinstance(title := step.get("title"), str)}
+
+
+def _steps(answer: dict[str, Any]) -> list[dict[str, Any]]:
+    steps = answer.get("actions")
+    return [step for step in steps if isinstance(step, dict)] if isinstance(steps, list) else []
 
 
 def _loads(content: str) -> Any:

@@ -3,13 +3,18 @@
 import json
 import math
 import random
+import subprocess
+import sys
 from contextlib import nullcontext
+from dataclasses import replace
 from io import StringIO
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
 from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -17,12 +22,21 @@ from transformers import AutoModelForCausalLM
 
 from callbacks.evaluation import Evaluation
 from callbacks.gauge import Gauge
+from callbacks.pictures import pictures
 from callbacks.report_table import comparison, markdown
 from datamodules.errors import UserError
-from datamodules.tasks import RiskTask
+from datamodules.tasks import RiskTask, SummaryTask
 from datamodules.tasks.prompts import Pair, compact
 from datamodules.tokenization import ChatFormat
 from lightning_modules.evaluation import Outcome, answer_pairs, differences, score, token_limit
+
+BASELINES = ["majority class", "title look-up", "boosted trees"]
+
+
+@pytest.fixture(autouse=True)
+def free_only(monkeypatch):
+    """Answers held to a grammar are asked for where they are tested: a tiny model writes long ones."""
+    monkeypatch.setattr("callbacks.evaluation.find_spec", lambda name: None)
 
 
 def short_task():
@@ -32,9 +46,17 @@ def short_task():
     return task
 
 
+SEVERITY_ONLY = {
+    "type": "object",
+    "properties": {"severity": {"type": "string", "enum": ["info", "low", "medium", "high"]}},
+    "required": ["severity"],
+    "additionalProperties": False,
+}
+
+
 def make_pair(index):
     severity = ("info", "low", "high")[index % 3]
-    content = compact({"title": f"t{index % 3}", "category": "network", "n": index})
+    content = compact({"title": "t" + "abc"[index % 3], "category": "network", "n": index})
     answer = compact({"severity": severity, "risk_score": 10 * (index % 3)})
     return Pair("risk", content, answer, severity, "network", 1)
 
@@ -88,12 +110,12 @@ class Module(LightningModule):
         return torch.optim.AdamW(self.parameters(), lr=3e-3)
 
 
-def make_trainer(folder, callback, steps=0, logger=False, **options):
-    callback.console = Console(file=StringIO(), width=120)
+def make_trainer(folder, callback, steps=0, logger=False, ranks=1, **options):
+    callback.console = Console(file=StringIO(), width=160)
     return Trainer(
-        max_steps=steps, accelerator="cpu", devices=1, logger=logger, default_root_dir=folder, callbacks=[callback],
-        enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False, num_sanity_val_steps=0,
-        limit_val_batches=1, **options,
+        max_steps=steps, accelerator="cpu", devices=ranks, strategy="ddp" if ranks > 1 else "auto", logger=logger,
+        default_root_dir=folder, callbacks=[callback], enable_progress_bar=False, enable_model_summary=False,
+        enable_checkpointing=False, num_sanity_val_steps=0, limit_val_batches=1, **options,
     )  # fmt: skip
 
 
@@ -107,7 +129,7 @@ def test_fit_compares_before_and_after_with_baselines(tmp_path, tiny_llama, chat
     make_trainer(tmp_path, callback, 20, logger).fit(module, datamodule=data)
     result = read(tmp_path)
     columns = result["columns"]
-    assert list(columns) == ["untuned", "tuned", "majority class", "title look-up"]
+    assert list(columns) == ["untuned", "tuned", *BASELINES]
     assert result["n"] == 5
     assert columns["tuned"]["figures"]["loss"] < 0.8 * columns["untuned"]["figures"]["loss"]
     assert columns["untuned"]["figures"]["schema_valid"] == 0
@@ -123,6 +145,13 @@ def test_fit_compares_before_and_after_with_baselines(tmp_path, tiny_llama, chat
     events = EventAccumulator(str(tmp_path)).Reload()
     assert len(events.Scalars("evaluation_risk/schema_valid")) == 2
     assert events.Tags()["tensors"] == ["evaluation_risk/samples/text_summary"]
+    assert "evaluation_risk/confusion" in events.Tags()["images"]
+    assert columns["tuned"]["about"] == {"step": 20}
+    groups = columns["title look-up"]["groups"]
+    assert {name: part["answers"] for name, part in groups["severity"].items()} == {"info": 2, "low": 2, "high": 1}
+    assert groups["category"]["network"]["severity_accuracy"] == 1
+    assert result["severity_told_in"] == ["network"]
+    assert columns["title look-up"]["figures"]["told_severity_accuracy"] == 1
 
 
 def test_loss_is_that_of_a_plain_forward_pass(tiny_llama, chatml_tokenizer):
@@ -183,7 +212,7 @@ def test_resumed_fit_remembers_the_untuned_model(tmp_path, tiny_llama, chatml_to
     make_trainer(tmp_path, Evaluation(samples=3), 2).fit(module, datamodule=data, ckpt_path=tmp_path / "last.ckpt")
     assert read(tmp_path)["columns"]["untuned"] == before
     make_trainer(tmp_path, Evaluation(samples=4), 3).fit(module, datamodule=data, ckpt_path=tmp_path / "last.ckpt")
-    assert list(read(tmp_path)["columns"]) == ["tuned", "majority class", "title look-up"]  # other questions
+    assert list(read(tmp_path)["columns"]) == ["tuned", *BASELINES]  # other questions
 
 
 @pytest.mark.parametrize(("command", "split", "n"), [("validate", "val", 7), ("test", "test", 4)])
@@ -193,9 +222,82 @@ def test_validate_and_test_measure_the_loaded_model_once(
     data, module, callback = Data(chatml_tokenizer), Module(tiny_llama), Evaluation()
     getattr(make_trainer(tmp_path, callback), command)(module, datamodule=data)
     result = read(tmp_path, f"evaluation_{split}.json")
-    assert list(result["columns"]) == ["this model", "majority class", "title look-up"]
+    assert list(result["columns"]) == ["this model", *BASELINES]
     assert (result["n"], result["split"]) == (n, split)
     assert "this model" in callback.console.file.getvalue()
+
+
+def test_best_checkpoint_is_measured_and_the_last_weights_stay(tmp_path, tiny_llama, chatml_tokenizer, monkeypatch):
+    """Trained with a rate that spoils it after the first validation: the best weights are the first ones."""
+    data, module, seen = Data(chatml_tokenizer), Module(tiny_llama), []
+    monkeypatch.setattr(module, "validation_step", lambda *arguments: module.log("val/loss", float(module.global_step)))
+    callback = Evaluation(samples=2, before=False, max_new_tokens=4)
+    best = ModelCheckpoint(tmp_path, filename="best", monitor="val/loss")
+    trainer = make_trainer(tmp_path, callback, 4, val_check_interval=2, check_val_every_n_epoch=None)
+    trainer.callbacks.append(best)
+    measure = callback._measure
+
+    def spy(trainer, module, *arguments, **options):
+        seen.append({name: p.detach().clone() for name, p in module.named_parameters()})
+        measure(trainer, module, *arguments, **options)
+
+    monkeypatch.setattr(callback, "_measure", spy)
+    trainer.fit(module, datamodule=data)
+    assert read(tmp_path)["columns"]["tuned"]["about"] == {"step": 2, "checkpoint": "best.ckpt"}
+    assert "best step 2" in callback.console.file.getvalue()
+    stored = torch.load(tmp_path / "best.ckpt", weights_only=True)["state_dict"]
+    assert all(torch.equal(tensor, stored[name]) for name, tensor in seen[0].items())
+    assert not all(torch.equal(p, stored[name]) for name, p in module.named_parameters())
+
+
+def test_constrained_answers_stand_beside_the_free_ones(tmp_path, tiny_llama, chatml_tokenizer):
+    pytest.importorskip("llguidance")
+    data, module = Data(chatml_tokenizer), Module(tiny_llama)
+    data.tasks["risk"].answer_schema = SEVERITY_ONLY
+    callback = Evaluation(samples=3, constrained=True, max_new_tokens=40, give_up=9)
+    make_trainer(tmp_path, callback).validate(module, datamodule=data)
+    columns = read(tmp_path, "evaluation_val.json")["columns"]
+    assert list(columns) == ["this model", "this model, constrained", *BASELINES]
+    free, held = (columns[name] for name in ("this model", "this model, constrained"))
+    assert (free["figures"]["schema_valid"], held["figures"]["schema_valid"]) == (0, 1)
+    assert held["figures"]["complete"] == 1
+    assert "loss" not in held["figures"]
+    assert all(len(outcome["text"]) <= 9 for outcome in free["outcomes"])  # given up: no brace in nine bytes
+    assert "this model, constrained" in callback.console.file.getvalue()
+
+
+def test_two_processes_measure_what_one_does(tmp_path, tiny_llama, chatml_tokenizer):
+    """Lightning starts two ranks of a script, which talk by gloo; metrics updated on each are those of all answers."""
+    script = Path(__file__).with_name("evaluation_on_ranks.py")
+    results = []
+    for ranks in (1, 2):
+        folder = tmp_path / str(ranks)
+        command = [sys.executable, str(script), str(folder), str(tiny_llama), str(ranks)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=280, check=False)
+        assert done.returncode == 0, done.stderr[-2000:]
+        results.append((read(folder, "evaluation_val.json"), json.loads((folder / "metrics.json").read_text())))
+    (alone, one), (together, two) = results
+    assert two == pytest.approx(one, nan_ok=True)
+    assert [o["text"] for o in together["columns"]["this model"]["outcomes"]] == [
+        o["text"] for o in alone["columns"]["this model"]["outcomes"]
+    ]
+    figures = [
+        {name: -1 if value is None else value for name, value in run["columns"]["this model"]["figures"].items()}
+        for run in (alone, together)
+    ]
+    assert figures[1] == pytest.approx(figures[0], rel=1e-5)
+
+
+def test_pictures_are_drawn_of_what_there_is():
+    pairs = [replace(make_pair(i), category=f"c{i % 2}") for i in range(6)]
+    answers = [compact(json.loads(p.completion) | {"probability_actionable": 0.3}) for p in pairs]
+    pairs = [replace(p, completion=a) for p, a in zip(pairs, answers, strict=True)]
+    drawn = pictures(score(RiskTask(), pairs, [Outcome(answer) for answer in answers]))
+    assert list(drawn) == ["confusion", "calibration", "error_by_category"]
+    axes = drawn["confusion"].axes[0]
+    assert [text.get_text() for text in axes.texts] == ["2", "2", "2"]
+    assert pictures(score(RiskTask(), pairs[:1], [Outcome("")])).keys() == {"confusion"}
+    assert not pictures(score(SummaryTask(), [], []))
 
 
 def test_interrupted_fit_is_not_measured(tmp_path, tiny_llama, chatml_tokenizer):
@@ -226,7 +328,7 @@ def test_each_rank_answers_its_share_and_sees_all(monkeypatch, tmp_path, tiny_ll
             precision_plugin=SimpleNamespace(forward_context=nullcontext),
         )  # fmt: skip
         callback._exams = callback._questions(trainer, "val")
-        callback._measure(trainer, module, "tuned")
+        callback._measure(trainer, module, "tuned", {})
         columns.append(callback._exams[0].columns["tuned"])
     alone, together = columns[0], columns[-1]
     assert [len(sent[rank]) for rank in range(3)] == [3, 2, 2]

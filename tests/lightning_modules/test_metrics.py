@@ -14,7 +14,7 @@ from datamodules.records import SEVERITIES
 from datamodules.tasks.prompts import Pair
 from lightning_modules.answers import cut_out, judge, parse
 from lightning_modules.intervals import bootstrap, intervals, wilson
-from lightning_modules.metrics import AnswerMetrics
+from lightning_modules.metrics import AnswerMetrics, Faithfulness
 
 RISK = SimpleNamespace(
     name="risk",
@@ -178,6 +178,36 @@ def test_correlation_ids_and_inventions_by_hand():
     assert got["ids_invented"] == pytest.approx(1 / 4)
     assert got["numbers_invented"] == pytest.approx(1 / 4)  # of 4444, 5555; 4444, 2 (excused: expected says it)
     assert got["faithful"] == pytest.approx(1 / 3)
+
+
+SUMMARY = SimpleNamespace(name="summary", answer_schema={"properties": {"executive_summary": {"type": "string"}}})
+
+
+@pytest.mark.parametrize(
+    ("text", "ids", "false_ids", "false_numbers"),
+    [
+        ("2 findings: proc_12 is high.", 1, 0, 0),
+        ("proc_13 reads /etc/shadow at 9.", 2, 2, 1),
+        ("/tmp/x. Uses sha256 and/or IPv4, e.g. CVE-2024-1 on port 22.", 2, 1, 0),
+        ("Nothing is named.", 0, 0, 0),
+    ],
+)
+def test_every_number_and_name_of_a_summary_is_looked_for_in_its_input(text, ids, false_ids, false_numbers):
+    content = json.dumps({"findings": [{"id": "proc_12", "title": "Writable /tmp/x", "port": 22}, {"id": "f2"}]})
+    item = judged({"executive_summary": "2 findings."}, {"executive_summary": text}, SUMMARY, content)
+    got = Faithfulness().count(item)
+    assert (got["ids"], got["false_ids"], got["false_numbers"]) == (ids, false_ids, false_numbers)
+    assert got["faithful"] is (false_ids + false_numbers == 0)
+
+
+def test_remediation_overlap_is_word_for_word():
+    task = SimpleNamespace(name="remediation", answer_schema={"properties": {"actions": {"type": "array"}}})
+    expected = {"actions": [{"title": "Stop it", "command": "kill 12", "check": "ps 12"}, {"title": "Look"}]}
+    said = {"actions": [{"title": "Stop it", "command": "kill -9 12", "check": "ps 12"}, "no object"]}
+    got = results([judged(expected, said, task), judged(expected, {"actions": None}, task)], task)
+    assert got["commands_f1"] == pytest.approx(2 * 1 / (4 + 2))
+    assert got["steps_f1"] == pytest.approx(2 * 1 / (4 + 1))
+    assert "faithful" not in got
 
 
 def test_word_overlap_is_rouge_1():
