@@ -1,0 +1,63 @@
+"""The notebook runs from its first cell to its last: scaled down, with the settings a user would change."""
+
+from pathlib import Path
+
+import nbformat
+import pytest
+from nbclient import NotebookClient
+
+NOTEBOOK = Path(__file__).parents[1] / "notebooks" / "fine_tune.ipynb"
+
+
+def execute(runs, *options, steps, findings, limit):
+    """Runs every cell in a kernel of its own; returns the notebook with its outputs."""
+    notebook = nbformat.read(NOTEBOOK, as_version=4)
+    settings = next(cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", []))
+    settings.source += f"\nSTEPS, FINDINGS, LIMIT = {steps}, {findings}, {limit}\n"
+    settings.source += f"OPTIONS = {[f'--trainer.logger.init_args.save_dir={runs}', *options]!r}\n"
+    client = NotebookClient(notebook, timeout=1200, kernel_name="python3")
+    client.execute(cwd=str(NOTEBOOK.parent))
+    return notebook
+
+
+def outputs(notebook):
+    """Everything that cells printed, and the kinds of pictures and pages that they showed."""
+    every = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
+    text = "".join(output.get("text", "") for output in every)
+    return text, {kind for output in every for kind in output.get("data", {})}
+
+
+def check(notebook, runs, limit):
+    run = runs / "default" / "version_0"
+    text, kinds = outputs(notebook)
+    assert "image/png" in kinds
+    assert "text/html" in kinds
+    assert "passed" in text
+    assert (run / "export" / "adapter_model.safetensors").is_file()
+    assert (run / "analysis" / "enriched.html").read_text().count("<tr>") == limit + 1
+    assert not any(cell.get("outputs") for cell in nbformat.read(NOTEBOOK, as_version=4).cells)  # none is committed
+
+
+def small_evaluation(samples, tokens):
+    """The default's callbacks that the notebook reads from, with few answers."""
+    evaluation = f"{{class_path: callbacks.Evaluation, init_args: {{samples: {samples}, max_new_tokens: {tokens}}}}}"
+    checkpoint = (
+        "{class_path: lightning.pytorch.callbacks.ModelCheckpoint, init_args: {filename: best, save_last: true}}"
+    )
+    others = "{class_path: callbacks.RunRecord}, {class_path: callbacks.AdapterExport}"
+    return f"--trainer.callbacks=[{others}, {evaluation}, {checkpoint}]"
+
+
+def test_every_cell_runs_on_a_tiny_model(tmp_path, tiny_llama, monkeypatch):
+    options = (
+        f"--model.init_args.backbone.model={tiny_llama}", "--model.init_args.backbone.lora.layers=1",
+        "--data.init_args.row_tokens=4096", small_evaluation(2, 8),
+    )  # fmt: skip
+    notebook = execute(tmp_path, *options, steps=2, findings=300, limit=2)
+    check(notebook, tmp_path, limit=2)
+
+
+@pytest.mark.slow
+def test_every_cell_runs_on_the_embedded_default(tmp_path, embedded_model):
+    notebook = execute(tmp_path, small_evaluation(5, 120), steps=4, findings=600, limit=4)
+    check(notebook, tmp_path, limit=4)
