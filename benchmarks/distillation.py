@@ -187,7 +187,7 @@ class Bench:
         cached = write_cache(folder, self.examples, 32, self.vocabulary)
 
         def on_our_blocks() -> Loss:
-            base = build_teacher("base", self.backbone, self.module.model, self.device)
+            base = build_teacher("base", self.backbone, self.module.model, self.device, self.module._decoder)
             return full_logits(self.module._decoder, base.decoder, 0.5, 2.0)
 
         def on_transformers() -> Loss:

@@ -222,7 +222,7 @@ class CacheWriter:
         student = self.module.backbone
         recipe = student_base(student) if self.objective.teacher == "base" else self.objective.teacher
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        return Teacher(replace(recipe, lora=None).build(device), recipe.kernels)
+        return Teacher(replace(recipe, lora=None).build(device), recipe)
 
     def _shards(self, split: Split, found: _Found, show: Callable[..., None]) -> Iterator[list[Example]]:
         """Distinct examples in the order of their first use, so many at a time."""

@@ -20,6 +20,7 @@ import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
+from torch.nn import Linear, ModuleList
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
@@ -32,7 +33,7 @@ from lightning_modules.decoder import Predictions, supervised_positions
 from lightning_modules.fast_decoder import FastDecoder, decoder_for
 from lightning_modules.hyperparameters import INSTANTIATOR, to_plain
 from lightning_modules.objectives import Objective
-from lightning_modules.teacher import Teacher, build_teacher
+from lightning_modules.teacher import Teacher, build_teacher, widths
 from lightning_modules.teacher_cache import CachedTeacher, targets_of
 from lightning_modules.teacher_shards import Targets
 
@@ -54,6 +55,7 @@ class CausalLMModule(LightningModule):
 
     Attributes:
         model: the PEFT (or transformers) model; None until :meth:`configure_model`.
+        projections: of hidden states to a teacher's width, one a matched layer; None where there is nothing to learn.
         step_metrics: the last optimizer step's logged values, as tensors on the device.
     """
 
@@ -75,6 +77,7 @@ class CausalLMModule(LightningModule):
         self.lr_scheduler = lr_scheduler
         self.strict_loading = False  # checkpoints lack the frozen base; load_state_dict checks the rest
         self.model: Any = None
+        self.projections: ModuleList | None = None
         self.step_metrics: dict[str, Tensor] = {}
         self._decoder: Any = None  # a view of the model, plain or fast
         self._teacher: Teacher | None = None  # no nn.Module, so that it is in no state_dict, parameters() or train()
@@ -103,6 +106,21 @@ class CausalLMModule(LightningModule):
                 *(n for n, _ in self.named_buffers()),
             ]
             DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self, same)
+        if self.projections is None:
+            self.projections = self._make_projections()
+
+    def _make_projections(self) -> ModuleList | None:
+        recipe, layers = self.objective.teacher_recipe, self.objective.layers
+        if recipe is None or not layers or self._trainer is None:  # nobody trains: the teacher need not be here
+            return None
+        own, theirs = widths(self.backbone, recipe)
+        if own == theirs:
+            return None
+        device = self._trainer.strategy.root_device
+        made = [Linear(own, theirs, bias=False, dtype=torch.float32, device=device) for _ in layers]
+        for project in made:
+            torch.nn.init.eye_(project.weight)
+        return ModuleList(made)
 
     def to(self, *args: Any, **kwargs: Any) -> CausalLMModule:
         """Moves to a device; a type is ignored, since the backbone chose it.
@@ -140,7 +158,7 @@ class CausalLMModule(LightningModule):
     def _prepare_teacher(self) -> Teacher | None:
         recipe = self.objective.teacher_recipe
         if recipe is not None and self._teacher is None:
-            self._teacher = build_teacher(recipe, self.backbone, self.model, self.device)
+            self._teacher = build_teacher(recipe, self.backbone, self.model, self.device, self._decoder)
         return self._teacher
 
     # ------------------------------------------------------------------ one step for training, validation and test
@@ -153,13 +171,23 @@ class CausalLMModule(LightningModule):
             labels_N = batch.labels_BT.flatten()[positions_N]
             teacher = self._prepare_teacher()
             if teacher is not None:
-                predictions: Predictions | Targets | None = teacher.predict(batch, positions_N)
+                theirs = list(self.objective.layers.values())
+                predictions: Predictions | Targets | None = teacher.predict(batch, positions_N, theirs)
             else:
                 predictions = targets_of(batch, len(positions_N), self._cached.vocabulary if self._cached else None)
-            hidden_NC = self._decoder.hidden_at(batch, positions_N)
-            student = Predictions(hidden_NC, self._decoder.head, self._decoder.frozen_head)
-            sums = self.objective(student, labels_N, predictions)
+            sums = self.objective(self._predict(batch, positions_N), labels_N, predictions)
         return {**sums, "count": (labels_N != IGNORE_INDEX).sum().to(sums["loss"].dtype)}
+
+    def _predict(self, batch: Batch, positions_N: Tensor) -> Predictions:
+        """The student's hidden states at supervised positions, and those that an objective compares, projected."""
+        decoder, layers = self._decoder, list(self.objective.layers)
+        if not layers:
+            return Predictions(decoder.hidden_at(batch, positions_N), decoder.head, decoder.frozen_head)
+        hidden_NC, states = decoder.states_at(batch, positions_N, layers)
+        states = [state.to(torch.promote_types(state.dtype, torch.float32)) for state in states]
+        if self.projections is not None:
+            states = [project(state) for project, state in zip(self.projections, states, strict=True)]
+        return Predictions(hidden_NC, decoder.head, decoder.frozen_head, states)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Returns the sum of the loss, times what Lightning will divide it by."""
@@ -250,6 +278,7 @@ class CausalLMModule(LightningModule):
                 f"backbone.lora null: nothing is trainable with backbone.quantization {self.backbone.quantization}; "
                 "set backbone.lora (rank 16, alpha 32)"
             )
+        trainable += self.projections.parameters() if self.projections is not None else []
         matrices = [p for p in trainable if p.ndim >= 2]
         vectors = [p for p in trainable if p.ndim < 2]
         groups: list[dict[str, Any]] = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
@@ -289,6 +318,8 @@ class CausalLMModule(LightningModule):
         Raises:
             UserError: the checkpoint was made with another backbone or other adapters.
         """
+        if self.projections is None:  # to a teacher's width: nothing but training needs them
+            state_dict = {name: t for name, t in state_dict.items() if not name.startswith("projections.")}
         way_out = "it was made with another backbone; give the backbone of its run (config.yaml beside it)"
         try:
             result = super().load_state_dict(state_dict, strict=False, assign=assign)
@@ -326,6 +357,7 @@ class CausalLMModule(LightningModule):
             self.model.save_pretrained(path)
             return
         names = self._trainable_names()
+        names = {name for name in names if name.startswith("model.")}
         tensors = {name.removeprefix("model."): t.cpu() for name, t in self.state_dict().items() if name in names}
         # embeddings are never trained: "auto" would ask the hub for the base's config
         self.model.save_pretrained(path, state_dict=tensors, save_embedding_layers=False)

@@ -21,7 +21,7 @@ from datamodules.errors import UserError
 from lightning_modules.attention import attention_mask
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
 _LAYER_TYPES = {"full_attention", "sliding_attention"}
 
@@ -75,6 +75,31 @@ class Decoder:
         """Computes the last hidden states [N, C] of some positions of the flattened rows."""
         return self.hidden_states(batch).flatten(0, 1).index_select(0, positions_N)
 
+    def states_at(self, batch: Batch, positions_N: Tensor, names: Sequence[str]) -> tuple[Tensor, list[Tensor]]:
+        """The same, and the outputs [N, C] of named layers (``layers.3``: the fourth block, before any final norm).
+
+        Raises:
+            UserError: there is no layer of a name.
+        """
+        blocks = {n: m for n, m in self.model.get_decoder().named_modules() if n.rpartition(".")[2].isdigit()}
+        check_names(names, list(blocks))
+        found: dict[str, Tensor] = {}
+
+        def watching(name: str) -> Callable[..., None]:
+            def watch(module: Any, inputs: Any, output: Any) -> None:
+                found[name] = output[0] if isinstance(output, tuple) else output
+
+            return watch
+
+        handles = [blocks[name].register_forward_hook(watching(name)) for name in names]
+        try:
+            hidden_NC = self.hidden_at(batch, positions_N)
+        finally:
+            for handle in handles:
+                handle.remove()
+        # not in the hooks: a checkpointed layer that is computed again would lack them
+        return hidden_NC, [found[name].flatten(0, 1).index_select(0, positions_N) for name in names]
+
     def head(self, hidden_NC: Tensor) -> Tensor:
         """Computes logits [N, V] in float32 (float64 where the model is), scaled and capped as the model does it."""
         with self.autocast():
@@ -110,6 +135,17 @@ class Decoder:
         return mask(window)
 
 
+def check_names(names: Sequence[str], layers: Sequence[str]) -> None:
+    """Refuses names of layers that a model does not have.
+
+    Raises:
+        UserError: one of them.
+    """
+    for name in names:
+        if name not in layers:
+            raise UserError(f"objective.hidden.layers: no layer {name}; the model has {layers[0]} to {layers[-1]}")
+
+
 @dataclass(frozen=True)
 class Predictions:
     """Hidden states at supervised positions and the head that makes logits of them, a chunk at a time.
@@ -118,11 +154,13 @@ class Predictions:
         hidden_NC: hidden states of the supervised positions.
         head: hidden states [n, C] -> logits [n, V] in float32 or float64.
         frozen_head: whether the head has no parameter that wants a gradient.
+        states: hidden states [N, C] of the layers that an objective compares, the student's as its projection left it.
     """
 
     hidden_NC: Tensor
     head: Callable[[Tensor], Tensor]
     frozen_head: bool = False
+    states: Sequence[Tensor] = ()
 
 
 def supervised_positions(batch: Batch, multiple: int = 1) -> Tensor:

@@ -9,7 +9,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -19,12 +21,13 @@ from torch.utils.checkpoint import checkpoint
 from datamodules.batch import Batch
 from datamodules.errors import UserError
 from lightning_modules.backbone import ActivationMemory
-from lightning_modules.decoder import Decoder
+from lightning_modules.decoder import Decoder, check_names
 from lightning_modules.fast_lora import MLP, Attention, AttentionBlock, Group, MLPBlock, Norm, Projection
 from lightning_modules.fp8 import CAPABILITY
 from lightning_modules.segment_plan import SegmentPlan, plan_segments
 
 MODEL_TYPES = ("llama", "mistral")
+Watch = Callable[[str, Tensor], None]
 CHUNK = 2048  #: tokens of a piece of the MLP where gate and up are made again
 
 
@@ -51,6 +54,13 @@ class _Layer:
                 attention.scaling,
             ),
             MLP(norm(layer.post_attention_layernorm), group(mlp, "gate_proj", "up_proj"), group(mlp, "down_proj")),
+        )
+
+    def without_adapter(self) -> _Layer:
+        attention, mlp = self.attention, self.mlp
+        return _Layer(
+            replace(attention, qkv=attention.qkv.without_adapter(), output=attention.output.without_adapter()),
+            replace(mlp, wide=mlp.wide.without_adapter(), down=mlp.down.without_adapter()),
         )
 
     def groups(self) -> tuple[Group, ...]:
@@ -94,6 +104,12 @@ class FastDecoder(Decoder):
         for group in (g for layer in self.layers for g in layer.groups() if fp8):
             group.to_fp8(self.dtype)
 
+    def without_adapter(self) -> FastDecoder:
+        """The base alone; it shares every weight, those of FP8 and the scales of NF4 too."""
+        base = copy.copy(self)
+        base.layers = [layer.without_adapter() for layer in self.layers]
+        return base
+
     def hidden_states(self, batch: Batch) -> Tensor:
         """Computes the last hidden states [B, T, C], behind the final norm."""
         return self.decoder.norm(self._blocks(batch).view(*batch.input_ids_BT.shape, -1))
@@ -102,18 +118,45 @@ class FastDecoder(Decoder):
         """The same at some positions [N, C]; the last layer's output and MLP are computed there only."""
         return self.decoder.norm(self._blocks(batch, positions_N))
 
+    def states_at(self, batch: Batch, positions_N: Tensor, names: Sequence[str]) -> tuple[Tensor, list[Tensor]]:
+        """The same, and the outputs [N, C] of named layers."""
+        layers = [f"layers.{number}" for number in range(len(self.layers))]
+        check_names(names, layers)
+        found: dict[str, Tensor] = {}
+
+        def watch(name: str, hidden_NC: Tensor) -> None:
+            if name in names:
+                # the last layer's output has these positions alone
+                found[name] = hidden_NC if name == layers[-1] else hidden_NC.index_select(0, positions_N)
+
+        hidden_NC = self.decoder.norm(self._blocks(batch, positions_N, watch))
+        return hidden_NC, [found[name] for name in names]
+
     def plan(self, segment_ids_BT: Tensor) -> SegmentPlan:
         """Lays out the attention of a batch whose segments are on the host."""
         return plan_segments(segment_ids_BT, self.group)
 
-    def _blocks(self, batch: Batch, positions_N: Tensor | None = None) -> Tensor:
+    def _blocks(self, batch: Batch, positions_N: Tensor | None = None, watch: Watch | None = None) -> Tensor:
         plan = batch.plan if batch.plan is not None else self.plan(batch.segment_ids_BT.cpu())
-        return self.run(batch.input_ids_BT, batch.position_ids_BT, plan.to(batch.input_ids_BT.device), positions_N)
+        plan = plan.to(batch.input_ids_BT.device)
+        return self.run(batch.input_ids_BT, batch.position_ids_BT, plan, positions_N, watch)
 
     def run(
-        self, input_ids_BT: Tensor, position_ids_BT: Tensor, plan: SegmentPlan, positions_N: Tensor | None = None
+        self,
+        input_ids_BT: Tensor,
+        position_ids_BT: Tensor,
+        plan: SegmentPlan,
+        positions_N: Tensor | None = None,
+        watch: Watch | None = None,
     ) -> Tensor:
         """Computes the hidden states [N, C] of all rows in one line, or of some positions of it, before the final norm.
+
+        Args:
+            input_ids_BT: tokens.
+            position_ids_BT: rotary positions.
+            plan: of the attention.
+            positions_N: of the line; the last layer's output and MLP are computed there only.
+            watch: is given every layer's name and output.
 
         Raises:
             ValueError: an example is longer than the model's attention window.
@@ -123,9 +166,12 @@ class FastDecoder(Decoder):
         embedded_BTC = self.decoder.embed_tokens(input_ids_BT)
         cos, sin = (x.flatten(0, 1) for x in self.decoder.rotary_emb(embedded_BTC, position_ids_BT))
         hidden_NC = embedded_BTC.flatten(0, 1)
-        for layer in self.layers[:-1]:
-            hidden_NC = self._layer(layer, hidden_NC, cos, sin, plan, None)
-        return self._layer(self.layers[-1], hidden_NC, cos, sin, plan, positions_N)
+        for number, layer in enumerate(self.layers, start=1):
+            wanted_N = positions_N if number == len(self.layers) else None
+            hidden_NC = self._layer(layer, hidden_NC, cos, sin, plan, wanted_N)
+            if watch is not None:
+                watch(f"layers.{number - 1}", hidden_NC)
+        return hidden_NC
 
     def _layer(self, layer: _Layer, hidden_NC: Tensor, *rest: Any) -> Tensor:
         if self.activation_memory != "low" or not torch.is_grad_enabled():

@@ -133,6 +133,10 @@ class Group:
         module = self.members[0].weight.module
         self.fp8 = Fp8Weight.of(self.weight_OC(torch.empty(0, dtype=dtype, device=module.weight.device)))
 
+    def without_adapter(self) -> Group:
+        """The same frozen weights, in whatever form they are, without LoRA."""
+        return Group([Projection(member.weight) for member in self.members], fp8=self.fp8)
+
     def weight_OC(self, like: Tensor) -> Tensor:
         """The base's weights, dequantised into a new buffer (or the weight itself where there is nothing to do)."""
         first = self.members[0].weight

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -43,6 +43,11 @@ class Objective(ABC):
     def teacher_recipe(self) -> Backbone | Literal["base"] | None:
         """The teacher that has to be built for the call; None for none."""
         return None
+
+    @property
+    def layers(self) -> dict[str, str]:
+        """Student's layers, each with the teacher's, whose hidden states the call wants."""
+        return {}
 
     def cached_teacher(self, data: FindingsDataModule, student: Backbone) -> CachedTeacher | None:
         """Opens the cache that holds the teacher's predictions on this data; None for none."""
@@ -87,6 +92,38 @@ class CompletionCrossEntropy(Objective):
 
 
 @dataclass(frozen=True)
+class HiddenMatch:
+    """Draws named layers' hidden states to the teacher's (FitNets, arXiv 1412.6550).
+
+    Of a supervised token it is the mean squared difference over the teacher's mean square: a share of the teacher's
+    signal, so that one weight serves layers and models of any size. Where the widths differ, a linear map of the
+    student's states is learned along with it.
+    """
+
+    layers: dict[str, str]
+    """Student's layer: teacher's layer, by their names in the decoder (``layers.15: layers.23``)."""
+    weight: float = 1.0
+    """Beside ``alpha T^2 D + (1 - alpha) CE``."""
+
+    def __post_init__(self) -> None:
+        if not self.layers:
+            raise ValueError("objective.hidden.layers is empty; name at least one, as layers.15: layers.15")
+        if not self.weight > 0:
+            raise ValueError(
+                f"objective.hidden.weight {self.weight} is not positive; leave objective.hidden out instead"
+            )
+
+    def __call__(self, student: Sequence[Tensor], teacher: Sequence[Tensor], labels_N: Tensor) -> Tensor:
+        """Sums the layers' mean over the labelled positions."""
+        total = labels_N.new_zeros((), dtype=torch.float32)
+        for ours_NC, theirs_NC in zip(student, teacher, strict=True):
+            theirs_NC = theirs_NC.to(torch.promote_types(theirs_NC.dtype, torch.float32))
+            share_N = (ours_NC - theirs_NC).square().mean(dim=1) / theirs_NC.square().mean(dim=1)
+            total = total + (share_N * (labels_N != IGNORE_INDEX)).sum() / len(self.layers)
+        return total
+
+
+@dataclass(frozen=True)
 class Distillation(Objective):
     """Follows a teacher: ``alpha T^2 D(teacher, student) + (1 - alpha) CE`` (Hinton et al., arXiv 1503.02531).
 
@@ -112,6 +149,8 @@ class Distillation(Objective):
     """Weight of the teacher in the mixture of jsd, in (0, 1)."""
     chunk: int = 1024
     """Tokens whose logits, of both models, exist at a time."""
+    hidden: HiddenMatch | None = None
+    """Also matches hidden states, which ``hidden`` of the result is the mean of; null matches none."""
     cache: TeacherCache | None = None
     """What the teacher predicted, written before by ``python main.py cache-teacher``: then no teacher is loaded."""
 
@@ -122,11 +161,22 @@ class Distillation(Objective):
             raise ValueError(f"objective.temperature {self.temperature} is not positive; 2.0 is usual")
         if not 0 < self.beta < 1:
             raise ValueError(f"objective.beta {self.beta} is not in (0, 1); its limits are forward_kl and reverse_kl")
+        if self.hidden is not None and self.cache is not None:
+            raise ValueError("objective.hidden: a cache holds no hidden states; leave out objective.hidden or cache")
+
+    @property
+    def _wants_teacher(self) -> bool:
+        return self.alpha > 0 or self.hidden is not None
 
     @property
     def teacher_recipe(self) -> Backbone | Literal["base"] | None:
         """The teacher, or None where it would have no weight, or is in a cache."""
-        return self.teacher if self.alpha > 0 and self.cache is None else None
+        return self.teacher if self._wants_teacher and self.cache is None else None
+
+    @property
+    def layers(self) -> dict[str, str]:
+        """See :class:`Objective`."""
+        return self.hidden.layers if self.hidden is not None else {}
 
     def cached_teacher(self, data: FindingsDataModule, student: Backbone) -> CachedTeacher | None:
         """See :class:`Objective`."""
@@ -137,8 +187,8 @@ class Distillation(Objective):
     def __call__(
         self, student: Predictions, labels_N: Tensor, teacher: Predictions | Targets | None = None
     ) -> dict[str, Tensor]:
-        """See :class:`Objective`; adds ``ce`` and ``kl``."""
-        if self.alpha == 0:
+        """See :class:`Objective`; adds ``ce``, ``kl`` and ``hidden``."""
+        if not self._wants_teacher:
             sums = CompletionCrossEntropy(self.chunk)(student, labels_N)
             return {**sums, "ce": sums["loss"].detach()}
         if teacher is None:
@@ -161,7 +211,12 @@ class Distillation(Objective):
             return loss, _correct(logits_NV, labels_N), ce.detach(), kl.detach()
 
         totals = _chunked(sums_of, self.chunk, student, labels_N, *teaching)
-        return dict(zip(("loss", "correct", "ce", "kl"), totals, strict=True))
+        found = dict(zip(("loss", "correct", "ce", "kl"), totals, strict=True))
+        if self.hidden is None:
+            return found
+        assert isinstance(teacher, Predictions)
+        hidden = self.hidden(student.states, teacher.states, labels_N)
+        return {**found, "loss": found["loss"] + self.hidden.weight * hidden, "hidden": hidden.detach()}
 
     def _over_vocabulary(self, head: Callable[[Tensor], Tensor]) -> Callable[..., tuple[Tensor, Tensor]]:
         """Makes a function of logits and teacher's hidden states: both models' log-probabilities at T [N, V]."""

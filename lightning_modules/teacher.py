@@ -6,6 +6,7 @@ It is no part of the module that trains: not in its parameters, not in its check
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, Literal, cast
 
@@ -14,9 +15,10 @@ from torch import Tensor, nn
 
 from datamodules.batch import Batch
 from datamodules.errors import UserError
+from datamodules.pretrained import loading_error
 from lightning_modules.backbone import RANDOM, Backbone
-from lightning_modules.decoder import Predictions
-from lightning_modules.fast_decoder import decoder_for
+from lightning_modules.decoder import Decoder, Predictions
+from lightning_modules.fast_decoder import FastDecoder, decoder_for
 
 
 class Teacher:
@@ -24,23 +26,32 @@ class Teacher:
 
     Args:
         model: the causal LM; it is frozen and put in evaluation mode.
-        kernels: see :class:`lightning_modules.backbone.Backbone`.
+        recipe: of the model; its kernels and fp8 are heeded.
+        decoder: runs the model, where one that shares a student's weights is there; else one is made.
     """
 
-    def __init__(self, model: nn.Module, kernels: str = "auto") -> None:
+    def __init__(self, model: nn.Module, recipe: Backbone, decoder: Decoder | None = None) -> None:
         self.model = model.eval().requires_grad_(False)
-        self.decoder, _ = decoder_for(model, kernels, "full", next(model.parameters()).device)
+        device = next(model.parameters()).device
+        self.decoder = decoder or decoder_for(model, recipe.kernels, "full", device, recipe.fp8)[0]
 
     @torch.no_grad()
-    def predict(self, batch: Batch, positions_N: Tensor) -> Predictions:
-        """Computes the hidden states at the given positions of the flattened rows."""
+    def predict(self, batch: Batch, positions_N: Tensor, layers: Sequence[str] = ()) -> Predictions:
+        """Computes the hidden states at the given positions of the flattened rows, and those of named layers."""
         if self.decoder.model.device != batch.input_ids_BT.device:
             self.model.to(batch.input_ids_BT.device)
-        return Predictions(self.decoder.hidden_at(batch, positions_N), self.decoder.head)
+        if not layers:
+            return Predictions(self.decoder.hidden_at(batch, positions_N), self.decoder.head)
+        hidden_NC, states = self.decoder.states_at(batch, positions_N, layers)
+        return Predictions(hidden_NC, self.decoder.head, states=states)
 
 
 def build_teacher(
-    recipe: Backbone | Literal["base"], student: Backbone, model: nn.Module, device: torch.device
+    recipe: Backbone | Literal["base"],
+    student: Backbone,
+    model: nn.Module,
+    device: torch.device,
+    decoder: Decoder | None = None,
 ) -> Teacher:
     """Builds a teacher, on the student's own base where it can.
 
@@ -49,6 +60,7 @@ def build_teacher(
         student: recipe of the model that is trained.
         model: that model.
         device: where another model's weights go.
+        decoder: of that model; a fast one lends its weights, in whatever form they are, to the base as a teacher.
 
     Raises:
         UserError: the student has no adapter to switch off, the tokenizers differ, or the recipe can't be built.
@@ -60,11 +72,28 @@ def build_teacher(
             "set backbone.lora, or name another model as the teacher"
         )
     if recipe == "base":
-        return Teacher(base_of(model), student.kernels)
+        base = decoder.without_adapter() if isinstance(decoder, FastDecoder) else None
+        return Teacher(base_of(model), student, base)
     if shared:
-        return Teacher(replace(recipe, lora=None).wrap(base_of(model)), student.kernels)
+        return Teacher(replace(recipe, lora=None).wrap(base_of(model)), replace(student, fp8=recipe.fp8))
     check_same_tokenizer(student, recipe)
-    return Teacher(recipe.build(device), recipe.kernels)
+    return Teacher(recipe.build(device), recipe)
+
+
+def widths(student: Backbone, teacher: Backbone | Literal["base"]) -> tuple[int, int]:
+    """Channels of both models' hidden states, by their configs."""
+    from transformers import AutoConfig
+
+    def width(backbone: Backbone) -> int:
+        try:
+            config = AutoConfig.from_pretrained(backbone.location, revision=backbone.revision or "main")
+        except (OSError, ValueError) as error:
+            raise loading_error("model", backbone.model, error) from error
+        return int(config.get_text_config().hidden_size)
+
+    own = width(student)
+    shared = teacher == "base" or teacher.shares_weights_with(student)
+    return own, own if shared or teacher == "base" else width(teacher)
 
 
 def base_of(model: nn.Module) -> Any:

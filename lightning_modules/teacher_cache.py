@@ -221,6 +221,7 @@ def _teacher_key(teacher: Backbone) -> dict[str, Any]:
         "revision": None if local else teacher.revision,
         "quantization": teacher.quantization,
         "dtype": teacher.dtype,
+        "fp8": teacher.fp8,
         "adapter": None if teacher.adapter is None else _weights_digest(Path(teacher.adapter)),
     }
 

@@ -8,7 +8,8 @@ from torch.nn.functional import cross_entropy, log_softmax, softmax
 
 from lightning_modules.backbone import Backbone
 from lightning_modules.decoder import Predictions
-from lightning_modules.objectives import CompletionCrossEntropy, Distillation
+from lightning_modules.objectives import CompletionCrossEntropy, Distillation, HiddenMatch
+from lightning_modules.teacher_cache import TeacherCache
 
 N, C, V = 13, 7, 41
 DIVERGENCES = ("forward_kl", "reverse_kl", "jsd")
@@ -194,3 +195,46 @@ def test_a_frozen_head_computes_each_chunk_once(case):
 def test_arguments_out_of_range(arguments, message):
     with pytest.raises(ValueError, match=message):
         Distillation(**arguments)
+
+
+# ---------------------------------------------------------------------- hidden states
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.3])
+def test_hidden_states_are_matched_on_supervised_tokens_alone(case, alpha):
+    hidden, head, labels, teacher = case
+    states = [torch.randn(N, 3, dtype=torch.float64, requires_grad=True) for _ in range(2)]
+    theirs = [torch.randn(N, 3, dtype=torch.float64) for _ in range(2)]
+    objective = Distillation(alpha=alpha, hidden=HiddenMatch({"layers.0": "layers.1", "layers.1": "layers.3"}, 0.7))
+    student = Predictions(hidden, head, states=states)
+    sums = objective(student, labels, Predictions(teacher.hidden_NC, teacher.head, states=theirs))
+    kept = labels != -100
+    expected = sum(
+        torch.nn.functional.mse_loss(s[n], t[n]) / t[n].pow(2).mean()
+        for s, t in zip(states, theirs, strict=True)
+        for n in range(N)
+        if kept[n]
+    ) / len(states)
+    torch.testing.assert_close(sums["hidden"], expected.detach(), rtol=0, atol=1e-9)
+    without = Distillation(alpha=alpha, hidden=None)(student, labels, teacher)
+    torch.testing.assert_close(sums["loss"], without["loss"] + 0.7 * expected, rtol=0, atol=1e-9)
+    for s in states:
+        gradient = torch.autograd.grad(sums["loss"], s, retain_graph=True)[0]
+        torch.testing.assert_close(gradient, torch.autograd.grad(0.7 * expected, s, retain_graph=True)[0])
+        assert (gradient[~kept] == 0).all()
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: HiddenMatch({}), "layers is empty"),
+        (lambda: HiddenMatch({"layers.0": "layers.0"}, 0), "weight 0"),
+        (
+            lambda: Distillation(hidden=HiddenMatch({"layers.0": "layers.0"}), cache=TeacherCache("somewhere")),
+            "a cache holds no hidden states",
+        ),
+    ],
+)
+def test_hidden_matching_that_can_not_be(build, message):
+    with pytest.raises(ValueError, match=message):
+        build()
