@@ -128,6 +128,9 @@ def _tables(bounds: np.ndarray, ids_BT: np.ndarray, prefixes: list[Prefix], bloc
         for key in range(p.first, p.end, KEYS)
     ]
     slots = np.array([(*task, slot) for slot, task in enumerate(shared)], np.int64).reshape(-1, 5)
-    # the long walks, over the queries behind a prefix, begin first
-    arrays = (starts, prefix, np.stack(queries, 1), np.concatenate([slots, own]))
-    return BlockTables(*(torch.from_numpy(array.astype(np.int32)) for array in arrays))
+    tasks = np.concatenate([slots, own])
+    walks = np.stack(queries, 1)
+    # long walks begin first: a GPU's last multiprocessor would else wait for one that began late
+    walks = walks[np.argsort(walks[:, 2] - walks[:, 1] + walks[:, 3] - walks[:, 4], kind="stable")]
+    tasks = tasks[np.argsort(tasks[:, 2] - tasks[:, 3], kind="stable")]
+    return BlockTables(*(torch.from_numpy(array.astype(np.int32)) for array in (starts, prefix, walks, tasks)))

@@ -61,7 +61,7 @@ def _forward_kernel(
     Q, K, V, OUT, LSE, STARTS, PREFIX, BLOCKS, tokens, q_stride, kv_stride, out_stride, scale,
     GROUP: tl.constexpr, PADDED: tl.constexpr, D: tl.constexpr, M: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
-    block, kv_head = BLOCKS + tl.program_id(0) * 5, tl.program_id(1)
+    kv_head, block = tl.program_id(0), BLOCKS + tl.program_id(1) * 5
     first, last, own = tl.load(block), tl.load(block + 1), tl.load(block + 2)
     token, member = first + tl.arange(0, M) // PADDED, tl.arange(0, M) % PADDED
     head, real = kv_head * GROUP + member, (token < last) & (member < GROUP)
@@ -103,7 +103,7 @@ def _backward_queries_kernel(
     tokens, q_stride, kv_stride, out_stride, grad_stride, scale, factor,
     GROUP: tl.constexpr, PADDED: tl.constexpr, D: tl.constexpr, M: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
-    block, kv_head = BLOCKS + tl.program_id(0) * 5, tl.program_id(1)
+    kv_head, block = tl.program_id(0), BLOCKS + tl.program_id(1) * 5
     first, last, own = tl.load(block), tl.load(block + 1), tl.load(block + 2)
     token, member = first + tl.arange(0, M) // PADDED, tl.arange(0, M) % PADDED
     head, real = kv_head * GROUP + member, (token < last) & (member < GROUP)
@@ -136,7 +136,7 @@ def _backward_keys_kernel(
     tokens, q_stride, kv_stride, out_stride, grad_stride, scale, factor,
     GROUP: tl.constexpr, PADDED: tl.constexpr, D: tl.constexpr, M: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
-    task, kv_head = TASKS + tl.program_id(0) * 5, tl.program_id(1)
+    kv_head, task = tl.program_id(0), TASKS + tl.program_id(1) * 5
     first, last, slot = tl.load(task), tl.load(task + 1), tl.load(task + 4)
     key = first + tl.arange(0, KEYS)
     k = _load(K, key, kv_head, kv_stride, key < last, D)
@@ -167,7 +167,7 @@ def _backward_keys_kernel(
         tl.store(GRAD_K + own_at, grad_k.to(GRAD_K.dtype.element_ty), mask=(key < last)[:, None])
         tl.store(GRAD_V + own_at, grad_v.to(GRAD_V.dtype.element_ty), mask=(key < last)[:, None])
     else:
-        slot_at = ((slot.to(tl.int64) * KEYS + tl.arange(0, KEYS)[:, None]) * tl.num_programs(1) + kv_head) * D + d
+        slot_at = ((slot.to(tl.int64) * KEYS + tl.arange(0, KEYS)[:, None]) * tl.num_programs(0) + kv_head) * D + d
         tl.store(PARTIAL_K + slot_at, grad_k)
         tl.store(PARTIAL_V + slot_at, grad_v)
 
@@ -190,7 +190,7 @@ def attend(
     tokens, heads, width = query_NHD.shape
     out_NHD = torch.empty(query_NHD.shape, dtype=query_NHD.dtype, device=query_NHD.device)
     lse_HN = torch.empty(heads, tokens, dtype=torch.float32, device=query_NHD.device)
-    grid = (len(tables.queries), key_NKD.shape[1])
+    grid = (key_NKD.shape[1], len(tables.queries))
     _forward_kernel[grid](
         query_NHD, key_NKD, value_NKD, out_NHD, lse_HN, tables.starts_N, tables.prefix_N, tables.queries, tokens,
         query_NHD.stride(0), key_NKD.stride(0), heads * width, scale * LOG2E, **_shape(query_NHD, key_NKD), **FORWARD,
@@ -228,12 +228,12 @@ def attend_backward(
     partial = torch.empty(2, slots, KEYS, shared, width, dtype=torch.float32, device=query_NHD.device)
     strides = (tokens, query_NHD.stride(0), key_NKD.stride(0), heads * width)
     shape, factors = _shape(query_NHD, key_NKD), (scale * LOG2E, scale)
-    _backward_queries_kernel[(len(tables.queries), shared)](
+    _backward_queries_kernel[(shared, len(tables.queries))](
         query_NHD, key_NKD, value_NKD, out_NHD, grad_NHD, lse_HN, delta_HN, grad_query,
         tables.starts_N, tables.prefix_N, tables.queries, *strides, grad_query.stride(0), *factors,
         **shape, **_fitting(BACKWARD_QUERIES),
     )  # fmt: skip
-    _backward_keys_kernel[(len(tables.keys), shared)](
+    _backward_keys_kernel[(shared, len(tables.keys))](
         query_NHD, key_NKD, value_NKD, grad_NHD, lse_HN, delta_HN, grad_key, grad_value, partial[0], partial[1],
         tables.starts_N, tables.prefix_N, tables.keys, *strides, grad_key.stride(0), *factors,
         **shape | {"M": max(16, BACKWARD_ROWS, shape["PADDED"])}, **BACKWARD_KEYS,
