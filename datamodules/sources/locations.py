@@ -8,16 +8,21 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from hashlib import blake2b
+from io import BufferedReader, RawIOBase
 from pathlib import Path, PurePosixPath
-from typing import IO, Any, cast
+from typing import IO, TYPE_CHECKING, Any, cast
 
 import fsspec
 from fsspec.core import split_protocol
 
 from datamodules.errors import UserError
 
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
 RECORDS = (".json", ".jsonl", ".ndjson", ".parquet")
 PACKINGS = ("", ".gz", ".zst")
+REMOTE_PIECE = 1 << 18  #: bytes asked of a remote file at a time; fsspec fetches and keeps larger blocks
 ARCHIVES = (".tar", ".tar.gz", ".tgz", ".tar.zst")
 #: what a file system calls that changes with a file's content, best first
 _STAMPS = ("ETag", "etag", "checksum", "md5Hash", "mtime", "LastModified", "last_modified", "updated", "created")
@@ -85,7 +90,7 @@ class Location:
         """Opens one of the files."""
         if (split_protocol(self.spec)[0] or "file") in ("file", "local"):
             return Path(file.path).open("rb")  # fsspec's own wrapper costs a call on each read
-        return cast("IO[bytes]", self.filesystem.open(file.path, "rb"))
+        return cast("IO[bytes]", BufferedReader(_Remote(self.filesystem.open(file.path, "rb")), REMOTE_PIECE))
 
     def files(self) -> tuple[list[File], bool]:
         """Lists the files, sorted by name, and tells whether the source is one file.
@@ -125,6 +130,42 @@ class Location:
         root = _common_root([name for name, _ in found])
         named = [_file(info, name, name[len(root) :]) for name, info in found if info.get("type") != "directory"]
         return [file for file in named if is_record_file(file.name)]
+
+
+class _Remote(RawIOBase):
+    """A file of another file system whose every error is an OSError: each storage has exceptions of its own."""
+
+    def __init__(self, file: Any) -> None:
+        self._file = file
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        data = self._ask(self._file.read, len(buffer))
+        buffer[: len(data)] = data
+        return len(data)
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        return int(self._ask(self._file.seek, offset, whence))
+
+    def tell(self) -> int:
+        return int(self._file.tell())
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
+
+    def _ask(self, function: Callable[..., Any], *arguments: int) -> Any:
+        try:
+            return function(*arguments)
+        except OSError:
+            raise
+        except Exception as error:
+            raise OSError(f"{type(error).__name__}: {error}") from error
 
 
 def fingerprint(files: list[File]) -> str:

@@ -105,6 +105,9 @@ def _file_source(location: Location, file: File, cache_dir: Path | None, limits:
     try:
         with location.open(file) as opened:
             head = opened.read(HEAD)
+            if file.size > HEAD:
+                opened.seek(-4, 2)  # a server that sends whole files only says so here
+                opened.read(4)
         compression = compression_of(head)
         if compression:
             stream = ByteStream(lambda: location.open(file), compression)
@@ -114,7 +117,8 @@ def _file_source(location: Location, file: File, cache_dir: Path | None, limits:
                 stream.close()
     except OSError as error:
         raise UserError(
-            f"source {location.spec}: can't be read ({error.strerror or error}); check its permissions"
+            f"source {location.spec}: can't be read ({error.strerror or error}); check its permissions, or fetch it "
+            "first"
         ) from None
     except Refused as error:
         raise UserError(f"source {location.spec}: damaged from its start ({error}); fetch it again") from None

@@ -1,12 +1,14 @@
 """Sources: every kind gives the same records, from any place, whatever is broken in it."""
 
 import gzip
+import http.server
 import io
 import json
 import os
 import pickle
 import shutil
 import tarfile
+import threading
 from functools import partial
 from pathlib import Path
 
@@ -165,6 +167,56 @@ def test_remote_urls(tmp_path):
             open_source("memory://bucket/none")
     finally:
         files.rm("/bucket", recursive=True)
+
+
+class Handler(http.server.SimpleHTTPRequestHandler):
+    """Serves parts of files, as the storage behind a URL does; the standard library's serves whole ones."""
+
+    def do_GET(self):
+        first, last = (int(n) for n in self.headers.get("Range", "bytes=0-99999999")[6:].split("-"))
+        data = Path(self.translate_path(self.path)).read_bytes()
+        part = data[first : last + 1]
+        self.send_response(206)
+        self.send_header("Content-Range", f"bytes {first}-{first + len(part) - 1}/{len(data)}")
+        self.send_header("Content-Length", str(len(part)))
+        self.end_headers()
+        self.wfile.write(part)
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def serve(tmp_path):
+    """Serves tmp_path over HTTP on this host; called with a handler."""
+    servers = []
+
+    def start(handler):
+        server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), partial(handler, directory=str(tmp_path)))
+        server.handle_error = lambda *_: None  # who asks may hang up
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        servers.append(server)
+        return f"http://127.0.0.1:{server.server_port}"
+
+    yield start
+    for server in servers:
+        server.shutdown()
+
+
+def test_an_archive_over_http(tmp_path, serve):
+    hex_texts = [os.urandom(1 << 19).hex() for _ in range(14)]
+    noise = {
+        f"d/{n}.json": json.dumps([finding(n, metadata={"n": text[:1000000]})]).encode()
+        for n, text in enumerate(hex_texts)
+    }
+    path = write(tmp_path / "a.tar.gz", packed_gzip(tar(noise)))
+    assert Path(path).stat().st_size > 6 << 20  # more than fsspec's block of 5 MiB
+    source = open_source(serve(Handler) + "/a.tar.gz", cache_dir=tmp_path / "cache")
+    assert drain(source) == (list(range(14)), [])
+    assert drain(source, (9, 0)) == (list(range(9, 14)), [])
+    quiet = type("Whole", (http.server.SimpleHTTPRequestHandler,), {"log_message": lambda *_: None})
+    with pytest.raises(UserError, match=r"range requests.*fetch it first"):
+        open_source(serve(quiet) + "/a.tar.gz")
 
 
 def test_a_hugging_face_dataset(tmp_path, monkeypatch):
