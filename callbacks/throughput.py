@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from torch import Tensor, nn
+from torch import nn
 
-from datamodules.batch import PADDING, Batch
+from datamodules.batch import Batch
 
 
 @dataclass(frozen=True)
@@ -44,10 +44,9 @@ class Rates:
 
 
 class Meter:
-    """Counts batches against the host's clock.
+    """Counts batches against the host's clock, by what they say of themselves: the device is never asked.
 
-    The device is asked only in :meth:`read`: padding is summed on the device until then. A GPU works behind the host by
-    at most its queue, a step or two, so a stretch of several steps is timed right.
+    A GPU works behind the host by at most its queue, a step or two, so a stretch of several steps is timed right.
     """
 
     def __init__(self) -> None:
@@ -56,8 +55,7 @@ class Meter:
     def restart(self) -> None:
         """Forgets what was counted, and starts the clock."""
         self._started, self._paused_at, self._paused = time.monotonic(), None, 0.0
-        self._positions = self._supervised = self._findings = 0
-        self._padding: Tensor | None = None
+        self._positions = self._supervised = self._findings = self._padding = 0
 
     _paused_at: float | None
 
@@ -78,8 +76,7 @@ class Meter:
         self._positions += batch.segment_ids_BT.numel()
         self._supervised += batch.supervised
         self._findings += batch.findings
-        padding = (batch.segment_ids_BT == PADDING).sum()
-        self._padding = padding if self._padding is None else self._padding + padding
+        self._padding += batch.padding
 
     @property
     def empty(self) -> bool:
@@ -87,11 +84,11 @@ class Meter:
         return self._positions == 0
 
     def read(self) -> Rates:
-        """Returns the counts so far; reads one number from the device."""
-        padding = 0 if self._padding is None else int(self._padding)
+        """Returns the counts so far."""
         end = time.monotonic() if self._paused_at is None else self._paused_at
         seconds = end - self._started - self._paused
-        return Rates(seconds, self._positions - padding, self._supervised, self._findings, padding)
+        tokens = self._positions - self._padding
+        return Rates(seconds, tokens, self._supervised, self._findings, self._padding)
 
 
 class Throughput(Callback):

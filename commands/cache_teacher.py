@@ -31,8 +31,8 @@ from datamodules.findings import FindingsDataModule
 from datamodules.packing import Packing, Row, pack, to_batch
 from datamodules.stream.dedup import KeySet
 from lightning_modules.backbone import out_of_memory_advice
+from lightning_modules.backend import supervised_positions
 from lightning_modules.causal_lm import CausalLMModule
-from lightning_modules.decoder import supervised_positions
 from lightning_modules.objectives import Distillation
 from lightning_modules.teacher import Teacher, check_same_tokenizer
 from lightning_modules.teacher_cache import TeacherCache, cache_key, check_key, digest, read_record, student_base

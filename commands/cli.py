@@ -114,6 +114,7 @@ def one_line(error: BaseException) -> str:
 def trainer_command(args: list[str]) -> None:
     """Runs ``fit``, ``validate`` or ``test``; a signal ends it by ``SystemExit`` with 128 + its number."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # workers fork after the tokenizer was used
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # XLA warns at each compilation that GSPMD will be replaced
     for message in NOISE:
         warnings.filterwarnings("ignore", message=message)
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_no_advertising)

@@ -112,14 +112,18 @@ def _class_overrides(args: list[str]) -> list[tuple[str, str]]:
 def _forget_other_class(config: dict[str, Any], path: list[str], class_path: str) -> None:
     """Drops a slot's ``init_args`` where the command line names another class for it."""
     slot: Any = config
+    parent: Any = None
     for key in path:
         if not isinstance(slot, dict) or key not in slot:
             return
-        slot = slot[key]
+        parent, slot = slot, slot[key]
     if (
         isinstance(slot, dict)
         and "class_path" in slot
         and slot["class_path"].split(".")[-1] != class_path.split(".")[-1]
     ):
+        if "." not in class_path and not class_path[:1].isupper():  # accelerator: a class there, "cpu" here
+            del parent[path[-1]]
+            return
         slot.clear()
         slot["class_path"] = class_path

@@ -13,6 +13,7 @@ import orjson
 from jsonargparse import Namespace
 
 from commands.cli import FinetuneCLI
+from commands.inspect_compile import check_compile, check_fits, compile_run, print_compiled
 from commands.inspect_device import MEASURED, find_device
 from commands.inspect_plan import Plan, epoch, find_warnings, memory_and_time
 from commands.inspect_progress import Meter, progress_bar
@@ -25,6 +26,7 @@ from datamodules.survey_figures import Survey, report_counts
 from datamodules.tokenization import load_tokenizer
 from lightning_modules.causal_lm import CausalLMModule
 from lightning_modules.estimate import DEVICES
+from lightning_modules.strategies.tpu_compiler import TPUS
 
 NEAR_DUPLICATES = 20_000  #: findings that are compared with each other, unless the option says how many: 3 s, 20 MB
 
@@ -41,7 +43,8 @@ class InspectCLI(FinetuneCLI):
     def before_instantiate_classes(self) -> None:
         """Sets the trainer's parts aside."""
         self.trainer_config = self.config.trainer.clone()
-        self.config.trainer.update(Namespace(callbacks=None, logger=False, strategy="auto", plugins=None))
+        nothing = {"accelerator": "auto", "strategy": "auto", "plugins": None, "callbacks": None, "logger": False}
+        self.config.trainer.update(Namespace(**nothing))
 
     def instantiate_trainer(self, **kwargs: Any) -> Any:
         """Makes none: it would look for the accelerator that the run is meant for."""
@@ -57,14 +60,24 @@ def main(args: list[str]) -> None:
     options, rest = _parse(args[1:])
     if options.device:
         find_device(options.device)
+    if options.compile:
+        check_compile(options.compile)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     with redirect_stdout(sys.stderr):  # stdout is the report's, whatever a library prints
         cli = InspectCLI(rest, run=False)
-        report, sample = inspect_run(cli, options)
+        sample = None
+        if options.compile:
+            report = compile_run(cli, options.compile)
+        else:
+            report, sample = inspect_run(cli, options)
     if options.format == "json":
         sys.stdout.write(orjson.dumps(report, option=orjson.OPT_INDENT_2).decode() + "\n")
+    elif options.compile:
+        print_compiled(report)
     else:
         print_report(report, sample)
+    if options.compile:
+        check_fits(report)
 
 
 def _parse(args: list[str]) -> tuple[argparse.Namespace, list[str]]:
@@ -77,6 +90,11 @@ def _parse(args: list[str]) -> tuple[argparse.Namespace, list[str]]:
     )
     parser.add_argument(
         "--device", metavar="NAME", help=f"estimate for one of {', '.join(DEVICES)}, or {MEASURED}: this machine's GPU"
+    )
+    parser.add_argument(
+        "--compile",
+        metavar="TPU",
+        help=f"only have the TPU's compiler say what a step needs on one of {', '.join(TPUS)}, without a TPU",
     )
     parser.add_argument("--format", choices=("text", "json"), default="text", help="json: one object on stdout")
     parser.add_argument("--limit", type=int, metavar="N", help="read only about so many findings")

@@ -51,7 +51,7 @@ class Plan:
         name, lr, state_bytes = _try_optimizer(make_optimizer)
         nodes = int(trainer.get("num_nodes") or 1)
         return cls(
-            accelerator=str(trainer.get("accelerator") or "auto"),
+            accelerator=_accelerator(trainer.get("accelerator")),
             devices=_count(trainer.get("devices"), trainer.get("accelerator")) * nodes,
             accumulate=int(trainer.get("accumulate_grad_batches") or 1),
             max_steps=int(trainer.get("max_steps") or -1),
@@ -59,6 +59,13 @@ class Plan:
             lr=lr,
             state_bytes=state_bytes,
         )
+
+
+def _accelerator(value: Any) -> str:
+    """Name of the accelerator; of a class that stands for one, what it stands for."""
+    if hasattr(value, "class_path"):
+        return "tpu" if value.class_path.endswith("PJRTAccelerator") else value.class_path
+    return str(value or "auto")
 
 
 def _count(devices: Any, accelerator: Any) -> int:
@@ -180,6 +187,8 @@ def memory_and_time(
     Returns:
         Memory, time (where a device is named), and why there is no estimate (or "").
     """
+    if plan.accelerator == "tpu":
+        return None, None, "a TPU's cores share the weights; `--compile v3-8` has its compiler say what they need"
     named = find_device(device) if device else None
     config, reason = model_config(backbone)
     if config is None:

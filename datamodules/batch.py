@@ -39,6 +39,7 @@ class Batch:
         findings: how many findings the rows' examples are about (for throughput; no tensor, so that counting costs
             no transfer).
         supervised: how many labels the rows hold.
+        padding: how many positions are padding.
         extras: what an objective or a kernel wants beside it: cached teacher targets, host-built block masks.
         plan: what a model's attention kernel wants to know of the segments, made on the host by the module that trains.
         cursor: where in the data this batch ends (:class:`datamodules.stream.loading.Cursor`); the data module reads
@@ -51,6 +52,7 @@ class Batch:
     segment_ids_BT: Tensor
     findings: int = 0
     supervised: int = 0
+    padding: int = 0
     extras: dict[str, Tensor] | None = None
     plan: Any = None
     cursor: object | None = None

@@ -175,6 +175,7 @@ def to_batch(rows: Sequence[Row], row_tokens: int, *, batch_rows: int | None = N
         segment_ids_BT=torch.from_numpy(segments_BT),
         findings=sum(example.findings for row in rows for example in row.examples),
         supervised=sum(len(example.completion_ids) for row in rows for example in row.examples),
+        padding=segments_BT.size - sum(row.tokens for row in rows),
     )
 
 

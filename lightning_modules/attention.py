@@ -9,17 +9,20 @@ window counts positions, not places in the row: behind a shared prefix the two d
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeGuard, get_args
 
 import torch
 from torch import Tensor
 
 from datamodules.batch import PREFIX, Batch
+from datamodules.errors import UserError
+from lightning_modules.blockwise_attention import blockwise_attention
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-Attention = Literal["sdpa", "flex_attention", "eager"]
+OwnAttention = Literal["blockwise", "xla_flash"]  #: what transformers does not bring itself
+Attention = Literal["sdpa", "flex_attention", "eager", OwnAttention]
 
 
 def segment_mask(segment_ids_BT: Tensor, position_ids_BT: Tensor | None = None, window: int | None = None) -> Tensor:
@@ -62,7 +65,8 @@ def attention_mask(batch: Batch, attention: str, dtype: torch.dtype, window: int
         window: see :func:`segment_mask`.
 
     Returns:
-        A BlockMask for ``flex_attention``, bool [B, 1, T, T] for ``sdpa``, ``dtype`` [B, 1, T, T] for ``eager``.
+        A BlockMask for ``flex_attention``, bool [B, 1, T, T] for ``sdpa``, ``dtype`` [B, 1, T, T] for ``eager``;
+        int64 [B, 1, 2, T] for our own, which take segments and positions themselves.
 
     Raises:
         ValueError: a backend whose mask is not known here.
@@ -70,12 +74,93 @@ def attention_mask(batch: Batch, attention: str, dtype: torch.dtype, window: int
     arguments = (batch.segment_ids_BT, batch.position_ids_BT, window)
     if attention == "flex_attention":
         return block_mask(*arguments)
+    if attention in get_args(OwnAttention):
+        return torch.stack([batch.segment_ids_BT, batch.position_ids_BT], 1)[:, None]
     mask = segment_mask(*arguments)
     if attention == "sdpa":
         return mask
     if attention == "eager":
         return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, torch.finfo(dtype).min)
-    raise ValueError(f"attention {attention}: no mask is known for it; use sdpa, flex_attention or eager")
+    raise ValueError(f"attention {attention}: no mask is known for it; use {', '.join(get_args(Attention))}")
+
+
+def register_attention(attention: str) -> None:
+    """Makes one of our own implementations known to transformers; others pass."""
+    if attention not in get_args(OwnAttention):
+        return
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import sdpa_mask
+
+    AttentionInterface.register(attention, _blockwise if attention == "blockwise" else _xla_flash)
+    AttentionMaskInterface.register(attention, sdpa_mask)  # for calls without our mask, such as generation
+
+
+def _blockwise(
+    module: Any,
+    query_BHTD: Tensor,
+    key_BKTD: Tensor,
+    value_BKTD: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Blockwise attention under the signature that transformers calls; returns [B, T, H, D]."""
+    if not _is_ours(attention_mask):
+        return _sdpa(module, query_BHTD, key_BKTD, value_BKTD, attention_mask, scaling=scaling, **kwargs)
+    _refuse_dropout("blockwise", kwargs)
+    segments_BT, positions_BT = attention_mask[:, 0].unbind(1)
+    scale = query_BHTD.shape[-1] ** -0.5 if scaling is None else scaling
+    output = blockwise_attention(query_BHTD, key_BKTD, value_BKTD, segments_BT, positions_BT, scale, sliding_window)
+    return output.transpose(1, 2), None
+
+
+def _xla_flash(
+    module: Any,
+    query_BHTD: Tensor,
+    key_BKTD: Tensor,
+    value_BKTD: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """torch_xla's Pallas kernel, for TPUs: segments must be equal, so there can be no shared prefix and no window."""
+    if not _is_ours(attention_mask):
+        return _sdpa(module, query_BHTD, key_BKTD, value_BKTD, attention_mask, scaling=scaling, **kwargs)
+    from torch_xla.distributed.spmd import get_global_mesh
+    from torch_xla.experimental.custom_kernel import flash_attention
+
+    _refuse_dropout("xla_flash", kwargs)
+    if sliding_window is not None and sliding_window < query_BHTD.shape[2]:
+        raise UserError(f"backbone.attention xla_flash: it has no window of {sliding_window}; set it to blockwise")
+    groups = query_BHTD.shape[1] // key_BKTD.shape[1]
+    key_BHTD, value_BHTD = (x.repeat_interleave(groups, 1) for x in (key_BKTD, value_BKTD))
+    segments_BT = attention_mask[:, 0, 0]
+    mesh = get_global_mesh()
+    spec = (tuple(mesh.axis_names), None, None, None) if mesh is not None else None
+    scale = query_BHTD.shape[-1] ** -0.5 if scaling is None else scaling
+    output = flash_attention(
+        query_BHTD, key_BHTD, value_BHTD, causal=True, q_segment_ids=segments_BT, kv_segment_ids=segments_BT,
+        sm_scale=scale, partition_spec=spec, mesh=mesh,
+    )  # fmt: skip
+    return output.transpose(1, 2), None
+
+
+def _is_ours(mask: Tensor | None) -> TypeGuard[Tensor]:
+    return mask is not None and mask.dtype == torch.int64  # transformers' masks are bool, or to be added to scores
+
+
+def _sdpa(*args: Any, **kwargs: Any) -> tuple[Tensor, None]:
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    output: tuple[Tensor, None] = sdpa_attention_forward(*args, **kwargs)
+    return output
+
+
+def _refuse_dropout(attention: str, kwargs: dict[str, Any]) -> None:
+    if kwargs.get("dropout"):
+        raise UserError(f"backbone.attention {attention}: it computes no attention dropout; set it to sdpa")
 
 
 def _rule(segment_ids_BT: Tensor, position_ids_BT: Tensor | None, window: int | None) -> Callable[..., Tensor]:

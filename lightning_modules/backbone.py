@@ -12,7 +12,7 @@ from torch import nn
 
 from datamodules.errors import UserError
 from datamodules.pretrained import loading_error, resolve
-from lightning_modules.attention import Attention
+from lightning_modules.attention import Attention, register_attention
 
 Quantization = Literal["nf4", "int8", "none"]
 ActivationMemory = Literal["full", "balanced", "low"]
@@ -55,7 +55,8 @@ class Backbone:
     dtype: Literal["bfloat16", "float32", "float16", "auto"] = "auto"
     """Type of all other weights and of the products; auto takes the checkpoint's."""
     attention: Attention = "sdpa"
-    """Attention implementation of transformers; flex_attention skips empty blocks of packed rows, on GPUs."""
+    """Attention implementation: flex_attention skips empty blocks of packed rows, on GPUs; blockwise needs no T x T
+    scores anywhere, for long rows on TPUs; xla_flash is torch_xla's Pallas kernel, on TPUs, without a shared prefix."""
     lora: LoRA | None = None
     """Adapters to train; null trains every weight (of an unquantised model)."""
     gradient_checkpointing: bool = False
@@ -116,6 +117,7 @@ class Backbone:
 
         if self.quantization != "none":
             _check_bitsandbytes(self.quantization, device)
+        register_attention(self.attention)
         location = self.location
         options: dict[str, Any] = {"trust_remote_code": False}
         if self.revision is not None:
@@ -123,7 +125,7 @@ class Backbone:
         try:
             config = AutoConfig.from_pretrained(location, **options)
             dtype = self._dtype(config)
-            if self.model.startswith(RANDOM):
+            if self.model.startswith(RANDOM) or device.type == "meta":  # shapes only: nothing is loaded
                 from lightning_modules.random_weights import random_model
 
                 return random_model(

@@ -29,15 +29,14 @@ from datamodules.batch import IGNORE_INDEX, Batch
 from datamodules.errors import UserError
 from datamodules.findings import FindingsDataModule
 from lightning_modules.backbone import Backbone, out_of_memory_advice
-from lightning_modules.decoder import Predictions, supervised_positions
+from lightning_modules.backend import Backend, backend_of, take
+from lightning_modules.decoder import Predictions
 from lightning_modules.fast_decoder import FastDecoder, decoder_for
 from lightning_modules.hyperparameters import INSTANTIATOR, to_plain
 from lightning_modules.objectives import Objective
 from lightning_modules.teacher import Teacher, build_teacher, widths
 from lightning_modules.teacher_cache import CachedTeacher, targets_of
 from lightning_modules.teacher_shards import Targets
-
-XLA_MULTIPLE = 256  #: supervised tokens are padded to it on a TPU: a new count would be a new compilation
 
 
 class CausalLMModule(LightningModule):
@@ -92,7 +91,8 @@ class CausalLMModule(LightningModule):
         if self.model is None:
             trainer = self._trainer
             device = trainer.strategy.root_device if trainer is not None else torch.get_default_device()
-            self.model = self.backbone.build(device)
+            self._backend.check(self.backbone.quantization)
+            self.model = self.backbone.build(self._backend.build_device(device))
             self.model.train(self.training)
             recipe = self.backbone
             self._decoder, why = decoder_for(
@@ -158,8 +158,16 @@ class CausalLMModule(LightningModule):
     def _prepare_teacher(self) -> Teacher | None:
         recipe = self.objective.teacher_recipe
         if recipe is not None and self._teacher is None:
-            self._teacher = build_teacher(recipe, self.backbone, self.model, self.device, self._decoder)
+            if recipe != "base":
+                self._backend.check(recipe.quantization)
+            device = self._backend.build_device(self.device)
+            self._teacher = build_teacher(recipe, self.backbone, self.model, device, self._decoder)
+            self._backend.place(self._teacher.model)
         return self._teacher
+
+    @property
+    def _backend(self) -> Backend:
+        return backend_of(self._trainer)
 
     # ------------------------------------------------------------------ one step for training, validation and test
 
@@ -167,27 +175,28 @@ class CausalLMModule(LightningModule):
         """Computes the objective's sums over a batch, and ``count``, the tokens they are over."""
         rows, tokens = batch.labels_BT.shape
         with out_of_memory_advice(f"data.init_args.row_tokens {tokens} or batch_rows {rows}"):
-            positions_N = supervised_positions(batch, XLA_MULTIPLE if self.device.type == "xla" else 1)
-            labels_N = batch.labels_BT.flatten()[positions_N]
+            positions_N = self._backend.positions(batch)
+            labels_N = take(batch.labels_BT.flatten(), positions_N)
             teacher = self._prepare_teacher()
             if teacher is not None:
                 theirs = list(self.objective.layers.values())
                 predictions: Predictions | Targets | None = teacher.predict(batch, positions_N, theirs)
             else:
-                predictions = targets_of(batch, len(positions_N), self._cached.vocabulary if self._cached else None)
+                predictions = targets_of(batch, len(labels_N), self._cached.vocabulary if self._cached else None)
             sums = self.objective(self._predict(batch, positions_N), labels_N, predictions)
         return {**sums, "count": (labels_N != IGNORE_INDEX).sum().to(sums["loss"].dtype)}
 
-    def _predict(self, batch: Batch, positions_N: Tensor) -> Predictions:
+    def _predict(self, batch: Batch, positions_N: Tensor | None) -> Predictions:
         """The student's hidden states at supervised positions, and those that an objective compares, projected."""
         decoder, layers = self._decoder, list(self.objective.layers)
         if not layers:
-            return Predictions(decoder.hidden_at(batch, positions_N), decoder.head, decoder.frozen_head)
+            hidden_NC = decoder.hidden_at(batch, positions_N)
+            return Predictions(hidden_NC, decoder.head, decoder.frozen_head, backend=self._backend)
         hidden_NC, states = decoder.states_at(batch, positions_N, layers)
         states = [state.to(torch.promote_types(state.dtype, torch.float32)) for state in states]
         if self.projections is not None:
             states = [project(state) for project, state in zip(self.projections, states, strict=True)]
-        return Predictions(hidden_NC, decoder.head, decoder.frozen_head, states)
+        return Predictions(hidden_NC, decoder.head, decoder.frozen_head, states, self._backend)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Returns the sum of the loss, times what Lightning will divide it by."""
@@ -258,10 +267,7 @@ class CausalLMModule(LightningModule):
         """Adds sums up over ranks, in one collective."""
         values = torch.stack(list(sums.values()))
         if self.trainer.world_size > 1:
-            if values.device.type == "xla":
-                values = self.trainer.strategy.reduce(values, reduce_op="sum")
-            else:
-                torch.distributed.all_reduce(values)  # Lightning's reduce would put a barrier, and a wait, before it
+            torch.distributed.all_reduce(values)  # Lightning's reduce would put a barrier, and a wait, before it
         return dict(zip(sums, values.unbind(), strict=True))
 
     # ------------------------------------------------------------------ optimizer
@@ -358,9 +364,9 @@ class CausalLMModule(LightningModule):
             return
         names = self._trainable_names()
         names = {name for name in names if name.startswith("model.")}
-        tensors = {name.removeprefix("model."): t.cpu() for name, t in self.state_dict().items() if name in names}
+        tensors = {name.removeprefix("model."): t for name, t in self.state_dict().items() if name in names}
         # embeddings are never trained: "auto" would ask the hub for the base's config
-        self.model.save_pretrained(path, state_dict=tensors, save_embedding_layers=False)
+        self.model.save_pretrained(path, state_dict=self._backend.to_host(tensors), save_embedding_layers=False)
 
     def _trainable_names(self) -> set[str]:
         return {name for name, parameter in self.named_parameters() if parameter.requires_grad}

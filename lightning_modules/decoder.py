@@ -16,9 +16,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from datamodules.batch import IGNORE_INDEX, Batch
+from datamodules.batch import Batch
 from datamodules.errors import UserError
 from lightning_modules.attention import attention_mask
+from lightning_modules.backend import EAGER, Backend, take
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -71,11 +72,11 @@ class Decoder:
         hidden_BTC: Tensor = output.last_hidden_state
         return hidden_BTC
 
-    def hidden_at(self, batch: Batch, positions_N: Tensor) -> Tensor:
-        """Computes the last hidden states [N, C] of some positions of the flattened rows."""
-        return self.hidden_states(batch).flatten(0, 1).index_select(0, positions_N)
+    def hidden_at(self, batch: Batch, positions_N: Tensor | None) -> Tensor:
+        """Computes the last hidden states [N, C] of some positions of the flattened rows, of all where None."""
+        return take(self.hidden_states(batch).flatten(0, 1), positions_N)
 
-    def states_at(self, batch: Batch, positions_N: Tensor, names: Sequence[str]) -> tuple[Tensor, list[Tensor]]:
+    def states_at(self, batch: Batch, positions_N: Tensor | None, names: Sequence[str]) -> tuple[Tensor, list[Tensor]]:
         """The same, and the outputs [N, C] of named layers (``layers.3``: the fourth block, before any final norm).
 
         Raises:
@@ -98,7 +99,7 @@ class Decoder:
             for handle in handles:
                 handle.remove()
         # not in the hooks: a checkpointed layer that is computed again would lack them
-        return hidden_NC, [found[name].flatten(0, 1).index_select(0, positions_N) for name in names]
+        return hidden_NC, [take(found[name].flatten(0, 1), positions_N) for name in names]
 
     def head(self, hidden_NC: Tensor) -> Tensor:
         """Computes logits [N, V] in float32 (float64 where the model is), scaled and capped as the model does it."""
@@ -155,26 +156,11 @@ class Predictions:
         head: hidden states [n, C] -> logits [n, V] in float32 or float64.
         frozen_head: whether the head has no parameter that wants a gradient.
         states: hidden states [N, C] of the layers that an objective compares, the student's as its projection left it.
+        backend: how they are cut into chunks, and what recomputes one.
     """
 
     hidden_NC: Tensor
     head: Callable[[Tensor], Tensor]
     frozen_head: bool = False
     states: Sequence[Tensor] = ()
-
-
-def supervised_positions(batch: Batch, multiple: int = 1) -> Tensor:
-    """Indices [N] into the flattened rows of the positions that carry a label, in order.
-
-    The count comes from the host (``batch.supervised``), so that nothing waits for the device; a batch that does not
-    say is counted there.
-
-    Args:
-        batch: labelled rows.
-        multiple: N is rounded up to it with positions that carry none (they count nothing): XLA compiles a graph a
-            shape.
-    """
-    unlabelled = (batch.labels_BT == IGNORE_INDEX).flatten()
-    count = batch.supervised or int((~unlabelled).sum())
-    count = min(-(-count // multiple) * multiple, len(unlabelled))
-    return torch.argsort(unlabelled, stable=True)[:count]
+    backend: Backend = EAGER

@@ -21,6 +21,7 @@ from torch.utils.checkpoint import checkpoint
 from datamodules.batch import Batch
 from datamodules.errors import UserError
 from lightning_modules.backbone import ActivationMemory
+from lightning_modules.backend import take
 from lightning_modules.decoder import Decoder, check_names
 from lightning_modules.fast_lora import MLP, Attention, AttentionBlock, Group, MLPBlock, Norm, Projection
 from lightning_modules.fp8 import CAPABILITY
@@ -114,11 +115,11 @@ class FastDecoder(Decoder):
         """Computes the last hidden states [B, T, C], behind the final norm."""
         return self.decoder.norm(self._blocks(batch).view(*batch.input_ids_BT.shape, -1))
 
-    def hidden_at(self, batch: Batch, positions_N: Tensor) -> Tensor:
+    def hidden_at(self, batch: Batch, positions_N: Tensor | None) -> Tensor:
         """The same at some positions [N, C]; the last layer's output and MLP are computed there only."""
         return self.decoder.norm(self._blocks(batch, positions_N))
 
-    def states_at(self, batch: Batch, positions_N: Tensor, names: Sequence[str]) -> tuple[Tensor, list[Tensor]]:
+    def states_at(self, batch: Batch, positions_N: Tensor | None, names: Sequence[str]) -> tuple[Tensor, list[Tensor]]:
         """The same, and the outputs [N, C] of named layers."""
         layers = [f"layers.{number}" for number in range(len(self.layers))]
         check_names(names, layers)
@@ -127,7 +128,7 @@ class FastDecoder(Decoder):
         def watch(name: str, hidden_NC: Tensor) -> None:
             if name in names:
                 # the last layer's output has these positions alone
-                found[name] = hidden_NC if name == layers[-1] else hidden_NC.index_select(0, positions_N)
+                found[name] = hidden_NC if name == layers[-1] else take(hidden_NC, positions_N)
 
         hidden_NC = self.decoder.norm(self._blocks(batch, positions_N, watch))
         return hidden_NC, [found[name] for name in names]

@@ -21,7 +21,6 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import cross_entropy, log_softmax
-from torch.utils.checkpoint import checkpoint
 
 from datamodules.batch import IGNORE_INDEX
 from datamodules.errors import UserError
@@ -278,13 +277,14 @@ def _chunked(
         student: its head is called by ``function``.
         *tensors: cut as the hidden states are.
     """
-    pieces = list(zip(*(torch.split(tensor, chunk) for tensor in (student.hidden_NC, *tensors)), strict=True))
+    backend = student.backend
+    pieces = list(zip(*(backend.split(tensor, chunk) for tensor in (student.hidden_NC, *tensors)), strict=True))
     if not torch.is_grad_enabled():
         results = [function(*piece) for piece in pieces]
     elif student.frozen_head and student.hidden_NC.requires_grad:
-        return _GradientAtOnce.apply(student.hidden_NC, function, pieces)
+        return _GradientAtOnce.apply(student.hidden_NC, function, pieces, backend.join)
     else:
-        results = [checkpoint(function, *piece, use_reentrant=False, preserve_rng_state=False) for piece in pieces]
+        results = [backend.checkpoint(function, *piece) for piece in pieces]
     return _add_up(results)
 
 
@@ -297,7 +297,11 @@ class _GradientAtOnce(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden_NC: Tensor, function: Callable[..., tuple[Tensor, ...]], pieces: list[tuple[Tensor, ...]]
+        ctx: Any,
+        hidden_NC: Tensor,
+        function: Callable[..., tuple[Tensor, ...]],
+        pieces: list[tuple[Tensor, ...]],
+        join: Callable[[list[Tensor]], Tensor],
     ) -> tuple[Tensor, ...]:
         results: list[tuple[Tensor, ...]] = []
         grads: list[Tensor] = []
@@ -307,13 +311,13 @@ class _GradientAtOnce(torch.autograd.Function):
                 loss, *sums = function(leaf, *others)
                 grads += torch.autograd.grad(loss, leaf)
             results.append((loss.detach(), *(value.detach() for value in sums)))
-        ctx.save_for_backward(torch.cat(grads))
+        ctx.save_for_backward(join(grads))
         totals = _add_up(results)
         ctx.mark_non_differentiable(*totals[1:])
         return totals
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor, None, None, None]:
         (grad_NC,) = ctx.saved_tensors
-        return grad_NC * grad.to(grad_NC.dtype), None, None
+        return grad_NC * grad.to(grad_NC.dtype), None, None, None

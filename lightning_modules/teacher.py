@@ -36,7 +36,7 @@ class Teacher:
         self.decoder = decoder or decoder_for(model, recipe.kernels, "full", device, recipe.fp8)[0]
 
     @torch.no_grad()
-    def predict(self, batch: Batch, positions_N: Tensor, layers: Sequence[str] = ()) -> Predictions:
+    def predict(self, batch: Batch, positions_N: Tensor | None, layers: Sequence[str] = ()) -> Predictions:
         """Computes the hidden states at the given positions of the flattened rows, and those of named layers."""
         if self.decoder.model.device != batch.input_ids_BT.device:
             self.model.to(batch.input_ids_BT.device)

@@ -96,6 +96,12 @@ class Lion(Optimizer):
             self._round_masters(group)
         return loss
 
+    def create_state(self) -> None:
+        """Makes the state that the first step would make, for compilers that would compile that step apart."""
+        for group in self.param_groups:
+            for param in group["params"]:
+                self._state_of(param, group["master_weights"])
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads a state; the float32 state beside a master copy stays float32, where torch would round it."""
         super().load_state_dict(state_dict)
@@ -114,16 +120,21 @@ class Lion(Optimizer):
                 continue
             if param.grad.layout != torch.strided:
                 raise ValueError(f"Lion: a gradient of shape {tuple(param.grad.shape)} is sparse; use sparse=False")
-            state = self.state[param]
-            if not state:
-                if group["master_weights"] and param.dtype in (torch.bfloat16, torch.float16):
-                    state["master"] = param.detach().float().clone(memory_format=torch.preserve_format)
-                state["momentum"] = torch.zeros_like(state.get("master", param), memory_format=torch.preserve_format)
+            state = self._state_of(param, group["master_weights"])
             weight = state.get("master", param)
             row = kinds[param.device, weight.dtype, param.grad.dtype]
             for column, tensor in zip(row, (weight, param.grad, state["momentum"]), strict=True):
                 column.append(tensor)
         return kinds.values()
+
+    def _state_of(self, param: Tensor, master_weights: bool) -> dict[str, Tensor]:
+        state = self.state[param]
+        if not state:
+            if master_weights and param.dtype in (torch.bfloat16, torch.float16):
+                state["master"] = param.detach().float().clone(memory_format=torch.preserve_format)
+            weight = state.get("master", param.detach())
+            state["momentum"] = torch.zeros_like(weight, memory_format=torch.preserve_format)
+        return state
 
     def _round_masters(self, group: dict[str, Any]) -> None:
         """Copies the float32 weights into the parameters that the model computes with."""

@@ -16,6 +16,7 @@ ANY_MACHINE = [
     "--trainer.devices=1",
     "--trainer.strategy=auto",
     "--trainer.precision=32-true",
+    "--trainer.plugins=null",
 ]
 
 
@@ -24,7 +25,7 @@ def build(config, *arguments):
 
 
 def test_there_are_configs_for_every_promise():
-    assert {"default", "gpu", "gpu_multi", "tpu", "distill"} <= {config.stem for config in CONFIGS}
+    assert {"default", "gpu", "gpu_multi", "tpu", "tpu_smoke", "distill"} <= {config.stem for config in CONFIGS}
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda config: config.stem)

@@ -1,1 +1,8 @@
 """What Lightning lacks: strategies, accelerators and precision plugins, named by class path."""
+
+from lightning_modules.strategies.accelerator import PJRTAccelerator
+from lightning_modules.strategies.precision import TruePrecision
+from lightning_modules.strategies.spmd import XLASPMDStrategy
+from lightning_modules.strategies.xla_backend import XLABackend
+
+__all__ = ["PJRTAccelerator", "TruePrecision", "XLABackend", "XLASPMDStrategy"]

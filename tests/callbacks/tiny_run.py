@@ -30,7 +30,8 @@ def make_batch(index):
     labels_BT = torch.full((2, ROW), IGNORE_INDEX)
     labels_BT[:, 4 : 4 + SUPERVISED] = ids_BT[:, 5 : 5 + SUPERVISED]
     positions_BT = torch.arange(ROW).expand(2, ROW).clone()
-    return Batch(ids_BT, positions_BT, labels_BT, segments_BT, findings=2 * FINDINGS, supervised=2 * SUPERVISED)
+    counts = {"findings": 2 * FINDINGS, "supervised": 2 * SUPERVISED, "padding": 2 * PADDED}
+    return Batch(ids_BT, positions_BT, labels_BT, segments_BT, **counts)
 
 
 class Rows:

@@ -45,5 +45,5 @@ def test_forms_of_the_mask():
     assert eager.dtype == torch.bfloat16
     assert torch.equal(eager == 0, expected)
     assert (eager[~expected] == torch.finfo(torch.bfloat16).min).all()
-    with pytest.raises(ValueError, match="use sdpa, flex_attention or eager"):
+    with pytest.raises(ValueError, match="use sdpa, flex_attention, eager"):
         attention_mask(batch, "flash_attention_2", torch.float32)

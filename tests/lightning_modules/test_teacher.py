@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from datamodules.errors import UserError
 from lightning_modules import Backbone, CausalLMModule, CompletionCrossEntropy, Distillation, HiddenMatch, LoRA
-from lightning_modules.decoder import supervised_positions
+from lightning_modules.backend import supervised_positions
 from lightning_modules.fast_decoder import FastDecoder, decoder_for
 from lightning_modules.teacher import build_teacher
 

@@ -12,7 +12,8 @@ from datamodules.batch import IGNORE_INDEX
 from datamodules.errors import UserError
 from datamodules.packing import pack, to_batch
 from datamodules.tokenization import Example
-from lightning_modules.decoder import Predictions, supervised_positions
+from lightning_modules.backend import supervised_positions
+from lightning_modules.decoder import Predictions
 from lightning_modules.objectives import Distillation
 from lightning_modules.teacher_cache import CachedTeacher, TeacherCache, check_key, digest, targets_of
 from lightning_modules.teacher_shards import BrokenShard, Shard, Targets, position_bytes, save_shard, summarize

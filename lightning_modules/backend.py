@@ -1,0 +1,92 @@
+"""What a strategy may ask of the model's parts: where weights are built, which positions reach the head, how it is cut.
+
+Shapes in names: N positions of the flattened rows.
+
+The module that trains has no branch on hardware: it asks its strategy's ``backend``. Any strategy without one gets
+:class:`Backend`, PyTorch as it is; :class:`lightning_modules.strategies.XLABackend` is the other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from datamodules.batch import IGNORE_INDEX
+
+if TYPE_CHECKING:
+    from datamodules.batch import Batch
+
+
+class Backend:
+    """PyTorch as it is."""
+
+    def check(self, quantization: str) -> None:
+        """Refuses what this backend can't run, before anything is loaded.
+
+        Args:
+            quantization: of a backbone.
+
+        Raises:
+            UserError: it can't be run; says what can.
+        """
+
+    def build_device(self, device: torch.device) -> torch.device:
+        """Where a model's weights are loaded; ``device`` is where they will be trained."""
+        return device
+
+    def place(self, model: nn.Module) -> None:
+        """Takes care of a model that the strategy does not know of, such as a teacher."""
+
+    def to_host(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Copies tensors to the host."""
+        return {name: tensor.cpu() for name, tensor in tensors.items()}
+
+    def positions(self, batch: Batch) -> Tensor | None:
+        """Indices [N] of the positions whose hidden states the objective gets; None for all of them."""
+        return supervised_positions(batch)
+
+    def split(self, tensor_N: Tensor, size: int) -> Sequence[Tensor]:
+        """Cuts the first axis into pieces of which one at a time has logits."""
+        return torch.split(tensor_N, size)
+
+    def join(self, pieces: Sequence[Tensor]) -> Tensor:
+        """Undoes :meth:`split`."""
+        return torch.cat(list(pieces))
+
+    def checkpoint(self, function: Callable[..., Any], *args: Any) -> Any:
+        """Calls a function; what it would save for the backward pass is made again there."""
+        return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False)
+
+
+EAGER = Backend()
+
+
+def backend_of(trainer: Any) -> Backend:
+    """The backend of a trainer's strategy; PyTorch as it is without a trainer."""
+    backend: Backend = getattr(getattr(trainer, "strategy", None), "backend", EAGER)
+    return backend
+
+
+def take(tensor_N: Tensor, positions_N: Tensor | None) -> Tensor:
+    """The given entries of the first axis; all where None."""
+    return tensor_N if positions_N is None else tensor_N.index_select(0, positions_N)
+
+
+def supervised_positions(batch: Batch, multiple: int = 1) -> Tensor:
+    """Indices [N] into the flattened rows of the positions that carry a label, in order.
+
+    The count comes from the host (``batch.supervised``), so that nothing waits for the device; a batch that does not
+    say is counted there.
+
+    Args:
+        batch: labelled rows.
+        multiple: N is rounded up to it with positions that carry none (they count nothing).
+    """
+    unlabelled = (batch.labels_BT == IGNORE_INDEX).flatten()
+    count = batch.supervised or int((~unlabelled).sum())
+    count = min(-(-count // multiple) * multiple, len(unlabelled))
+    return torch.argsort(unlabelled, stable=True)[:count]

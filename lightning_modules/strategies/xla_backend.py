@@ -1,0 +1,128 @@
+"""What the model's parts do on XLA: static shapes, pieces of each device's rows, checkpoints behind barriers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from lightning_utilities.core.apply_func import apply_to_collection
+from torch import Tensor, nn
+
+from datamodules.errors import UserError
+from lightning_modules.backend import Backend
+
+if TYPE_CHECKING:
+    from datamodules.batch import Batch
+    from lightning_modules.strategies.sharding import Sharding
+
+
+GROUP_BYTES = 256 << 20  #: of whole copies that a device holds on their way to the host
+
+
+class XLABackend(Backend):
+    """See :class:`lightning_modules.backend.Backend`.
+
+    Args:
+        sharding: the mesh and how tensors lie on it.
+        device: the one that PyTorch sees.
+    """
+
+    def __init__(self, sharding: Sharding, device: torch.device) -> None:
+        self.sharding, self.device = sharding, device
+
+    def check(self, quantization: str) -> None:
+        """Refuses bitsandbytes."""
+        if quantization != "none":
+            raise UserError(
+                f"backbone.quantization {quantization}: bitsandbytes does not run on a TPU; set backbone.quantization "
+                "none (and dtype bfloat16)"
+            )
+
+    def build_device(self, device: torch.device) -> torch.device:
+        """The host: weights are divided on their way to the devices."""
+        return torch.device("cpu")
+
+    def place(self, model: nn.Module) -> None:
+        """Divides weights over the devices, and has layers recomputed as XLA can."""
+        self.sharding.place(model, self.device)
+        self.use_own_checkpoints(model)
+
+    def to_host(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Collects tensors; see :meth:`collect`."""
+        hosted: dict[str, Tensor] = self.collect(dict(tensors))
+        return hosted
+
+    def collect(self, data: Any) -> Any:
+        """Copies all tensors of nested dictionaries and lists to the host.
+
+        ``tensor.cpu()`` compiles a graph for each divided tensor, at each checkpoint anew. Here whole copies are made
+        on the devices first, some at a time, by graphs that are compiled once.
+        """
+        divided: list[Tensor] = []
+        apply_to_collection(
+            data, Tensor, lambda tensor: divided.append(tensor) if tensor.device.type == "xla" else None
+        )
+        whole = iter([tensor for group in _groups(divided) for tensor in self._whole(group)])
+        return apply_to_collection(data, Tensor, lambda tensor: next(whole) if tensor.device.type == "xla" else tensor)
+
+    def _whole(self, tensors: list[Tensor]) -> list[Tensor]:
+        import torch_xla
+
+        with torch.no_grad():
+            copies = [tensor.detach() * 1 for tensor in tensors]
+        for copy in copies:
+            self.sharding.annotate(copy, (None,) * copy.ndim)
+        torch_xla.sync()
+        hosted: list[Tensor] = torch_xla._XLAC._xla_get_cpu_tensors(copies)
+        return hosted
+
+    def positions(self, batch: Batch) -> None:
+        """All: their number is the same in every batch, and no row leaves its device. Costs the head on each token."""
+
+    def split(self, tensor_N: Tensor, size: int) -> Sequence[Tensor]:
+        """Cuts each device's part of the first axis, which no piece then has to be gathered for."""
+        parts = tensor_N.unflatten(0, (self.sharding.devices, -1)).split(size, 1)
+        return [part.flatten(0, 1) for part in parts]
+
+    def join(self, pieces: Sequence[Tensor]) -> Tensor:
+        """Undoes :meth:`split`."""
+        return torch.cat([piece.unflatten(0, (self.sharding.devices, -1)) for piece in pieces], 1).flatten(0, 1)
+
+    def checkpoint(self, function: Callable[..., Any], *args: Any) -> Any:
+        """Recomputes behind a barrier, without which the compiler would find the same operations and keep them."""
+        from torch_xla.utils.checkpoint import checkpoint
+
+        return checkpoint(function, *args)
+
+    def use_own_checkpoints(self, model: nn.Module) -> None:
+        """Replaces PyTorch's function in the layers of a transformers model that are checkpointed."""
+        layers = [layer for layer in model.modules() if getattr(layer, "gradient_checkpointing", False)]
+        for layer in layers:
+            if hasattr(layer, "_gradient_checkpointing_func"):
+                setattr(layer, "_gradient_checkpointing_func", self.checkpoint)  # noqa: B010 (no tensor or module)
+        if layers:  # reentrant: a layer's input must want a gradient, and frozen embeddings give none
+            for module in model.modules():
+                if isinstance(module, nn.Embedding):
+                    module.register_forward_hook(_want_gradient)
+
+
+def _on_xla(tensor: Tensor) -> bool:
+    return tensor.device.type == "xla"
+
+
+def _groups(tensors: list[Tensor]) -> Iterator[list[Tensor]]:
+    """Neighbours of some hundred megabytes together."""
+    group: list[Tensor] = []
+    for tensor in tensors:
+        if group and sum(t.nbytes for t in group) + tensor.nbytes > GROUP_BYTES:
+            yield group
+            group = []
+        group.append(tensor)
+    if group:
+        yield group
+
+
+def _want_gradient(module: nn.Module, args: Any, output: Tensor) -> None:
+    if torch.is_grad_enabled():
+        output.requires_grad_(True)

@@ -1,0 +1,135 @@
+"""Runs through the door on 4 virtual XLA devices, against the same runs on the CPU. Needs a process of its own."""
+
+import os
+
+import pytest
+import torch
+import yaml
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+pytest.importorskip("torch_xla")
+os.environ |= {"PJRT_DEVICE": "CPU", "CPU_NUM_DEVICES": "4"}
+
+from probe import Probe
+
+from datamodules.batch import Batch
+from main import main
+
+pytestmark = [pytest.mark.tpu, pytest.mark.timeout(900)]
+
+SMOKE = "configs/tpu_smoke.yaml"
+ON_CPU = ["--trainer.accelerator=cpu", "--trainer.strategy=auto", "--trainer.plugins=null"]
+PLAIN = ["--model.init_args.backbone.kernels=plain", "--model.init_args.backbone.gradient_checkpointing=false"]
+FP32 = ["--model.init_args.backbone.dtype=float32"]
+CALLBACKS = [
+    "callbacks.XLAMonitor", "probe.Probe", "callbacks.Throughput", "callbacks.RunRecord", "callbacks.Preemption",
+    "callbacks.AdapterExport",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def command(tiny_mistral, tmp_path_factory):
+    """Makes the arguments of a run: the smoke config, a tiny model, every callback, a checkpoint every 15 steps."""
+    folder = tmp_path_factory.mktemp("xla")
+    checkpoint = {"every_n_train_steps": 15, "save_top_k": -1, "save_last": True, "filename": "{step}"}
+    callbacks = [{"class_path": name} for name in CALLBACKS] + [
+        {"class_path": "lightning.pytorch.callbacks.LearningRateMonitor"},
+        {
+            "class_path": "callbacks.ConsoleProgress",
+            "init_args": {"line_seconds": 1e6},
+        },  # it reads the loss when it shows it
+        {"class_path": "lightning.pytorch.callbacks.ModelCheckpoint", "init_args": checkpoint},
+    ]
+    trainer = {"max_steps": 30, "log_every_n_steps": 10, "val_check_interval": 60, "callbacks": callbacks}
+    (folder / "overlay.yaml").write_text(yaml.safe_dump({"trainer": trainer}))
+
+    def arguments(name, *more, subcommand="fit"):
+        return [
+            subcommand, "--config", SMOKE, "--config", str(folder / "overlay.yaml"),
+            f"--model.init_args.backbone.model={tiny_mistral}", "--model.init_args.backbone.lora.rank=8",
+            f"--trainer.logger.init_args.save_dir={folder}", f"--trainer.logger.init_args.name={name}", *more,
+        ]  # fmt: skip
+
+    arguments.folder = folder
+    return arguments
+
+
+@pytest.fixture(scope="module")
+def sharded(command):
+    """30 steps in float32 on 4 devices: (the probe, the run's folder)."""
+    assert main(command("sharded", *FP32)) == 0
+    return Probe.last, command.folder / "sharded" / "version_0"
+
+
+@pytest.fixture(scope="module")
+def on_cpu(command, sharded):
+    """The same on the CPU, after it: a backward pass on the CPU before XLA's first would break those."""
+    assert main(command("on_cpu", *FP32, *ON_CPU, *PLAIN)) == 0
+    return Probe.last
+
+
+def test_losses_in_float32_are_those_of_the_cpu(sharded, on_cpu):
+    assert len(on_cpu.losses) == 30
+    assert sharded[0].losses[:10] == pytest.approx(on_cpu.losses[:10], abs=1e-5)
+    assert on_cpu.losses[9] < on_cpu.losses[0]
+
+
+def test_losses_in_bfloat16_are_near(command, sharded):
+    few = ["--trainer.max_steps=10", "--trainer.limit_val_batches=0"]
+    assert main(command("sharded_bf16", *few)) == 0
+    losses = Probe.last.losses
+    assert next(p for n, p in Probe.last.module.named_parameters() if "embed" in n).dtype == torch.bfloat16
+    assert main(command("on_cpu_bf16", *few, *ON_CPU, *PLAIN)) == 0
+    assert losses == pytest.approx(Probe.last.losses, abs=1e-2)
+
+
+def test_nothing_is_compiled_or_read_after_the_warm_up(sharded):
+    probe, _ = sharded
+    warm = next(counts for step, counts in probe.counts if step == 3)
+    before_checkpoint = [counts for step, counts in probe.counts if step <= 14][-1]
+    assert before_checkpoint.compilations == warm.compilations
+    after_checkpoint = next(counts for step, counts in probe.counts if step == 16)
+    assert probe.counts[-1][1].compilations == after_checkpoint.compilations
+    steps = {step: counts.transfers for step, counts in probe.counts}
+    read = {step: steps[step] - steps[step - 1] for step in range(4, 31)}
+    # what is logged after a step is read behind it: loss, accuracy and norm, three scalars; step 15 saves a checkpoint
+    assert {step: n for step, n in read.items() if n and step != 15} == {10: 3, 20: 3}
+
+
+def test_checkpoints_are_compiled_once(sharded):
+    probe, _ = sharded
+    last = {step: counts.compilations for step, counts in probe.counts}
+    assert last[16] - last[14] <= 4  # collecting adapters and optimizer states
+
+
+def test_resumed_equals_uninterrupted(command, sharded):
+    _, run = sharded
+    checkpoint = run / "checkpoints" / "step=15.ckpt"
+    saved = torch.load(checkpoint, weights_only=True)
+    assert all("lora" in name and not tensor.is_xla for name, tensor in saved["state_dict"].items())
+    expected = torch.load(run / "checkpoints" / "step=30.ckpt", weights_only=True)["state_dict"]
+    assert main(command("resumed", *FP32, f"--ckpt_path={checkpoint}")) == 0
+    again = command.folder / "resumed" / "version_0" / "checkpoints" / "step=30.ckpt"
+    resumed = torch.load(again, weights_only=True)["state_dict"]
+    assert expected.keys() == resumed.keys()
+    assert all(torch.equal(expected[name], resumed[name]) for name in expected)
+
+
+def test_validate_finds_the_run(command, sharded, capsys):
+    assert main(command("sharded", *FP32, subcommand="validate")) == 0
+    assert "the newest run's checkpoint" in capsys.readouterr().out
+
+
+def test_adapter_loads_in_plain_peft_with_the_same_logits(sharded, on_cpu, tiny_mistral):
+    probe, run = sharded
+    ids = torch.randint(5, 200, (4, 32))
+    positions, segments = torch.arange(32).expand(4, 32).contiguous(), torch.ones_like(ids)
+    batch = Batch(ids, positions, torch.full_like(ids, -100), segments)
+    with torch.no_grad():
+        module = probe.module.eval()
+        hidden_BTC = module._decoder.hidden_states(batch.to("xla"))
+        logits = module._decoder.head(hidden_BTC.flatten(0, 1)).cpu().unflatten(0, (4, 32))
+        plain = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_mistral), run / "adapter" / "last")
+        torch.testing.assert_close(logits, plain(ids).logits, atol=1e-5, rtol=1e-5)
+    assert any(tensor.abs().max() > 0 for name, tensor in plain.state_dict().items() if "lora_B" in name)
