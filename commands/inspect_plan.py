@@ -146,6 +146,7 @@ def setup_of(
         accumulates=plan.accumulate > 1,
         supervised=supervised,
         attention=backbone.attention,
+        fp8=backbone.fp8,
     )
 
 

@@ -1,0 +1,210 @@
+"""Do we reach TRL's loss with the same data, order, optimizer and learning rate, and in what share of its time?
+
+    python benchmarks/parity.py --sources SHARDS --output FOLDER [--steps 300]
+
+A real small model (SmolLM2-135M-Instruct in NF4, LoRA r=16 on every projection) learns to score findings, once by our
+module (all examples of a step in one row behind their shared prefix) and once by TRL's ``SFTTrainer`` (padded rows,
+completion-only loss). Both begin with the same adapter, see the same examples in the same order, and take the same
+steps of AdamW at one constant rate. Held-out loss is measured by one function for both. Writes ``parity.json`` and a
+picture of both curves, and prints the difference.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+
+from datamodules import FindingsDataModule  # noqa: E402
+from datamodules.packing import Row, pack, to_batch  # noqa: E402
+from lightning_modules import Backbone, CausalLMModule, CompletionCrossEntropy, LoRA  # noqa: E402
+
+RATE, BATCH, HELD_OUT, ROW = 2e-4, 16, 256, 8192
+LORA = LoRA(16, 32)
+
+
+def examples(options: argparse.Namespace) -> tuple[list[Any], list[Any]]:
+    """Training examples in the order of the run, and held-out ones."""
+    data = FindingsDataModule([options.sources], options.model, {"risk": 1.0}, val=0.06, test=0.0)
+    task = data.tasks["risk"]
+    found = {}
+    for split, count in (("train", options.steps * BATCH), ("val", HELD_OUT)):
+        pairs = data.pairs(split, "risk", count)
+        found[split] = [e for e in data.chat.encode(task, pairs) if len(e.prompt_ids) + len(e.completion_ids) <= 1024]
+    order = np.random.default_rng(0)
+    train: list[Any] = []
+    while len(train) < options.steps * BATCH:  # epochs, each in an order of its own
+        train += [found["train"][i] for i in order.permutation(len(found["train"]))]
+    return train[: options.steps * BATCH], found["val"]
+
+
+def backbone(options: argparse.Namespace, adapter: str | None = None, **settings: Any) -> Backbone:
+    """The model that both train."""
+    return Backbone(options.model, options.quantization, options.dtype, lora=LORA, adapter=adapter, **settings)
+
+
+def module_of(recipe: Backbone, device: str) -> CausalLMModule:
+    """A module on its device."""
+    module = CausalLMModule(recipe, CompletionCrossEntropy(), partial(torch.optim.AdamW, lr=RATE))
+    torch.manual_seed(0)
+    with torch.device(device):
+        module.configure_model()
+    return module.to(device).train()
+
+
+def held_out_loss(adapter: Path, examples: list[Any], options: argparse.Namespace) -> float:
+    """Mean loss a token of an adapter, by the plain path in rows of one example's kind, for either trainer."""
+    module = module_of(backbone(options, str(adapter), kernels="plain"), options.device).eval()
+    total = count = 0.0
+    with torch.no_grad():
+        for row in pack(examples, row_tokens=2048, mode="packed"):
+            sums = module._step(to_batch([row], 2048).to(options.device))
+            total, count = total + float(sums["loss"]), count + float(sums["count"])
+    return total / count
+
+
+def ours(train: list[Any], start: Path, output: Path, options: argparse.Namespace) -> tuple[list[float], float]:
+    """Trains by our module; losses and seconds."""
+    module = module_of(backbone(options, str(start)), options.device)
+    parameters = [p for p in module.parameters() if p.requires_grad]
+    optimizer = module.optimizer(parameters)
+    prefix = train[0].prefix_length
+    losses = []
+    for step in range(options.steps):
+        if step == 1:  # kernels are compiled in the first
+            _wait(options.device)
+            begin = time.monotonic()
+        row = Row(train[step * BATCH : (step + 1) * BATCH], prefix)
+        batch = module.transfer_batch_to_device(to_batch([row], ROW), torch.device(options.device), 0)
+        sums = module._step(batch)
+        sums["loss"].backward()
+        torch._foreach_mul_([p.grad for p in parameters], 1 / sums["count"])
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        losses.append(sums["loss"].detach() / sums["count"])
+    _wait(options.device)
+    seconds = time.monotonic() - begin
+    module.save_adapter(output)
+    return [float(loss) for loss in losses], seconds
+
+
+def theirs(train: list[Any], start: Path, output: Path, options: argparse.Namespace) -> tuple[list[float], float]:
+    """Trains by TRL; losses and seconds."""
+    from datasets import Dataset
+    from torch.utils.data import SequentialSampler
+    from transformers import AutoTokenizer, TrainerCallback
+    from trl import SFTConfig, SFTTrainer
+
+    rows = [
+        {
+            "input_ids": [*map(int, e.prompt_ids), *map(int, e.completion_ids)],
+            "completion_mask": [0] * len(e.prompt_ids) + [1] * len(e.completion_ids),
+        }
+        for e in train
+    ]
+    model = backbone(options, str(start)).build(options.device)
+    tokenizer = AutoTokenizer.from_pretrained(backbone(options).location)
+    gpu = options.device == "cuda"
+    settings = SFTConfig(
+        output_dir=str(output), per_device_train_batch_size=BATCH, max_steps=options.steps, learning_rate=RATE,
+        lr_scheduler_type="constant", optim="adamw_torch", weight_decay=0.01, max_grad_norm=1.0,
+        bf16=gpu, use_cpu=not gpu,
+        max_length=2048, packing=False, completion_only_loss=True, logging_steps=1, report_to=[], save_strategy="no",
+        gradient_checkpointing=False, dataloader_num_workers=2 if gpu else 0, disable_tqdm=True,
+    )  # fmt: skip
+
+    class InOrder(SFTTrainer):
+        def _get_train_sampler(self, *args: Any, **kwargs: Any) -> Any:
+            return SequentialSampler(self.train_dataset)
+
+    class Clock(TrainerCallback):
+        def __init__(self) -> None:
+            self.marks: list[float] = []
+
+        def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+            if not self.marks:
+                _wait(options.device)
+                self.marks.append(time.monotonic())
+
+    clock = Clock()
+    trainer = InOrder(
+        model=model, args=settings, train_dataset=Dataset.from_list(rows), processing_class=tokenizer, callbacks=[clock]
+    )
+    trainer.train()
+    _wait(options.device)
+    seconds = time.monotonic() - clock.marks[0]
+    model.save_pretrained(output)
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry], seconds
+
+
+def picture(result: dict[str, Any], file: Path) -> None:
+    """Both curves, each as it is and as a running mean."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(8, 4.5))
+    for name, colour in (("ours", "tab:blue"), ("TRL", "tab:orange")):
+        losses = np.array(result[name]["losses"])
+        mean = np.convolve(losses, np.ones(10) / 10, "valid")
+        label = f"{name}: held-out {result[name]['held_out']:.4f}, {result[name]['seconds']:.0f} s"
+        axes.plot(losses, color=colour, alpha=0.25)
+        axes.plot(np.arange(len(mean)) + 9, mean, color=colour, label=label)
+    axes.set(xlabel="step of 16 examples", ylabel="training loss a token", yscale="log")
+    axes.legend()
+    figure.tight_layout()
+    figure.savefig(file, dpi=110)
+
+
+def _wait(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def main() -> None:
+    """Reads the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sources", required=True, help="shards of findings")
+    parser.add_argument("--output", required=True, help="folder for figures, picture and adapters")
+    parser.add_argument("--model", default="embedded:smollm2-135m-instruct")
+    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--quantization", default="nf4")
+    parser.add_argument("--dtype", default="bfloat16")
+    options = parser.parse_args()
+    output = Path(options.output)
+    output.mkdir(parents=True, exist_ok=True)
+    train, held_out = examples(options)
+    module_of(backbone(options), options.device).save_adapter(output / "start")
+    result: dict[str, Any] = {"untuned": held_out_loss(output / "start", held_out, options)}
+    for name, trainer in (("ours", ours), ("TRL", theirs)):
+        losses, seconds = trainer(train, output / "start", output / name, options)
+        loss = held_out_loss(output / name, held_out, options)
+        result[name] = {"losses": losses, "seconds": seconds, "held_out": loss}
+        print(
+            f"{name}: training loss {losses[0]:.4f} -> {losses[-1]:.4f}, held-out {loss:.4f}, {seconds:.1f} s",
+            flush=True,
+        )
+    first, second = result["ours"], result["TRL"]
+    apart = first["held_out"] / second["held_out"] - 1
+    assert not math.isnan(apart)
+    print(f"held-out loss {apart:+.2%} of TRL's, {second['seconds'] / first['seconds']:.1f} times as fast")
+    (output / "parity.json").write_text(json.dumps(result))
+    picture(result, output / "parity.png")
+
+
+if __name__ == "__main__":
+    main()
