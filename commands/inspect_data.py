@@ -15,7 +15,7 @@ from jsonargparse import Namespace
 from commands.cli import FinetuneCLI
 from commands.inspect_compile import check_compile, check_fits, compile_run, print_compiled
 from commands.inspect_device import MEASURED, find_device
-from commands.inspect_plan import Plan, epoch, find_warnings, memory_and_time
+from commands.inspect_plan import Plan, cache_size, epoch, find_warnings, memory_and_time
 from commands.inspect_progress import Meter, progress_bar
 from commands.inspect_report import Sample, print_report
 from datamodules.errors import UserError
@@ -144,7 +144,7 @@ def inspect_run(cli: InspectCLI, options: argparse.Namespace) -> tuple[dict[str,
     report |= {
         "sample": sample.summary() if sample else None, "epoch": epoch(found, data, plan), "memory": memory,
         "device": cost, "no_estimate": reason or None, "warnings": find_warnings(found, data, plan, memory, cost),
-        "seconds": round(time.monotonic() - began, 1),
+        "teacher_cache": cache_size(model, found, data), "seconds": round(time.monotonic() - began, 1),
     }  # fmt: skip
     return report, sample
 

@@ -16,11 +16,15 @@ from datamodules.pretrained import resolve
 from lightning_modules import estimate
 from lightning_modules.backbone import RANDOM, Backbone
 from lightning_modules.fast_decoder import MODEL_TYPES
+from lightning_modules.objectives import Distillation
+from lightning_modules.teacher_cache import TeacherCache
+from lightning_modules.teacher_shards import EXAMPLE_BYTES, position_bytes
 from optimizers.lion import HIGHEST_USUAL_LR
 
 if TYPE_CHECKING:
     from datamodules.findings import FindingsDataModule
     from datamodules.survey_figures import Survey
+    from lightning_modules.causal_lm import CausalLMModule
 
 
 @dataclass(frozen=True)
@@ -178,6 +182,22 @@ def kernels_of(backbone: Backbone, config: Any, accelerator: str, dtype_bytes: i
     if fused:
         return backbone.activation_memory
     return "checkpointed" if backbone.gradient_checkpointing else "plain"
+
+
+def cache_size(model: CausalLMModule, found: Survey, data: FindingsDataModule) -> dict[str, Any] | None:
+    """Bytes that a cached teacher takes on disk; None without a teacher, or where the vocabulary is not known."""
+    objective, packed = model.objective, found.packed[data.packing]
+    config, _ = model_config(model.backbone)
+    if not isinstance(objective, Distillation) or config is None or not packed.findings:
+        return None
+    cache = objective.cache or TeacherCache("")
+    temperatures = {objective.temperature, *cache.temperatures}
+    token = position_bytes(cache.k, len(temperatures), config.get_text_config().vocab_size)
+    size = packed.supervised * token + packed.examples * EXAMPLE_BYTES
+    return {
+        "k": cache.k, "folder": cache.folder or None, "bytes_token": token,
+        "bytes_finding": size / packed.findings, "epoch_gib": size / estimate.GIB,
+    }  # fmt: skip
 
 
 def memory_and_time(

@@ -226,6 +226,15 @@ def _run(report: dict[str, Any]) -> Table:
         rows.append(("its parts", f"{parts} GiB, each at its largest; kernels: {memory['kernels']}"))
     else:
         rows.append(("peak memory", f"no estimate: {report['no_estimate']}"))
+    if cache := report["teacher_cache"]:
+        where = f" in {cache['folder']}" if cache["folder"] else ", with objective.cache.folder"
+        rows.append(
+            (
+                "cached teacher",
+                f"{cache['bytes_finding']:,.0f} bytes a finding (k {cache['k']}, {cache['bytes_token']} a supervised "
+                f"token), {cache['epoch_gib']:,.2f} GiB an epoch{where}",
+            )
+        )
     if device:
         run = f", the run {_hours(device['hours_run'])}" if device["hours_run"] else ""
         rows.append((f"time on {device['name']}", f"an epoch {_hours(device['hours_epoch'])}{run} ({device['basis']})"))

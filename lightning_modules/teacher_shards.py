@@ -27,6 +27,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 NAMES = ("keys", "ends", "ids", "log_probs", "tails")
+EXAMPLE_BYTES = 16  #: of an example's key and end
 CHUNK = 1024  #: positions whose logits exist at a time
 
 

@@ -52,9 +52,9 @@ def seven_b(tmp_path_factory, tiny_mistral):
 
 @pytest.fixture
 def inspect(capsys, tiny_mistral, shards):
-    def run(*options, config="default", sources=None, model=tiny_mistral, status=0):
+    def run(*options, config="default", sources=None, model=tiny_mistral, status=0, command="inspect"):
         arguments = [
-            "inspect", "--config", f"configs/{config}.yaml", f"--model.init_args.backbone.model={model}",
+            command, "--config", f"configs/{config}.yaml", f"--model.init_args.backbone.model={model}",
             f"--data.init_args.sources={json.dumps(sources or [str(shards)])}", "--data.init_args.row_tokens=4096",
         ]  # fmt: skip
         assert main([*arguments, *options]) == status
@@ -254,3 +254,21 @@ def test_the_other_real_documents(inspect, shared_data, name):
     report = as_json(inspect("--format=json", sources=[str(shared_data / name)], model=shared_data / "tokenizer"))
     assert report["records"]["findings"] > 0
     assert (report["quarantined"], report["unsupervised_examples"]) == (0, 0)
+
+
+def test_bytes_of_a_cached_teacher(inspect, tmp_path):
+    """Held against a cache that was written."""
+    options = [
+        f"--model.init_args.objective.init_args.cache={{folder: {tmp_path / 'cache'}, k: 8}}",
+        "--model.init_args.backbone.quantization=none", "--model.init_args.backbone.dtype=float32",
+        "--data.init_args.tasks={risk: 1.0}", "--data.init_args.balance=0", "--data.init_args.val=0",
+        "--data.init_args.test=0", "--data.init_args.num_workers=0",
+    ]  # fmt: skip
+    few = {"config": "distill", "sources": ["synthetic://?findings=40&seed=1"]}
+    report = json.loads(inspect(*options, "--format=json", **few).out)["teacher_cache"]
+    text = inspect(*options, **few).out
+    assert f"{report['bytes_finding']:,.0f} bytes a finding (k 8, {8 * 4 + 2} a supervised token)" in text
+    inspect(*options, **few, command="cache-teacher")
+    written = sum(file.stat().st_size for file in (tmp_path / "cache").glob("*.safetensors"))
+    assert report["epoch_gib"] * 2**30 == pytest.approx(written, rel=0.01)
+    assert json.loads(inspect("--format=json", **few | {"config": "default"}).out)["teacher_cache"] is None

@@ -1,0 +1,112 @@
+"""How near does a cached teacher's KL come to the whole one? On a real model, at k = 8, 32 and 128.
+
+    python benchmarks/cached_kl.py [--steps 24] [--device cuda]
+
+A student (LoRA on the embedded SmolLM2-135M-Instruct) is trained for some steps on generated findings. Then, on
+held-out findings' supervised tokens, base and student are compared in both directions: the tuned model teaching the
+base, and the base teaching the tuned model. "share" is the KL over k tokens and one bucket, from float16 as a cache
+keeps it, over the whole KL; "top k" the teacher's mass on those tokens at T = 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+
+from datamodules import FindingsDataModule  # noqa: E402
+from lightning_modules import Backbone, CausalLMModule, CompletionCrossEntropy, Distillation, LoRA  # noqa: E402
+from lightning_modules.decoder import Predictions, supervised_positions  # noqa: E402
+from lightning_modules.teacher import build_teacher  # noqa: E402
+from lightning_modules.teacher_shards import Targets, position_bytes, summarize  # noqa: E402
+
+KEPT, TEMPERATURES = (8, 32, 128), (1.0, 2.0, 5.0)
+
+
+def train(module: CausalLMModule, data: FindingsDataModule, steps: int, device: torch.device) -> None:
+    """Trains with AdamW on so many rows."""
+    parameters = [p for p in module.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=1e-3, weight_decay=0.0)
+    for step, batch in zip(range(steps), data.train_batches(), strict=False):
+        sums = module._step(module.transfer_batch_to_device(batch, device, 0))
+        (sums["loss"] / sums["count"]).backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        if step % 4 == 0:
+            print(f"step {step}: loss {float(sums['loss'].detach() / sums['count']):.3f}", file=sys.stderr, flush=True)
+
+
+@torch.no_grad()
+def divergence(student: Predictions, labels_N: Tensor, teacher: Predictions | Targets, temperature: float) -> float:
+    """Mean KL(teacher || student) a token."""
+    sums = Distillation(temperature=temperature)(student, labels_N, teacher)
+    return float(sums["kl"]) / len(labels_N)
+
+
+@torch.no_grad()
+def kept(teacher: Predictions, k: int, temperature: float) -> Targets:
+    """What a cache keeps of predictions."""
+    parts = [summarize(teacher.head(hidden), k, [temperature]) for hidden in teacher.hidden_NC.split(512)]
+    ids, log_probs, tails = (torch.cat(part) for part in zip(*parts, strict=True))
+    return Targets(ids, log_probs.half(), tails[:, 0].half())
+
+
+def main() -> None:
+    """Reads the command line, trains and prints the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="embedded:smollm2-135m-instruct")
+    parser.add_argument("--steps", type=int, default=24)
+    parser.add_argument("--row_tokens", type=int, default=1024)
+    parser.add_argument("--rows", type=int, default=4, help="held-out rows that are compared")
+    parser.add_argument("--device", default="cpu")
+    options = parser.parse_args()
+    torch.manual_seed(0)
+    device = torch.device(options.device)
+    source = ["synthetic://?findings=2000&seed=7"]
+    data = FindingsDataModule(source, options.model, row_tokens=options.row_tokens, packing="shared_prefix", val=0.2)
+    data.num_workers = 0
+    data.setup()
+    backbone = Backbone(options.model, dtype="float32", lora=LoRA(16, 32, layers=15), kernels="plain")
+    module = CausalLMModule(backbone, CompletionCrossEntropy(), partial(torch.optim.AdamW, lr=1e-3))
+    with torch.device(device):
+        module.configure_model()
+    module.to(device)
+    train(module, data, options.steps, device)
+    base = build_teacher("base", backbone, module.model, device, module._decoder)
+    pairs: list[tuple[Predictions, Predictions, Tensor]] = []
+    with torch.no_grad():
+        for _, batch in zip(range(options.rows), data.eval_batches("val"), strict=False):
+            batch = module.transfer_batch_to_device(batch, device, 0)
+            positions_N = supervised_positions(batch)
+            tuned = Predictions(module._decoder.hidden_at(batch, positions_N), module._decoder.head)
+            pairs.append((base.predict(batch, positions_N), tuned, batch.labels_BT.flatten()[positions_N]))
+    labels_N = torch.cat([labels for *_, labels in pairs])
+    models = [
+        Predictions(torch.cat([pair[which].hidden_NC for pair in pairs]), pairs[0][which].head) for which in (0, 1)
+    ]
+    vocabulary = models[0].head(models[0].hidden_NC[:1]).shape[1]
+    print(f"{len(labels_N):,} supervised tokens, vocabulary {vocabulary:,}, {options.steps} steps")
+    print("| teacher | T | KL a token | " + " | ".join(f"share at k {k} (top k)" for k in KEPT) + " |")
+    print("|---|---|---|" + "---|" * len(KEPT))
+    for name, teacher, student in (("tuned", models[1], models[0]), ("base", models[0], models[1])):
+        for temperature in TEMPERATURES:
+            whole = divergence(student, labels_N, teacher, temperature)
+            cells = []
+            for k in KEPT:
+                targets = kept(teacher, k, temperature)
+                share = divergence(student, labels_N, targets, temperature) / whole
+                cells.append(f"{share:.4f} ({float(targets.log_probs_NK.float().exp().sum(1).mean()):.4f})")
+            print(f"| {name} | {temperature:g} | {whole:.4f} | " + " | ".join(cells) + " |", flush=True)
+    print("bytes a token: " + ", ".join(f"k {k} {position_bytes(k, 1, vocabulary)}" for k in KEPT))
+
+
+if __name__ == "__main__":
+    main()
