@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from importlib import import_module
 
@@ -24,6 +25,7 @@ def main(args: list[str] | None = None) -> int:
     args = list(sys.argv[1:] if args is None else args)
     # where the package kernels is installed, bitsandbytes (at import) and transformers fetch and run code from the hub
     sys.modules.setdefault("kernels", None)  # type: ignore[arg-type]
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)  # advises to install it
     if not args or args[0] in ("-h", "--help"):
         print("usage: python main.py COMMAND [options]      (COMMAND --help lists them)\n")
         print("\n".join(f"  {name:<13} {text}" for name, (_, _, text) in COMMANDS.items()))

@@ -1,0 +1,76 @@
+"""The GGUF export in llama.cpp itself (as the wheel xllamacpp): the same tokens, the same greedy answers.
+
+llama.cpp rounds elsewhere than torch, so that near ties may fall the other way. An answer is held to the trained
+model instead token by token: each must be the trained model's best up to a tolerance, with the same probability.
+"""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from test_export import export
+from trained_run import make_run
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from datamodules.sources.reports import read_report
+from datamodules.synthetic import iter_documents
+from datamodules.tasks import RiskTask
+from datamodules.tokenization import ChatFormat
+from lightning_modules.ollama import go_template
+
+pytestmark = pytest.mark.slow
+pytest.importorskip("xllamacpp", reason="llama.cpp as a wheel: pip install xllamacpp")
+#: a process of its own, because llama.cpp's server keeps its threads; prints one answer a line
+RUNTIME = """
+import json, os, sys
+import xllamacpp
+params = xllamacpp.CommonParams()
+params.model.path, params.n_ctx, params.n_parallel, params.offline = sys.argv[1], 2048, 1, True
+params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 1  # its threads spin where cores are shared
+server = xllamacpp.Server(params)
+for prompt in json.loads(sys.stdin.read()):
+    reply = server.handle_completions({"prompt": prompt, "n_predict": 24, "temperature": 0, "n_probs": 1})
+    tokens = reply["choices"][0]["logprobs"]["content"]
+    answer = {"ids": [t["id"] for t in tokens], "logprobs": [t["logprob"] for t in tokens]}
+    print("ANSWER " + json.dumps(answer | {"prompt_tokens": reply["usage"]["prompt_tokens"]}), flush=True)
+os._exit(0)
+"""
+QUESTIONS = 4
+
+
+def llama_cpp(file, prompts):
+    done = subprocess.run(
+        [sys.executable, "-c", RUNTIME, str(file)], input=json.dumps(prompts), capture_output=True, text=True
+    )
+    answers = [json.loads(line.removeprefix("ANSWER ")) for line in done.stdout.splitlines() if "ANSWER" in line[:7]]
+    assert len(answers) == len(prompts), done.stderr[-2000:]
+    return answers
+
+
+@pytest.mark.parametrize(("kind", "tolerance"), [("f16", 0.05), ("q8_0", 0.2), ("q4_1", 0.5), ("q4_0", 0.5)])
+def test_llama_cpp_answers_as_the_exported_model_does(tmp_path, embedded_model, kind, tolerance):
+    tokenizer = AutoTokenizer.from_pretrained(embedded_model)
+    chat, task = ChatFormat(tokenizer), RiskTask()
+    findings = read_report(next(iter_documents(QUESTIONS, seed=3))).document.findings
+    contents = [task.content(finding) for finding in findings]
+    run = make_run(tmp_path / "version_0", embedded_model, tokenizer)
+    status, _ = export(run, tmp_path / "out", "--format", "gguf", "--gguf_type", kind, "--golden", "0")
+    assert status == 0
+    prompts = chat.prompt_ids(task, contents)
+    whole = go_template(tokenizer)
+    opening = whole.partition("{{ if .System }}")[2].partition("{{ else }}")[0].replace("{{ .System }}", task.system)
+    texts = [opening + task.instruction + content + whole.rpartition("{{ .Prompt }}")[2] for content in contents]
+    answers = llama_cpp(tmp_path / "out" / "model.gguf", [*prompts, *texts])
+    # what was exported: the dequantised weights, as transformers reads the file
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", gguf_file="model.gguf", dtype=torch.float32).eval()
+    for prompt, by_ids, by_text in zip(prompts, answers[:QUESTIONS], answers[QUESTIONS:], strict=True):
+        assert by_text["prompt_tokens"] == len(prompt)  # a text, as Ollama gives it
+        assert by_text["ids"] == by_ids["ids"]
+        ids = torch.tensor([[*prompt, *by_ids["ids"]]])
+        with torch.no_grad():
+            logprobs_NV = model(ids).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
+        chosen = logprobs_NV.gather(1, ids[0, len(prompt) :, None])[:, 0]
+        assert (logprobs_NV.max(1).values - chosen).max() < tolerance
+        assert (chosen - torch.tensor(by_ids["logprobs"])).abs().max() < tolerance
