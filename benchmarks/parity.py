@@ -6,14 +6,16 @@ A real small model (SmolLM2-135M-Instruct in NF4, LoRA r=16 on every projection)
 module (all examples of a step in one row behind their shared prefix) and once by TRL's ``SFTTrainer`` (padded rows,
 completion-only loss). Both begin with the same adapter, see the same examples in the same order, and take the same
 steps of AdamW at one constant rate. Held-out loss is measured by one function for both. Writes ``parity.json`` and a
-picture of both curves, and prints the difference.
+picture of the curves, and prints the difference.
+
+``--arms`` adds what else wants a curve beside these two: FP8 products with the base, and Lion over an adapter in
+float32, in bf16, and in bf16 with the optimizer's float32 copy.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import math
 import sys
 import time
 from functools import partial
@@ -29,9 +31,18 @@ import torch  # noqa: E402
 from datamodules import FindingsDataModule  # noqa: E402
 from datamodules.packing import Row, pack, to_batch  # noqa: E402
 from lightning_modules import Backbone, CausalLMModule, CompletionCrossEntropy, LoRA  # noqa: E402
+from optimizers import Lion  # noqa: E402
 
 RATE, BATCH, HELD_OUT, ROW = 2e-4, 16, 256, 8192
-LORA = LoRA(16, 32)
+ADAMW = partial(torch.optim.AdamW, lr=RATE, weight_decay=0.01)
+#: name -> (type of the adapter, optimizer, FP8 products)
+ARMS: dict[str, tuple[Any, Any, bool]] = {
+    "ours": ("float32", ADAMW, False),
+    "ours, FP8": ("float32", ADAMW, True),
+    "Lion, float32": ("float32", partial(Lion, lr=RATE / 4, weight_decay=0.04), False),
+    "Lion, bf16": ("bfloat16", partial(Lion, lr=RATE / 4, weight_decay=0.04), False),
+    "Lion, bf16 with a copy": ("bfloat16", partial(Lion, lr=RATE / 4, weight_decay=0.04, master_weights=True), False),
+}
 
 
 def examples(options: argparse.Namespace) -> tuple[list[Any], list[Any]]:
@@ -49,14 +60,17 @@ def examples(options: argparse.Namespace) -> tuple[list[Any], list[Any]]:
     return train[: options.steps * BATCH], found["val"]
 
 
-def backbone(options: argparse.Namespace, adapter: str | None = None, **settings: Any) -> Backbone:
-    """The model that both train."""
-    return Backbone(options.model, options.quantization, options.dtype, lora=LORA, adapter=adapter, **settings)
+def backbone(
+    options: argparse.Namespace, adapter: str | None = None, adapter_dtype: Any = "float32", **settings: Any
+) -> Backbone:
+    """The model that all train."""
+    lora = LoRA(16, 32, dtype=adapter_dtype)
+    return Backbone(options.model, options.quantization, options.dtype, lora=lora, adapter=adapter, **settings)
 
 
-def module_of(recipe: Backbone, device: str) -> CausalLMModule:
+def module_of(recipe: Backbone, device: str, optimizer: Any = ADAMW) -> CausalLMModule:
     """A module on its device."""
-    module = CausalLMModule(recipe, CompletionCrossEntropy(), partial(torch.optim.AdamW, lr=RATE))
+    module = CausalLMModule(recipe, CompletionCrossEntropy(), optimizer)
     torch.manual_seed(0)
     with torch.device(device):
         module.configure_model()
@@ -74,9 +88,12 @@ def held_out_loss(adapter: Path, examples: list[Any], options: argparse.Namespac
     return total / count
 
 
-def ours(train: list[Any], start: Path, output: Path, options: argparse.Namespace) -> tuple[list[float], float]:
+def ours(
+    arm: str, train: list[Any], start: Path, output: Path, options: argparse.Namespace
+) -> tuple[list[float], float]:
     """Trains by our module; losses and seconds."""
-    module = module_of(backbone(options, str(start)), options.device)
+    dtype, optimizer, fp8 = ARMS[arm]
+    module = module_of(backbone(options, str(start), dtype, fp8=fp8), options.device, optimizer)
     parameters = [p for p in module.parameters() if p.requires_grad]
     optimizer = module.optimizer(parameters)
     prefix = train[0].prefix_length
@@ -150,14 +167,15 @@ def theirs(train: list[Any], start: Path, output: Path, options: argparse.Namesp
 
 
 def picture(result: dict[str, Any], file: Path) -> None:
-    """Both curves, each as it is and as a running mean."""
+    """All curves, each as it is and as a running mean."""
     import matplotlib as mpl
 
     mpl.use("Agg")
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(8, 4.5))
-    for name, colour in (("ours", "tab:blue"), ("TRL", "tab:orange")):
+    for index, name in enumerate(name for name in result if name != "untuned"):
+        colour = f"C{index}"
         losses = np.array(result[name]["losses"])
         mean = np.convolve(losses, np.ones(10) / 10, "valid")
         label = f"{name}: held-out {result[name]['held_out']:.4f}, {result[name]['seconds']:.0f} s"
@@ -184,24 +202,27 @@ def main() -> None:
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--quantization", default="nf4")
     parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--arms", nargs="*", default=["ours", "TRL"], choices=[*ARMS, "TRL"])
     options = parser.parse_args()
     output = Path(options.output)
     output.mkdir(parents=True, exist_ok=True)
     train, held_out = examples(options)
     module_of(backbone(options), options.device).save_adapter(output / "start")
     result: dict[str, Any] = {"untuned": held_out_loss(output / "start", held_out, options)}
-    for name, trainer in (("ours", ours), ("TRL", theirs)):
-        losses, seconds = trainer(train, output / "start", output / name, options)
-        loss = held_out_loss(output / name, held_out, options)
+    for name in options.arms:
+        trainer = theirs if name == "TRL" else partial(ours, name)
+        folder = output / name.replace(" ", "_")
+        losses, seconds = trainer(train, output / "start", folder, options)
+        loss = held_out_loss(folder, held_out, options)
         result[name] = {"losses": losses, "seconds": seconds, "held_out": loss}
         print(
             f"{name}: training loss {losses[0]:.4f} -> {losses[-1]:.4f}, held-out {loss:.4f}, {seconds:.1f} s",
             flush=True,
         )
-    first, second = result["ours"], result["TRL"]
-    apart = first["held_out"] / second["held_out"] - 1
-    assert not math.isnan(apart)
-    print(f"held-out loss {apart:+.2%} of TRL's, {second['seconds'] / first['seconds']:.1f} times as fast")
+    if {"ours", "TRL"} <= result.keys():
+        first, second = result["ours"], result["TRL"]
+        apart, faster = first["held_out"] / second["held_out"] - 1, second["seconds"] / first["seconds"]
+        print(f"held-out loss {apart:+.2%} of TRL's, {faster:.1f} times as fast")
     (output / "parity.json").write_text(json.dumps(result))
     picture(result, output / "parity.png")
 
