@@ -14,6 +14,7 @@ COMMANDS = {
     "test": ("commands.cli", "trainer_command", "the same on the test split"),
     "analyze": ("commands.analyze", "main", "a scanner report, scored, correlated and summarised by a trained model"),
     "export": ("commands.export", "main", "a run's model as PEFT or transformers load it, with a certificate"),
+    "report": ("commands.report", "main", "a run as one HTML file: what ran, curves, tables, samples"),
     "inspect": ("commands.inspect_data", "main", "what a run would be given and cost, before it starts"),
     "cache-teacher": ("commands.cache_teacher", "main", "write what a frozen teacher predicts, for fits without it"),
     "synthesize": ("commands.synthesize", "main", "write findings in the scanner's wire format"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -92,7 +93,7 @@ class Evaluation(Callback):
         self.max_new_tokens, self.batch_size, self.before = max_new_tokens, batch_size, before
         self.every_n_validations, self.forced_choice, self.show = every_n_validations, forced_choice, show
         self.constrained, self.give_up, self.balanced = constrained, give_up, balanced
-        self.console = Console()
+        self.console = Console(width=None if sys.stdout.isatty() else 150)  # a log is not cut at 80 columns
         self._run = Path()
         self._exams: list[Exam] = []
         self._validations = 0

@@ -85,11 +85,26 @@ class Exam:
         column = record.get("columns", {}).get(heading)
         if column is None or record.get("digest") != self.digest:
             return
-        outcomes = [
-            Outcome(**item | {"nll": math.nan if item["nll"] is None else item["nll"]}) for item in column["outcomes"]
-        ]
-        self.add(heading, outcomes)
+        self.add(heading, scores_of(column).outcomes)
         self.seconds[heading], self.about[heading] = column["seconds"], column.get("about", {})
+
+
+def scores_of(column: dict[str, Any]) -> Scores:
+    """Scores as they were before they were written; null becomes NaN."""
+
+    def number(value: float | None) -> float:
+        return math.nan if value is None else value
+
+    groups = {
+        key: {name: {k: number(v) for k, v in figures.items()} for name, figures in parts.items()}
+        for key, parts in column["groups"].items()
+    }
+    return Scores(
+        {name: number(value) for name, value in column["figures"].items()},
+        {name: (number(low), number(high)) for name, (low, high) in column["intervals"].items()},
+        column["confusion"], groups, column["reliability"],
+        [Outcome(**item | {"nll": number(item["nll"])}) for item in column["outcomes"]],
+    )  # fmt: skip
 
 
 def finite(value: Any) -> Any:

@@ -29,7 +29,7 @@ def pictures(scores: Scores) -> dict[str, Figure]:
 
 def confusion(matrix: list[list[int]]) -> Figure:
     """Expected against answered severity, in counts; the last column is answers without one."""
-    figure, axes = _figure()
+    figure, axes = blank()
     axes.imshow([[count / max(sum(row), 1) for count in row] for row in matrix], cmap="Blues", vmin=0, vmax=1)
     for y, row in enumerate(matrix):
         for x, count in enumerate(row):
@@ -47,7 +47,7 @@ def confusion(matrix: list[list[int]]) -> Figure:
 
 def calibration(bins: list[tuple[float, float, float]]) -> Figure:
     """Mean expected against mean answered probability; the area of a dot is its number of answers."""
-    figure, axes = _figure()
+    figure, axes = blank()
     total = sum(count for count, _, _ in bins)
     axes.plot([0, 1], [0, 1], color="grey", linewidth=1, linestyle="--")
     axes.scatter(
@@ -63,7 +63,7 @@ def calibration(bins: list[tuple[float, float, float]]) -> Figure:
 
 def error_by_category(categories: dict[str, dict[str, float]]) -> Figure:
     """Share of wrong severities and, where there is one, mean error of the risk score in each category."""
-    figure, axes = _figure()
+    figure, axes = blank()
     names = [f"{name} ({int(figures['answers'])})" for name, figures in categories.items()][::-1]
     wrong = [100 * (1 - figures.get("severity_accuracy", float("nan"))) for figures in categories.values()][::-1]
     errors = [figures.get("risk_error", float("nan")) for figures in categories.values()][::-1]
@@ -76,8 +76,8 @@ def error_by_category(categories: dict[str, dict[str, float]]) -> Figure:
     return figure
 
 
-def _figure() -> tuple[Figure, Any]:
-    """A figure of no global state: nothing to close, no display is opened."""
+def blank() -> tuple[Figure, Any]:
+    """A figure and its axes, of no global state: nothing to close, no display is opened."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

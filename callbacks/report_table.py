@@ -66,7 +66,7 @@ def comparison(
         about: heading -> ``step`` and ``checkpoint`` of the weights that were measured.
     """
     table = Table(title=title, caption="second lines: 95 % intervals", title_justify="left", show_lines=False)
-    table.add_column("")
+    table.add_column("", no_wrap=True)
     for heading in columns:
         table.add_column(_heading(heading, about.get(heading, {})), justify="right")
     for name, label, form in shown_rows(columns):

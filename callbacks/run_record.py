@@ -1,4 +1,4 @@
-"""``run.json``: what ran, on what, with which data, and how it ended; and the last words on the console."""
+"""``run.json`` and ``report.html``: what ran, on what, with which data, how it ended; and last words on the console."""
 
 from __future__ import annotations
 
@@ -17,11 +17,13 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from rich.console import Console
 
 from callbacks.folders import checkpoint_folder, run_folder
 from callbacks.preemption import Interrupted
+from callbacks.run_report import FILE, write_report
 
 REPOSITORY = Path(__file__).parents[1]
 PACKAGES = (
@@ -31,7 +33,7 @@ PACKAGES = (
 
 
 class RunRecord(Callback):
-    """Writes ``<run>/run.json`` when a fit starts and when it ends, and says where the results lie.
+    """Writes ``<run>/run.json`` when a fit starts and when it ends, then the report, and says where the results lie.
 
     The file is replaced atomically. Its ``state`` is ``running``, ``finished``, ``interrupted`` or ``failed``; a run
     killed without a chance stays ``running``. A resumed run writes into the same file and keeps the earlier ones
@@ -83,6 +85,10 @@ class RunRecord(Callback):
         self._record |= {"state": state, "ended": _now()}
         self._write()
         if state != "failed":
+            for logger in trainer.loggers:
+                if isinstance(logger, TensorBoardLogger):
+                    logger.experiment.flush()
+            write_report(self._run)
             console = Console()
             console.print(closing_words(self._run, checkpoint_folder(trainer, self._run), self.config, self._record),
                           highlight=False, soft_wrap=True, markup=False)  # fmt: skip
@@ -171,6 +177,8 @@ def closing_words(run: Path, checkpoints: Path, config: str, record: dict[str, A
     lines = [f"{record['state']} at step {record.get('step', 0)}: {run}"]
     if adapter.is_dir():
         lines.append(f"  adapter   {adapter}")
+    if (run / FILE).is_file():
+        lines.append(f"  report    {run / FILE}")
     if record["state"] == "interrupted" and (checkpoints / "last.ckpt").exists():
         checkpoint = shlex.quote(str(checkpoints / "last.ckpt"))
         lines.append(f"  go on     {python} fit --config {shlex.quote(str(run / config))} --ckpt_path {checkpoint}")
