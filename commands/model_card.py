@@ -117,7 +117,14 @@ def _training(trained: Trained, run: dict[str, Any]) -> list[tuple[str, Any]]:
 def _export(certificate: dict[str, Any]) -> list[tuple[str, Any]]:
     golden, base = certificate["golden"], certificate.get("merge_base")
     on = {"trained": "the base as it was stored in training", "16bit": "the original 16-bit base"}.get(base or "")
-    rows = [("merged on", on), ("certificate", f"{certificate['state']} (certificate.json)")]
+    agent = "as sys-scan-graph's agent does it" if certificate.get("load_as") == "agent" else None
+    rows = [
+        ("merged on", on),
+        ("matrices stored as", certificate.get("gguf_type")),
+        ("loaded to measure it", agent),
+        ("certificate", f"{certificate['state']} (certificate.json)"),
+        ("beyond its bounds", "; ".join(certificate.get("failures", []))),
+    ]
     if golden["n"]:
         kl = "not a number" if golden["kl_mean"] is None else f"{golden['kl_mean']:.2g} nats a token"
         said = f"{kl}, at most {golden['max_kl']:g} allowed"
@@ -140,8 +147,8 @@ def _results(trained: Trained) -> list[str]:
     if not tables:
         return ["No evaluation was run."]
     note = (
-        "Free greedy generation; in brackets 95 % intervals. The tuned column is the model after the last step; the "
-        "weights here are those of the best validation, if the run had one."
+        "Greedy generation; in brackets 95 % intervals. The weights here are those of the best validation, if the run "
+        "had one, else of its last step."
     )
     return [*tables, note]
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from datamodules.tasks.prompts import Pair, Task
     from datamodules.tokenization import ChatFormat
 
-FIGURES = ("schema_valid", "severity_accuracy", "risk_error")
+FIGURES = ("schema_valid", "json_cut", "severity_accuracy", "risk_error")  #: json_cut: the agent's parser finds it
 PER_CHUNK = 64  #: tokens whose divergence is computed at once: 64 x 32,768 x 8 B = 17 MB
 
 
