@@ -16,7 +16,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from rich.console import Console
 
 from callbacks.exam import Exam, read_exams, write_exams
@@ -187,6 +187,8 @@ class Evaluation(Callback):
     ) -> None:
         """Lets the model answer every question, each rank its share, and logs the figures."""
         rank, ranks = trainer.global_rank, trainer.world_size
+        if held and self.constrained is None and find_spec("llguidance") is None:
+            rank_zero_info("answers held to the schema are not measured: pip install llguidance")
         console = self.console if trainer.is_global_zero else None
         for exam in self._exams:
             started, data = time.monotonic(), trainer.datamodule  # type: ignore[attr-defined]

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from datamodules.tasks.prompts import Pair, Task
     from datamodules.tokenization import ChatFormat
 
+SCORED_ROWS = 32  #: answers whose likelihood is computed at once: 300 tokens of 49,152 logits are 2 GB then
 SEVERITY = '"severity":"'  #: what comes before an answer's severity
 
 
@@ -104,14 +105,14 @@ def answer_pairs(
     limit = max_new_tokens or token_limit(chat, task, pairs)
     share = 0.2  # of the time, for the likelihoods: a pass over all tokens costs about as much as 40 steps of a batch
     nll, tokens = completion_nll(
-        model, chat, task, pairs, batch_size=batch_size, progress=lambda done: progress(share * done)
+        model, chat, task, pairs, batch_size=min(batch_size, SCORED_ROWS), progress=lambda done: progress(share * done)
     )
     choices = [""] * len(pairs)
     if forced:
         asked = [index for index, pair in enumerate(pairs) if SEVERITY in pair.completion]
         stems = ["".join(pairs[index].completion.partition(SEVERITY)[:2]) for index in asked]
         likelihoods = forced_choice(
-            model, chat, task, [contents[i] for i in asked], stems, SEVERITIES, batch_size=batch_size
+            model, chat, task, [contents[i] for i in asked], stems, SEVERITIES, batch_size=min(batch_size, SCORED_ROWS)
         )
         for index, choice in zip(asked, likelihoods.argmax(1).tolist(), strict=True):
             choices[index] = SEVERITIES[choice]

@@ -47,8 +47,9 @@ class Slots:
     """
 
     def __init__(self, prefix: Prefix, slots: int, length: int) -> None:
-        self.prefix, self.slots, self.length = prefix, slots, length
-        self.device = prefix.device
+        self.prefix, self.slots, self.device = prefix, slots, prefix.device
+        # attention kernels want masks of an even width
+        self.length = -(-length // PLACES) * PLACES if self.device.type == "cuda" else length
         self._start = len(prefix.ids)
         self._layers = [_Layer(self, layer.keys, layer.values) for layer in prefix.layers]
         self._cache = Cache(layers=self._layers)
