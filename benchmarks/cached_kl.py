@@ -23,7 +23,8 @@ sys.path.insert(0, str(ROOT))
 
 from datamodules import FindingsDataModule  # noqa: E402
 from lightning_modules import Backbone, CausalLMModule, CompletionCrossEntropy, Distillation, LoRA  # noqa: E402
-from lightning_modules.decoder import Predictions, supervised_positions  # noqa: E402
+from lightning_modules.backend import supervised_positions  # noqa: E402
+from lightning_modules.decoder import Predictions  # noqa: E402
 from lightning_modules.teacher import build_teacher  # noqa: E402
 from lightning_modules.teacher_shards import Targets, position_bytes, summarize  # noqa: E402
 

@@ -182,7 +182,7 @@ class CausalLMModule(LightningModule):
                 theirs = list(self.objective.layers.values())
                 predictions: Predictions | Targets | None = teacher.predict(batch, positions_N, theirs)
             else:
-                predictions = targets_of(batch, len(labels_N), self._cached.vocabulary if self._cached else None)
+                predictions = targets_of(batch, labels_N, self._cached.vocabulary if self._cached else None)
             sums = self.objective(self._predict(batch, positions_N), labels_N, predictions)
         return {**sums, "count": (labels_N != IGNORE_INDEX).sum().to(sums["loss"].dtype)}
 

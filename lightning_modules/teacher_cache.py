@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import torch
 
+from datamodules.batch import IGNORE_INDEX
 from datamodules.chat_template import template_source
 from datamodules.errors import UserError
 from datamodules.findings import FindingsDataModule
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 
 VERSION = 1  #: of the layout; a change makes old caches unused
 SAMPLED = 1 << 20  #: bytes at the start and at the end of a file of weights that its digest is over
+MULTIPLE = 256  #: positions of a batch are rounded up to it
 ABSENT = "absent"  #: in place of a digest: this machine does not have the teacher, and need not
 WAY_OUT = "run `python main.py cache-teacher` with this config, into a folder of its own"
 
@@ -106,19 +108,23 @@ class CachedTeacher:
     def __call__(self, rows: Sequence[Row]) -> dict[str, Tensor]:
         """Reads the targets of rows, in the order of their labels; :func:`targets_of` unpacks them on the device.
 
-        Half-precision numbers travel as int16: a trainer in bf16 would round them.
+        Half-precision numbers travel as int16: a trainer in bf16 would round them. The number of positions is rounded
+        up, so that there are few shapes.
 
         Raises:
             UserError: an example is not in the cache.
         """
         found = [self._read(example.key, len(example.completion_ids)) for row in rows for example in row.examples]
-        ids = np.concatenate([f[0] for f in found]) if found else np.empty((0, self.k), np.int32)
-        kept = np.concatenate([f[1] for f in found]) if found else np.empty((0, self.k), np.float16)
-        tails = np.concatenate([f[2] for f in found]) if found else np.empty((0, self._column + 1), np.float16)
-        tail = np.ascontiguousarray(tails[:, self._column])
+        tokens = sum(len(parts[0]) for parts in found)
+        size = (tokens // MULTIPLE + 1) * MULTIPLE  # never none: labels that are not there have to point somewhere
+        ids, kept = np.zeros((size, self.k), np.int32), np.zeros((size, self.k), np.float16)
+        tail, start = np.zeros(size, np.float16), 0
+        for some_ids, some_kept, tails in found:
+            here = slice(start, start := start + len(some_ids))
+            ids[here], kept[here], tail[here] = some_ids, some_kept, tails[:, self._column]
         return {
-            "teacher_ids": torch.from_numpy(ids.astype(np.int32)),
-            "teacher_log_probs": torch.from_numpy(np.ascontiguousarray(kept).view(np.int16)),
+            "teacher_ids": torch.from_numpy(ids),
+            "teacher_log_probs": torch.from_numpy(kept.view(np.int16)),
             "teacher_tail": torch.from_numpy(tail.view(np.int16)),
         }
 
@@ -137,21 +143,18 @@ class CachedTeacher:
         return parts
 
 
-def targets_of(batch: Batch, positions: int, vocabulary: int | None) -> Targets | None:
+def targets_of(batch: Batch, labels_N: Tensor, vocabulary: int | None) -> Targets | None:
     """Unpacks what :class:`CachedTeacher` put into a batch; None where there is nothing.
 
     Args:
         batch: on the device.
-        positions: N; positions without a label behind the last are filled up with anything.
+        labels_N: of the positions that are predicted, in the rows' order; those without a label get any target.
         vocabulary: of the cache.
     """
     if not batch.extras or "teacher_ids" not in batch.extras:
         return None
-    ids_NK, kept_NK, tail_N = (batch.extras[f"teacher_{name}"] for name in ("ids", "log_probs", "tail"))
-    missing = positions - len(ids_NK)
-    if missing:
-        ids_NK, kept_NK = (torch.nn.functional.pad(x, (0, 0, 0, missing)) for x in (ids_NK, kept_NK))
-        tail_N = torch.nn.functional.pad(tail_N, (0, missing))
+    index_N = ((labels_N != IGNORE_INDEX).cumsum(0) - 1).clamp(min=0)
+    ids_NK, kept_NK, tail_N = (batch.extras[f"teacher_{name}"][index_N] for name in ("ids", "log_probs", "tail"))
     return Targets(ids_NK.long(), kept_NK.view(torch.float16), tail_N.view(torch.float16), vocabulary)
 
 

@@ -171,9 +171,8 @@ def test_targets_stand_at_the_labels_they_belong_to(folder, mode):
     rows = pack(EXAMPLES[::-1], row_tokens=32, mode=mode)
     batch = to_batch(rows, 32, batch_rows=len(rows) + 1)
     batch.extras = cache(rows)
-    positions = supervised_positions(batch)
-    found = targets_of(batch, len(positions), cache.vocabulary)
-    labels = batch.labels_BT.flatten()[positions]
+    labels = batch.labels_BT.flatten()[supervised_positions(batch)]
+    found = targets_of(batch, labels, cache.vocabulary)
     assert (found.ids_NK == labels[:, None]).all()
     expected = {e.key: a for part in (EXAMPLES[:5], EXAMPLES[5:]) for e, a in split(part)}
     ordered = [expected[e.key] for row in rows for e in row.examples]
@@ -188,19 +187,20 @@ def split(examples):
         yield e, (arrays["log_probs"][a:b], arrays["tails"][a:b, 1])
 
 
-def test_positions_that_only_fill_up_count_nothing(folder):
+def test_positions_without_a_label_count_nothing(folder):
+    """Where all positions reach the objective, as on a TPU, targets are still those of their labels."""
     cache = opened(folder)
-    rows = pack(EXAMPLES[:3], row_tokens=64, mode="packed")
-    batch = to_batch(rows, 64)
+    rows = pack(EXAMPLES[:5], row_tokens=40, mode="shared_prefix")
+    batch = to_batch(rows, 40)
     batch.extras = cache(rows)
-    hidden, head = torch.randn(64, C), torch.nn.Linear(C, V)
+    labels = batch.labels_BT.flatten()
+    hidden, head = torch.randn(len(labels), C), torch.nn.Linear(C, V)
     losses = []
-    for multiple in (1, 16):
-        positions = supervised_positions(batch, multiple)
-        found = targets_of(batch, len(positions), V)
-        labels = batch.labels_BT.flatten()[positions]
-        losses.append(Distillation()(Predictions(hidden[: len(positions)], head), labels, found)["kl"])
-    torch.testing.assert_close(*losses)
+    for positions in (supervised_positions(batch), supervised_positions(batch, 16), torch.arange(len(labels))):
+        found = targets_of(batch, labels[positions], V)
+        assert (found.ids_NK[:, 0] == labels[positions])[labels[positions] >= 0].all()
+        losses.append(Distillation()(Predictions(hidden[positions], head), labels[positions], found)["kl"])
+    torch.testing.assert_close(losses[1:], losses[:1] * 2)
 
 
 def test_a_trainer_in_bf16_does_not_round_them(folder):
@@ -209,20 +209,25 @@ def test_a_trainer_in_bf16_does_not_round_them(folder):
     rows = pack(EXAMPLES, row_tokens=64, mode="packed")
     batch = to_batch(rows, 64)
     batch.extras = opened(folder)(rows)
-    before = targets_of(batch, batch.supervised, V)
-    after = targets_of(HalfPrecision("bf16-true").convert_input(batch), batch.supervised, V)
+    labels = batch.labels_BT.flatten()
+    before = targets_of(batch, labels, V)
+    after = targets_of(HalfPrecision("bf16-true").convert_input(batch), labels, V)
     names = ("ids_NK", "log_probs_NK", "tail_N")
     assert all(torch.equal(getattr(before, name), getattr(after, name)) for name in names)
 
 
 def test_no_row_has_no_targets(folder):
-    extras = opened(folder)([])
-    assert [len(value) for value in extras.values()] == [0, 0, 0]
+    batch = to_batch([], 16, batch_rows=1)
+    batch.extras = opened(folder)([])
+    objective, nothing = Distillation(chunk=4), torch.zeros(0, dtype=torch.long)
+    for labels in (nothing, batch.labels_BT.flatten()):
+        student = Predictions(torch.randn(len(labels), C), torch.nn.Linear(C, V))
+        assert float(objective(student, labels, targets_of(batch, labels, V))["loss"]) == 0
 
 
 def test_a_batch_without_targets_has_none():
     batch = to_batch(pack(EXAMPLES, row_tokens=64, mode="packed"), 64)
-    assert targets_of(batch, 3, V) is None
+    assert targets_of(batch, batch.labels_BT.flatten(), V) is None
     with pytest.raises(UserError, match="hold no targets"):
         Distillation()(Predictions(torch.zeros(1, C), torch.nn.Linear(C, V)), torch.zeros(1, dtype=torch.long), None)
 
