@@ -125,10 +125,15 @@ def _exam(task: str, exam: dict[str, Any], command: str) -> Iterator[str]:
         for name, label, form in shown_rows(columns)
     ]
     yield _table(rows, ["", *(_heading(name, about[name]) for name in columns)])
-    by_category = list(_by_category(columns, exam.get("severity_told_in", [])))
-    if len(by_category) > 1:
-        yield "<h3>Severity accuracy by category</h3>"
-        yield _table(by_category, ["category", "findings", "input tells it", *map(_text, columns)])
+    told = exam.get("severity_told_in", [])
+    for group, head in (
+        ("category", ["category", "findings", "input tells it"]),
+        ("severity", ["severity", "findings"]),
+    ):
+        rows = list(_by_group(columns, group, told))
+        if len(rows) > 1:
+            yield f"<h3>Severity accuracy by {group}</h3>"
+            yield _table(rows, [*head, *map(_text, columns)])
     models = [name for name in columns if name not in exam.get("baselines", [])]
     for name in models[-2:]:
         drawn = pictures(columns[name])
@@ -137,13 +142,14 @@ def _exam(task: str, exam: dict[str, Any], command: str) -> Iterator[str]:
     yield from _samples(exam.get("questions", []), {name: columns[name] for name in models})
 
 
-def _by_category(columns: Mapping[str, Scores], told: Sequence[str]) -> Iterator[list[str]]:
-    for category, figures in next(iter(columns.values())).groups["category"].items():
+def _by_group(columns: Mapping[str, Scores], group: str, told: Sequence[str]) -> Iterator[list[str]]:
+    for name, figures in next(iter(columns.values())).groups[group].items():
         if "severity_accuracy" not in figures:
             continue
-        accuracies = (scores.groups["category"].get(category, {}) for scores in columns.values())
-        cells = (_percent(accuracy.get("severity_accuracy")) for accuracy in accuracies)
-        yield [_text(category), str(int(figures["answers"])), "yes" if category in told else "no", *cells]
+        accuracies = (scores.groups[group].get(name, {}) for scores in columns.values())
+        cells = [_percent(accuracy.get("severity_accuracy")) for accuracy in accuracies]
+        tells = [] if group == "severity" else ["yes" if name in told else "no"]
+        yield [_text(name), str(int(figures["answers"])), *tells, *cells]
 
 
 def _samples(questions: Sequence[Mapping[str, str]], columns: Mapping[str, Scores]) -> Iterator[str]:

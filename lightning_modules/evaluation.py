@@ -107,15 +107,7 @@ def answer_pairs(
     nll, tokens = completion_nll(
         model, chat, task, pairs, batch_size=min(batch_size, SCORED_ROWS), progress=lambda done: progress(share * done)
     )
-    choices = [""] * len(pairs)
-    if forced:
-        asked = [index for index, pair in enumerate(pairs) if SEVERITY in pair.completion]
-        stems = ["".join(pairs[index].completion.partition(SEVERITY)[:2]) for index in asked]
-        likelihoods = forced_choice(
-            model, chat, task, [contents[i] for i in asked], stems, SEVERITIES, batch_size=min(batch_size, SCORED_ROWS)
-        )
-        for index, choice in zip(asked, likelihoods.argmax(1).tolist(), strict=True):
-            choices[index] = SEVERITIES[choice]
+    choices = forced_severities(model, chat, task, pairs, batch_size=batch_size) if forced else [""] * len(pairs)
     options: Any = {"max_new_tokens": limit, "batch_size": batch_size}
     answers = generate(
         model, chat, task, contents, **options, give_up=_hopeless(chat, give_up),
@@ -137,6 +129,22 @@ def answer_pairs(
             answers, nll.tolist(), tokens.tolist(), choices, held, strict=True
         )
     ]
+
+
+def forced_severities(
+    model: nn.Module, chat: ChatFormat, task: Task, pairs: Sequence[Pair], *, batch_size: int = 25
+) -> list[str]:
+    """The most likely severity behind each expected answer's beginning; "" where that has none. Nothing is generated."""
+    asked = [index for index, pair in enumerate(pairs) if SEVERITY in pair.completion]
+    contents = [pairs[index].content for index in asked]
+    stems = ["".join(pairs[index].completion.partition(SEVERITY)[:2]) for index in asked]
+    choices = [""] * len(pairs)
+    if asked:
+        rows = min(batch_size, SCORED_ROWS)
+        likelihoods = forced_choice(model, chat, task, contents, stems, SEVERITIES, batch_size=rows)
+        for index, choice in zip(asked, likelihoods.argmax(1).tolist(), strict=True):
+            choices[index] = SEVERITIES[choice]
+    return choices
 
 
 def _hopeless(chat: ChatFormat, tokens: int | None) -> Callable[[list[int]], bool] | None:

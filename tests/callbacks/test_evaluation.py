@@ -250,6 +250,18 @@ def test_best_checkpoint_is_measured_and_the_last_weights_stay(tmp_path, tiny_ll
     assert not all(torch.equal(p, stored[name]) for name, p in module.named_parameters())
 
 
+def test_forced_choice_is_logged_after_each_validation(tmp_path, tiny_llama, chatml_tokenizer):
+    data, module, callback = Data(chatml_tokenizer), Module(tiny_llama), Evaluation(samples=4, before=False)
+    callback.forced_choice, callback.max_new_tokens = True, 2
+    logger = TensorBoardLogger(tmp_path, name="", version="")
+    make_trainer(tmp_path, callback, 4, logger, val_check_interval=2, check_val_every_n_epoch=None).fit(
+        module, datamodule=data
+    )
+    logged = EventAccumulator(str(tmp_path)).Reload().Scalars("evaluation_risk/forced_severity_accuracy")
+    assert [event.step for event in logged] == [2, 4, 4]  # each validation, and the table's at the end
+    assert logged[1].value == pytest.approx(logged[2].value)
+
+
 def test_constrained_answers_stand_beside_the_free_ones(tmp_path, tiny_llama, chatml_tokenizer):
     pytest.importorskip("llguidance")
     data, module = Data(chatml_tokenizer), Module(tiny_llama)
