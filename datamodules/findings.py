@@ -326,7 +326,8 @@ class FindingsDataModule(LightningDataModule):
     def _epoch(self, start: Cursor, share: Share) -> Iterator[Batch]:
         """Batches from a cursor to the end of its epoch, or of the next where nothing is left of it."""
         began, count, epoch = time.monotonic(), 0, start.start.epoch
-        ledger = self._ledger = self._open_ledger(start, share)
+        quarantine = self.quarantine_path if share.rank == 0 and epoch == 0 else None
+        ledger = self._ledger = Ledger(self.max_quarantine, quarantine, start.start.ledger)
         dealt = self._deal("train", start, share, ledger)
         for batch in prefetch(dealt, self.prefetch_batches, lambda item: self._lay_out(*item)):
             if not count and not start.fresh:
@@ -342,10 +343,6 @@ class FindingsDataModule(LightningDataModule):
         else:  # resumed on more ranks: the rest of the epoch is no batch for each of them
             self._cursor = start.next_epoch()
             yield from self._epoch(self._cursor, share)
-
-    def _open_ledger(self, start: Cursor, share: Share) -> Ledger:
-        writes = share.rank == 0 and start.start.epoch == 0
-        return Ledger(self.max_quarantine, self.quarantine_path if writes else None, start.start.ledger)
 
     def _deal(self, split: Split, start: Cursor, share: Share, ledger: Ledger) -> Iterator[tuple[list[Row], Cursor]]:
         """Opens the reading processes, here and now, and returns the pipeline behind them."""

@@ -255,6 +255,7 @@ CASES = [
     {"limit_val_batches": 2, "num_sanity_val_steps": 1},  # at each epoch's end
     {"limit_train_batches": 7},
     {"precision": "bf16-true"},
+    {"archive": True},
 ]
 
 
@@ -264,6 +265,8 @@ def test_killed_twice_and_resumed_equals_uninterrupted(make, tmp_path, case):
     case = dict(case)
     estimated = case.pop("estimated", False)
     options = {"batch_rows": 4}  # 17 steps an epoch
+    if case.pop("archive", False):
+        options["sources"] = [str(write_archive(tmp_path / "findings.tar.gz", [30, 20, 1, 40, 9]))]
     whole, data = Tiny(estimated=estimated), make(**options)
     fit(whole, data, tmp_path / "whole", **case)
     # the last step of an epoch is of the two batches that are left of 17
