@@ -126,9 +126,10 @@ def describe(trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
 
 
 def progress(trainer: Trainer) -> dict[str, Any]:
-    """How far a fit came and the last value of each metric."""
+    """How far a fit came, the last value of each metric, and what of the data was read, repaired and left out."""
     metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
-    return {"step": trainer.global_step, "epoch": trainer.current_epoch, "metrics": metrics}
+    counts = getattr(getattr(trainer, "datamodule", None), "counts", {})
+    return {"step": trainer.global_step, "epoch": trainer.current_epoch, "metrics": metrics, "counts": counts}
 
 
 def git_state(folder: Path) -> dict[str, Any] | None:

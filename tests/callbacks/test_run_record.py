@@ -19,6 +19,7 @@ def fit(folder, module=None, callbacks=(), **options):
 
 def test_a_finished_run(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["main.py", "fit", "--data.sources", "s3://me:secret@host/a b.tar"])
+    monkeypatch.setattr(TinyData, "counts", {"records": 12, "duplicates": 2}, raising=False)
     record = fit(tmp_path, callbacks=[best_and_last()])
     assert record["state"] == "finished" and record["step"] == 12 and record["previous"] == []
     assert "fit" in record["command"] and "secret" not in record["command"] and "***@host/a b" in record["command"]
@@ -26,6 +27,7 @@ def test_a_finished_run(tmp_path, capsys, monkeypatch):
     assert record["packages"]["torch"] == torch.__version__
     assert record["started"] <= record["ended"]
     assert set(record["metrics"]) >= {"train/loss", "val/loss"}
+    assert record["counts"] == {"records": 12, "duplicates": 2}
     assert record["devices"] and record["python"] and record["platform"]
     words = capsys.readouterr().out
     run = tmp_path / "version_0"
