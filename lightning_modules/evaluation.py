@@ -134,7 +134,7 @@ def answer_pairs(
 def forced_severities(
     model: nn.Module, chat: ChatFormat, task: Task, pairs: Sequence[Pair], *, batch_size: int = 25
 ) -> list[str]:
-    """The most likely severity behind each expected answer's beginning; "" where that has none. Nothing is generated."""
+    """The likeliest severity behind each expected answer's beginning, "" where that has none; nothing is generated."""
     asked = [index for index, pair in enumerate(pairs) if SEVERITY in pair.completion]
     contents = [pairs[index].content for index in asked]
     stems = ["".join(pairs[index].completion.partition(SEVERITY)[:2]) for index in asked]
