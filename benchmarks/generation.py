@@ -79,14 +79,14 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
     recipe = Backbone(options.model, options.quantization, options.dtype, lora=lora)
     model = recipe.build(options.device).requires_grad_(False)
     chat = Prompts(model.config.vocab_size, options.prefix, options.finding)
-    times = []
+    constraint, times = _grammar(options.tokenizer) if grammar else None, []
     for _ in range(2):
         steps.clear()
         _synchronize(options.device)
         start = time.perf_counter()
         generate(
             model, chat, SimpleNamespace(name="risk"), [""] * options.findings, max_new_tokens=options.answer,  # type: ignore[arg-type]
-            batch_size=options.slots, constraint=_grammar(options.tokenizer) if grammar else None,
+            batch_size=options.slots, constraint=constraint,
         )  # fmt: skip
         _synchronize(options.device)
         times.append(time.perf_counter() - start)
@@ -142,7 +142,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--rank", type=int, default=64, help="of the adapter; 0 is none")
-    parser.add_argument("--findings", type=int, default=512)
+    parser.add_argument("--findings", type=int, default=256)
     parser.add_argument("--slots", type=int, default=128)
     parser.add_argument("--prefix", type=int, default=150)
     parser.add_argument("--finding", type=int, default=130, help="tokens of a prompt behind the prefix, on average")

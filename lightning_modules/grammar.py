@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -40,12 +41,11 @@ class JsonGrammar:
     def __init__(self, tokenizer: Any, eos_id: int, schema: Schema) -> None:
         try:
             import llguidance
-            from llguidance.hf import from_tokenizer
         except ImportError as error:
             raise UserError("constrained generation needs llguidance; run `pip install llguidance`") from error
         text = json.dumps(_two_decimals(schema) | {"x-guidance": {"whitespace_flexible": False}})
         self._grammar = llguidance.LLMatcher.grammar_from_lark(f'start: LEAD? answer\nLEAD: " "\nanswer: %json {text}')
-        self._tokenizer = from_tokenizer(tokenizer, eos_token=eos_id)
+        self._tokenizer = _read_tokenizer(tokenizer, eos_id)
         self._matcher = llguidance.LLMatcher(self._tokenizer, self._grammar)
         self._executor = llguidance.LLExecutor()
         self.eos_id = eos_id
@@ -88,6 +88,14 @@ class GrammarMatcher:
         """
         if not self.matcher.consume_token(token):
             raise ValueError(f"token {token} is not allowed here: {self.matcher.get_error()}")
+
+
+@lru_cache(maxsize=2)
+def _read_tokenizer(tokenizer: Any, eos_id: int) -> Any:
+    """The vocabulary as llguidance wants it: a second's work that all tasks of a model share."""
+    from llguidance.hf import from_tokenizer
+
+    return from_tokenizer(tokenizer, eos_token=eos_id)
 
 
 def _two_decimals(schema: Any) -> Any:

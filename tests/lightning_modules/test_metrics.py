@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from sklearn.metrics import accuracy_score, brier_score_loss, confusion_matrix, f1_score
+from sklearn.preprocessing import MultiLabelBinarizer
 
 from datamodules.records import SEVERITIES
 from datamodules.tasks.prompts import Pair
@@ -161,6 +162,15 @@ def test_tags_by_hand():
     got = results(items)
     assert got["tags_f1"] == pytest.approx(2 * 1 / (2 + 3))
     assert got["tags_exact"] == pytest.approx(1 / 3)
+
+
+def test_tags_equal_scikit_learns_micro_average():
+    items = list(random_items(80))
+    true = [item.expected["tags"] for item in items]
+    said = [(item.answer or {}).get("tags", []) for item in items]
+    binary = MultiLabelBinarizer(classes=list("abcdef"))
+    expected = f1_score(binary.fit_transform(true), binary.transform(said), average="micro")
+    assert results(items)["tags_f1"] == pytest.approx(expected)
 
 
 def test_correlation_ids_and_inventions_by_hand():
