@@ -45,6 +45,10 @@ class Backend:
         """Copies tensors to the host."""
         return {name: tensor.cpu() for name, tensor in tensors.items()}
 
+    def for_generation(self, model: nn.Module) -> nn.Module:
+        """The model where it can write answers: as it is."""
+        return model
+
     def positions(self, batch: Batch) -> Tensor | None:
         """Indices [N] of the positions whose hidden states the objective gets; None for all of them."""
         return supervised_positions(batch)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -77,6 +79,23 @@ class XLABackend(Backend):
         hosted: list[Tensor] = torch_xla._XLAC._xla_get_cpu_tensors(copies)
         return hosted
 
+    def for_generation(self, model: nn.Module) -> nn.Module:
+        """A copy on the host, where answers of any length cost no compilation; it takes the weights' size of memory."""
+        tensors = {id(tensor): tensor.detach() for tensor in (*model.parameters(), *model.buffers())}
+        hosted = dict(zip(tensors, self.collect(list(tensors.values())), strict=True))
+
+        def view(module: nn.Module) -> nn.Module:
+            twin = copy.copy(module)
+            twin._buffers = {name: value if value is None else hosted[id(value)] for name, value in module._buffers.items()}
+            twin._parameters = {
+                name: value if value is None else nn.Parameter(hosted[id(value)], requires_grad=False)
+                for name, value in module._parameters.items()
+            }
+            twin._modules = {name: None if child is None else view(child) for name, child in module._modules.items()}
+            return twin
+
+        return view(model)
+
     def positions(self, batch: Batch) -> None:
         """All: their number is the same in every batch, and no row leaves its device. Costs the head on each token."""
 
@@ -95,16 +114,43 @@ class XLABackend(Backend):
 
         return checkpoint(function, *args)
 
+    def _checkpoint_layer(self, weights: list[nn.Parameter], function: Callable[..., Any], *args: Any) -> Any:
+        hidden, *others = args
+        trained = [weight for weight in weights if weight.requires_grad]
+        return self.checkpoint(function, _GradientsFirst.apply(hidden, trained), *others)
+
     def use_own_checkpoints(self, model: nn.Module) -> None:
         """Replaces PyTorch's function in the layers of a transformers model that are checkpointed."""
         layers = [layer for layer in model.modules() if getattr(layer, "gradient_checkpointing", False)]
         for layer in layers:
             if hasattr(layer, "_gradient_checkpointing_func"):
-                setattr(layer, "_gradient_checkpointing_func", self.checkpoint)  # noqa: B010 (no tensor or module)
+                recompute = partial(self._checkpoint_layer, list(layer.parameters()))
+                setattr(layer, "_gradient_checkpointing_func", recompute)  # noqa: B010 (it is no tensor)
         if layers:  # reentrant: a layer's input must want a gradient, and frozen embeddings give none
             for module in model.modules():
                 if isinstance(module, nn.Embedding):
                     module.register_forward_hook(_want_gradient)
+
+
+class _GradientsFirst(torch.autograd.Function):
+    """Has a layer's weight gradients computed before the backward pass goes on to the layer below.
+
+    Nothing else waits for them, so the compiler would leave them to the end of the step and keep what they are made of:
+    450 MB a layer of a 7B model with 8,192 tokens a core.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weights: list[nn.Parameter]) -> Tensor:
+        ctx.weights = weights
+        return hidden.view_as(hidden)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        import torch_xla.core.xla_model as xm
+
+        grad = grad.clone()
+        xm.optimization_barrier_([grad, *(weight.grad for weight in ctx.weights if weight.grad is not None)])
+        return grad, None
 
 
 def _on_xla(tensor: Tensor) -> bool:
