@@ -25,6 +25,7 @@ from callbacks.gauge import Gauge
 from callbacks.pictures import pictures
 from callbacks.report_table import by_category, comparison, markdown, sample
 from datamodules.errors import UserError
+from lightning_modules.backend import backend_of
 from lightning_modules.baselines import MajorityClass, TitleLookup, told_categories
 from lightning_modules.evaluation import Outcome, answer_pairs, forced_severities, token_limit
 from lightning_modules.tree_baseline import BoostedTrees
@@ -150,9 +151,6 @@ class Evaluation(Callback):
         self._exams = []
 
     def _skipped(self, trainer: Trainer, pl_module: LightningModule) -> bool:
-        if pl_module.device.type == "xla":
-            rank_zero_warn("Evaluation is left out on XLA: every length of an answer would be compiled anew")
-            return True
         return bool(trainer.fast_dev_run)  # type: ignore[attr-defined]
 
     def _questions(self, trainer: Trainer, split: str) -> list[Exam]:
@@ -192,6 +190,7 @@ class Evaluation(Callback):
         if held and self.constrained is None and find_spec("llguidance") is None:
             rank_zero_info("answers held to the schema are not measured: pip install llguidance")
         console = self.console if trainer.is_global_zero else None
+        model = backend_of(trainer).for_generation(pl_module.model)  # type: ignore[arg-type]
         for exam in self._exams:
             started, data = time.monotonic(), trainer.datamodule  # type: ignore[attr-defined]
             limit = self.max_new_tokens or token_limit(data.chat, exam.task, exam.pairs)  # the same on all ranks
@@ -200,7 +199,7 @@ class Evaluation(Callback):
                 trainer.precision_plugin.forward_context(),
             ):
                 outcomes = answer_pairs(
-                    pl_module.model,  # type: ignore[arg-type]
+                    model,
                     data.chat,
                     exam.task,
                     exam.pairs[rank::ranks],

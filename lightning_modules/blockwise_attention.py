@@ -45,9 +45,11 @@ class _BlockwiseAttention(torch.autograd.Function):
     def forward(
         ctx: Any, query_BKGTD: Tensor, key_BKTD: Tensor, value_BKTD: Tensor, rule: _Rule, scale: float, block: int
     ) -> Tensor:
-        outputs, sums = [], []
+        outputs: list[Tensor] = []
+        sums: list[Tensor] = []
         for start, end in _blocks(query_BKGTD.shape[-2], block):
-            scores = _scores(query_BKGTD, key_BKTD, rule, scale, start, end)
+            query_BKGQD = _behind(outputs[-1:], query_BKGTD[..., start:end, :])
+            scores = _scores(query_BKGQD, key_BKTD, rule, scale, start, end)
             log_sum = torch.logsumexp(scores, -1, keepdim=True)
             probabilities = (scores - log_sum).exp().to(value_BKTD.dtype)
             outputs.append(torch.matmul(probabilities, value_BKTD[:, :, None, :end]))
@@ -64,15 +66,18 @@ class _BlockwiseAttention(torch.autograd.Function):
         query, key, value, output, log_sum, segments_BT, positions_BT = ctx.saved_tensors
         rule, wide = _Rule(segments_BT, positions_BT, ctx.window), log_sum.dtype
         dot_BKGT1 = (grad_BKGTD.to(wide) * output.to(wide)).sum(-1, keepdim=True)
-        query_grads, key_grad, value_grad = [], _like(key, wide), _like(value, wide)
+        query_grads: list[Tensor] = []
+        key_grad, value_grad = torch.zeros_like(key, dtype=wide), torch.zeros_like(value, dtype=wide)
         for start, end in _blocks(query.shape[-2], ctx.block):
             here, grad = slice(start, end), grad_BKGTD[..., start:end, :]
-            scores = _scores(query, key, rule, ctx.scale, start, end)
+            before = [*query_grads[-1:], key_grad, value_grad] if query_grads else []
+            query_block = _behind(before, query[..., here, :])
+            scores = _scores(query_block, key, rule, ctx.scale, start, end)
             probabilities = (scores - log_sum[..., here, :]).exp()
             of_probabilities = torch.matmul(grad.to(wide), value[:, :, None, :end].to(wide).transpose(-1, -2))
             of_scores = (probabilities * (of_probabilities - dot_BKGT1[..., here, :]) * ctx.scale).to(query.dtype)
             query_grads.append(torch.matmul(of_scores, key[:, :, None, :end]))
-            _add_to(key_grad, end, of_scores, query[..., here, :])
+            _add_to(key_grad, end, of_scores, query_block)
             _add_to(value_grad, end, probabilities.to(grad.dtype), grad)
         return torch.cat(query_grads, -2), key_grad.to(key.dtype), value_grad.to(value.dtype), None, None, None
 
@@ -114,15 +119,22 @@ def _blocks(tokens: int, block: int) -> list[tuple[int, int]]:
     return [(start, min(start + block, tokens)) for start in range(0, tokens, block)]
 
 
-def _scores(query: Tensor, key: Tensor, rule: _Rule, scale: float, start: int, end: int) -> Tensor:
-    wide = torch.promote_types(query.dtype, torch.float32)
-    query_BKGQD, key_BKDS = query[..., start:end, :].to(wide), key[:, :, None, :end].to(wide).transpose(-1, -2)
-    scores = torch.matmul(query_BKGQD, key_BKDS) * scale
+def _behind(before: list[Tensor], tensor: Tensor) -> Tensor:
+    """Has XLA compute what follows from a tensor after others, so that the scores of one block live at a time."""
+    if not before or tensor.device.type != "xla":
+        return tensor
+    import torch_xla.core.xla_model as xm
+
+    tensor = tensor.clone()
+    xm.optimization_barrier_([tensor, *before])
+    return tensor
+
+
+def _scores(query_BKGQD: Tensor, key: Tensor, rule: _Rule, scale: float, start: int, end: int) -> Tensor:
+    wide = torch.promote_types(query_BKGQD.dtype, torch.float32)
+    key_BKDS = key[:, :, None, :end].to(wide).transpose(-1, -2)
+    scores = torch.matmul(query_BKGQD.to(wide), key_BKDS) * scale
     return scores.masked_fill(rule.blocked(start, end), float("-inf"))
-
-
-def _like(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    return torch.zeros_like(tensor, dtype=dtype)
 
 
 def _add_to(total_BKTD: Tensor, end: int, weights_BKGQS: Tensor, rows_BKGQD: Tensor) -> None:

@@ -73,8 +73,8 @@ class XLABackend(Backend):
 
         with torch.no_grad():
             copies = [tensor.detach() * 1 for tensor in tensors]
-        for copy in copies:
-            self.sharding.annotate(copy, (None,) * copy.ndim)
+        for whole in copies:
+            self.sharding.annotate(whole, (None,) * whole.ndim)
         torch_xla.sync()
         hosted: list[Tensor] = torch_xla._XLAC._xla_get_cpu_tensors(copies)
         return hosted
@@ -86,7 +86,9 @@ class XLABackend(Backend):
 
         def view(module: nn.Module) -> nn.Module:
             twin = copy.copy(module)
-            twin._buffers = {name: value if value is None else hosted[id(value)] for name, value in module._buffers.items()}
+            twin._buffers = {
+                name: value if value is None else hosted[id(value)] for name, value in module._buffers.items()
+            }
             twin._parameters = {
                 name: value if value is None else nn.Parameter(hosted[id(value)], requires_grad=False)
                 for name, value in module._parameters.items()

@@ -25,9 +25,7 @@ def reference(query, key, value, window):
 
 @pytest.mark.parametrize("window", [None, 1, 3])
 @pytest.mark.parametrize("block", [1, 2, 4, 9, 64])
-@pytest.mark.parametrize(
-    ("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 0.03)]
-)
+@pytest.mark.parametrize(("dtype", "near"), [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 0.03)])
 def test_output_and_gradients_are_those_of_the_whole_square(dtype, near, block, window):
     tensors = inputs(dtype)
     output = blockwise_attention(*tensors, SEGMENTS, POSITIONS, 0.3, window, block)

@@ -103,6 +103,32 @@ def test_checkpoints_are_compiled_once(sharded):
     assert last[16] - last[14] <= 4  # collecting adapters and optimizer states
 
 
+def test_distillation_follows_the_base_and_evaluation_answers_on_the_host(command, sharded):
+    arguments = [
+        *FP32, "--trainer.max_steps=3", "--trainer.limit_val_batches=0",
+        "--model.init_args.objective=lightning_modules.Distillation", "--data.init_args.packing=packed",
+    ]  # fmt: skip
+    options = "{tasks: [risk], samples: 2, max_new_tokens: 3, before: false}"
+    evaluation = f"{{class_path: callbacks.Evaluation, init_args: {options}}}"
+    assert main(command("distilled", *arguments, f"--trainer.callbacks+={evaluation}")) == 0
+    losses = Probe.last.losses
+    assert (command.folder / "distilled" / "version_0" / "evaluation.json").is_file()
+    assert main(command("distilled_on_cpu", *arguments, *ON_CPU, *PLAIN)) == 0
+    assert losses == pytest.approx(Probe.last.losses, abs=1e-5)
+
+
+def test_a_mistake_is_one_line(command, sharded, capsys):
+    for argument, word in {
+        "--model.init_args.backbone.quantization=nf4": "bitsandbytes does not run on a TPU",
+        "--data.init_args.batch_rows=6": "6 rows can't be divided over the 4 devices",
+        "--trainer.plugins=null": "plugins: [lightning_modules.strategies.TruePrecision]",
+        "--trainer.devices=4": "one process drives all XLA devices",
+    }.items():
+        assert main(command("mistaken", *FP32, argument)) == 2
+        errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+        assert len(errors) == 1 and word in errors[0]
+
+
 def test_resumed_equals_uninterrupted(command, sharded):
     _, run = sharded
     checkpoint = run / "checkpoints" / "step=15.ckpt"
