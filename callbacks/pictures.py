@@ -53,8 +53,8 @@ def calibration(bins: list[tuple[float, float, float]]) -> Figure:
     axes.scatter(
         [p for _, p, _ in bins], [q for _, _, q in bins], s=[20 + 380 * n / total for n, _, _ in bins], alpha=0.7
     )
-    axes.set_xlim(0, 1)
-    axes.set_ylim(0, 1)
+    axes.set_xlim(-0.04, 1.04)
+    axes.set_ylim(-0.04, 1.04)
     axes.set_xlabel("answered probability")
     axes.set_ylabel("expected")
     axes.set_title("probability_actionable")
