@@ -273,14 +273,17 @@ def run_rank(rank, port, folder, tmp_path):
     address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_RUN_ID": "test"}
     os.environ.update(address | {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"})
     torch.set_num_threads(1)
-    module = module_for(folder, Distillation(alpha=0.0, chunk=5))
-    trainer = quiet_trainer(
-        tmp_path, devices=2, strategy="ddp", max_steps=1, accumulate_grad_batches=4, use_distributed_sampler=False,
-        enable_checkpointing=False, num_sanity_val_steps=0,
-    )  # fmt: skip
-    trainer.fit(module, Ranked())
-    metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
-    torch.save({"weights": trained(module), "metrics": metrics}, tmp_path / f"{rank}.pt")
+    results = []
+    for alpha in (0.0, 0.5):
+        module = module_for(folder, Distillation(alpha=alpha, chunk=5))
+        trainer = quiet_trainer(
+            tmp_path, devices=2, strategy="ddp", max_steps=1, accumulate_grad_batches=4, use_distributed_sampler=False,
+            enable_checkpointing=False, num_sanity_val_steps=0,
+        )  # fmt: skip
+        trainer.fit(module, Ranked())
+        metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
+        results.append({"weights": trained(module), "metrics": metrics})
+    torch.save(results, tmp_path / f"{rank}.pt")
 
 
 def test_two_ranks_equal_one(tiny_llama, tmp_path):
@@ -292,8 +295,12 @@ def test_two_ranks_equal_one(tiny_llama, tmp_path):
     one = module_for(tiny_llama)
     fit(one, one_by_one(), tmp_path, accumulate_grad_batches=8)
     after = quiet_trainer(tmp_path, enable_checkpointing=False).validate(one, Data(), verbose=False)[0]
+    taught = module_for(tiny_llama, Distillation(chunk=5))
+    teaching = fit(taught, one_by_one(), tmp_path, accumulate_grad_batches=8).callback_metrics
     for rank in range(2):
-        result = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
+        result, distilled = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
+        assert_same(distilled["weights"], trained(taught))
+        assert distilled["metrics"]["train/kl"] == pytest.approx(float(teaching["train/kl"]), abs=1e-6)
         assert_same(result["weights"], expected)
         assert result["metrics"]["train/loss"] == pytest.approx(float(loss), abs=1e-6)
         assert result["metrics"]["train/grad_norm"] == pytest.approx(float(norm), abs=1e-5)
