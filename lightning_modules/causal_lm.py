@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from torch.nn import Linear, ModuleList
@@ -92,6 +93,8 @@ class CausalLMModule(LightningModule):
             trainer = self._trainer
             device = trainer.strategy.root_device if trainer is not None else torch.get_default_device()
             self._backend.check(self.backbone.quantization)
+            if trainer is not None:
+                _check_sharding(trainer.strategy, self.backbone.quantization)
             self.model = self.backbone.build(self._backend.build_device(device))
             self.model.train(self.training)
             recipe = self.backbone
@@ -382,6 +385,22 @@ class CausalLMModule(LightningModule):
                 self._not_stored.append(name)
         self.hparams.clear()
         self.save_hyperparameters(plain)
+
+
+def _check_sharding(strategy: object, quantization: str) -> None:
+    """Refuses strategies that shard parameters: they can't shard packed 4-bit weights, nor the fused blocks' reads."""
+    if not isinstance(strategy, (FSDPStrategy, ModelParallelStrategy, DeepSpeedStrategy)):
+        return
+    name = type(strategy).__name__
+    if quantization != "none":
+        raise UserError(
+            f"trainer.strategy {name} with backbone.quantization {quantization}: it can't shard bitsandbytes' weights "
+            "(Lightning's issue 20855); set trainer.strategy ddp, which keeps the 4-bit base whole on every GPU"
+        )
+    raise UserError(
+        f"trainer.strategy {name}: sharding a bf16 base over GPUs is not served; set trainer.strategy ddp, and "
+        "backbone.quantization nf4 where the base does not fit one GPU"
+    )
 
 
 def _plain_or_itself(value: Any) -> Any:

@@ -11,6 +11,7 @@ import torch
 import yaml
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import LightningCLI
+from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy, SingleDeviceStrategy
 from peft import PeftModel
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM
@@ -19,6 +20,7 @@ from datamodules.batch import IGNORE_INDEX, Batch
 from datamodules.errors import UserError
 from lightning_modules import Backbone, CausalLMModule, CompletionCrossEntropy, Distillation, LoRA
 from lightning_modules.backend import supervised_positions
+from lightning_modules.causal_lm import _check_sharding
 from optimizers import WarmupCosine
 
 SGD = partial(torch.optim.SGD, lr=0.1)
@@ -697,3 +699,12 @@ def test_optimizers_by_class_path(tmp_path, tiny_llama, class_path, init_args):
     assert type(optimizer).__name__ == class_path.rpartition(".")[2]
     assert optimizer.defaults["lr"] == init_args["lr"]
     assert isinstance(trainer.lr_scheduler_configs[0].scheduler, WarmupCosine)
+
+
+@pytest.mark.parametrize("kind", [FSDPStrategy, ModelParallelStrategy])
+@pytest.mark.parametrize(("quantization", "reason"), [("nf4", "issue 20855"), ("none", "not served")])
+def test_a_strategy_that_shards_is_refused_with_the_way_out(kind, quantization, reason):
+    strategy = object.__new__(kind)  # its constructor wants GPUs
+    with pytest.raises(UserError, match=rf"trainer.strategy {kind.__name__}.*{reason}.*strategy ddp"):
+        _check_sharding(strategy, quantization)
+    _check_sharding(SingleDeviceStrategy("cpu"), quantization)
