@@ -11,7 +11,7 @@ prompt can be put in a slot whose answer has ended while the others go on::
     slot 2 | prefix | (free)
 
 What a row may see is ``place <= its own position``: whatever lies behind is not seen and is written over. On a GPU the
-shapes of a step come from a short list (slots in halves, positions in multiples of 128), and a step of a shape that is
+shapes of a step come from a short list (slots in halves, positions in multiples of 256), and a step of a shape that is
 met again is recorded as a CUDA graph: a step of a small model is a thousand kernel launches and hardly any arithmetic.
 """
 
@@ -32,8 +32,8 @@ from transformers.masking_utils import sdpa_mask
 
 from lightning_modules.prefix_cache import Prefix
 
-PLACES = 128  #: a GPU's steps look at a multiple of so many positions
-EAGER = 2  #: steps of a shape before its graph is recorded; they warm its kernels up
+PLACES = 256  #: a GPU's steps look at a multiple of so many positions; fewer shapes are fewer graphs to record
+EAGER = 1  #: steps of a shape before its graph is recorded; they warm its kernels up
 FEWEST = 8  #: a step of fewer slots is computed as one of so many
 
 

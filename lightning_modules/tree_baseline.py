@@ -13,6 +13,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -50,6 +51,7 @@ class BoostedTrees:
     def __init__(self, pairs: Sequence[Pair]) -> None:
         try:
             from sklearn.ensemble import HistGradientBoostingClassifier, HistGradientBoostingRegressor
+            from threadpoolctl import ThreadpoolController
         except ImportError as error:
             raise UserError(
                 "the baseline of boosted trees needs scikit-learn; run `pip install scikit-learn`"
@@ -61,17 +63,24 @@ class BoostedTrees:
         self._columns = [name for name, count in counts.most_common(COLUMNS) if count >= SEEN or name[0] == "#"]
         features_NF = self._matrix(features)
         self._trees: dict[str, Any] = {}
+        self._one_thread = partial(ThreadpoolController().limit, limits=1, user_api="openmp")
         for name in _numbers(answers):
             values = [_read(answer, name) for answer in answers]
             has = np.array([value is not None for value in values])
             target = np.array([value for value in values if value is not None])
-            self._trees[name] = _fit(HistGradientBoostingRegressor(**TREES), features_NF[has], target)
+            with self._one_thread():  # threads that wait for each other take minutes where other work has the cores
+                self._trees[name] = _fit(HistGradientBoostingRegressor(**TREES), features_NF[has], target)
         severities = np.array([answer.get("severity") in SEVERITIES for answer in answers])
         target = np.array([answer["severity"] for answer, known in zip(answers, severities, strict=True) if known])
-        self._severity = _fit(HistGradientBoostingClassifier(**TREES), features_NF[severities], target)
+        with self._one_thread():
+            self._severity = _fit(HistGradientBoostingClassifier(**TREES), features_NF[severities], target)
 
     def __call__(self, content: str) -> str:
         """Returns the answer to a prompt's content."""
+        with self._one_thread():
+            return self._answer(content)
+
+    def _answer(self, content: str) -> str:
         row_1F = self._matrix([dict(features_of(parse(content) or {}))])
         answer: dict[str, Any] = {"tags": (parse(self._tags(content)) or {}).get("tags", [])}
         answer["severity"] = str(self._severity(row_1F)[0])
