@@ -100,7 +100,8 @@ def _on_every_device(args: list[str], devices: int) -> int:
         command = [sys.executable, program, *args]
         processes.append(subprocess.Popen(command, env=environment))  # noqa: S603 (this program itself)
     try:
-        return max(process.wait() for process in processes)
+        codes = [process.wait() for process in processes]
+        return next((code if code > 0 else 128 - code for code in codes if code), 0)  # below 0: killed by a signal
     finally:
         for process in processes:
             process.terminate()
