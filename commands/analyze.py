@@ -50,7 +50,7 @@ def main(args: list[str]) -> int:
     parser = ArgumentParser(prog="main.py analyze", exit_on_error=False, description=__doc__)
     parser.add_function_arguments(analyze)
     try:
-        options = parser.parse_args([_underscored(argument) for argument in args[1:]])
+        options = parser.parse_args([underscored(argument) for argument in args[1:]])
     except ArgumentError as error:
         raise UserError(f"analyze: {one_line(error)}; see python main.py analyze --help") from error
     return analyze(**options.as_dict())
@@ -253,7 +253,7 @@ def _closing_words(document: dict[str, Any], target: Path, reused: int, seconds:
     return lines
 
 
-def _underscored(argument: str) -> str:
+def underscored(argument: str) -> str:
     """``--batch-size`` is ``--batch_size``."""
     name, equals, value = argument.partition("=")
     return name.replace("-", "_").replace("__", "--", 1) + equals + value if name.startswith("--") else argument

@@ -14,7 +14,7 @@ from rich.console import Console
 
 from callbacks.gauge import Gauge
 from commands import certificate as certificates
-from commands.analyze import pick_device
+from commands.analyze import pick_device, underscored
 from commands.cli import one_line
 from commands.golden_pairs import golden_pairs
 from commands.model_card import model_card
@@ -61,7 +61,7 @@ def main(args: list[str]) -> int:
         "--overwrite", type=bool, nargs="?", const=True, default=False, help="replace an earlier export in the folder"
     )
     try:
-        options = parser.parse_args(args[1:])
+        options = parser.parse_args([underscored(argument) for argument in args[1:]])
     except ArgumentError as error:
         raise UserError(f"export: {one_line(error)}; see python main.py export --help") from error
     return export(**options.as_dict())

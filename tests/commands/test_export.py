@@ -109,7 +109,7 @@ def test_a_gguf_file_holds_the_merged_model(tmp_path, tiny_mistral, mistral_toke
     assert certificate["golden"]["kl_mean"] < 1e-4
     assert {"model.gguf", "Modelfile", "README.md"} <= certificate["files"].keys()
     assert "ollama create" in capsys.readouterr().out
-    few = export(run, tmp_path / "few", "--format", "gguf", "--gguf_type", "q4_1", "--golden", "4", "--max_kl", "0.5")
+    few = export(run, tmp_path / "few", "--format", "gguf", "--gguf-type", "q4_1", "--golden", "4", "--max_kl", "0.5")
     assert (few[0], few[1]["gguf_type"]) == (0, "q4_1")
     assert few[1]["golden"]["kl_mean"] > 10 * certificate["golden"]["kl_mean"]
     assert few[1]["files"]["model.gguf"]["bytes"] < 0.6 * certificate["files"]["model.gguf"]["bytes"]
