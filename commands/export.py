@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import shlex
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -24,7 +25,17 @@ from datamodules.tasks import build_tasks
 from datamodules.tasks.prompts import SYSTEM
 from datamodules.tokenization import ChatFormat, load_tokenizer
 from lightning_modules.backbone import out_of_memory_advice
-from lightning_modules.export import GGUF_FILE, Dtype, LoadAs, MergeBase, copy_adapter, load_exported, merged_model
+from lightning_modules.export import (
+    GGUF_ADAPTER,
+    GGUF_FILE,
+    Dtype,
+    LoadAs,
+    MergeBase,
+    copy_adapter,
+    load_exported,
+    merged_model,
+)
+from lightning_modules.gguf_adapter import write_gguf_adapter
 from lightning_modules.gguf_export import GgufType, write_gguf
 from lightning_modules.golden import Record, compare, record
 from lightning_modules.ollama import modelfile
@@ -41,7 +52,7 @@ MAX_KL_ELSE = 0.02
 WRITTEN = (
     "adapter_config.json", "adapter_model.safetensors", "config.json", "generation_config.json", "model*.safetensors",
     "model.safetensors.index.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.json",
-    "merges.txt", "chat_template.jinja", "README.md", GGUF_FILE,
+    "merges.txt", "chat_template.jinja", "README.md", GGUF_FILE, GGUF_ADAPTER,
     "Modelfile", CERTIFICATE,
 )  # fmt: skip
 
@@ -92,7 +103,8 @@ def export(
         merge_base: what the adapter is merged on: trained is the base as it was stored in training (an NF4 base is
             dequantised), 16bit the original.
         dtype: of merged weights; auto is bfloat16, or float16 for a float16 base.
-        gguf_type: how a GGUF file stores matrices: f16, q8_0 (8.5 bits a weight), q4_1 (5 bits) or q4_0 (4.5 bits).
+        gguf_type: how a GGUF file stores matrices: f16, q8_0 (8.5 bits a weight), q4_1 (5 bits) or q4_0 (4.5 bits);
+            with 4 bits the adapter lies beside the base, in a file of its own.
         load_as: how an adapter is loaded to measure it: trained is the base as in training; agent is the way of
             sys-scan-graph's agent, an NF4 base with double quantisation, float16 products and the base's tokenizer.
         golden: held-out findings of the certificate; 0 measures nothing, and the certificate says so.
@@ -147,15 +159,20 @@ def _write_model(trained: Trained, target: Path, settings: dict[str, Any], dtype
     if settings["format"] == "adapter":
         copy_adapter(trained.folder, target)
         return
-    gguf = settings["gguf_type"]
+    gguf, backbone = settings["gguf_type"], trained.backbone
+    apart = gguf in ("q4_1", "q4_0") and backbone.adapter is not None  # 4 bits would round the adapter away
+    if apart:
+        backbone = replace(backbone, adapter=None)
     with out_of_memory_advice("--device to cpu"):
         # blocks of 4 or 8 bits are made from float32: to round to 16 bits before would be a second error
         kept: Dtype = dtype if gguf is None else "float16" if gguf == "f16" else "float32"
-        model = merged_model(trained.backbone, settings["merge_base"], kept, device)
+        model = merged_model(backbone, settings["merge_base"], kept, device)
     if gguf is not None:
         tokenizer = load_tokenizer(trained.tokenizer)
         write_gguf(model, tokenizer, target / GGUF_FILE, "sys-scan-analyst", gguf)
-        recipe = modelfile(tokenizer, SYSTEM, model.config.max_position_embeddings)
+        if apart:
+            write_gguf_adapter(trained.folder, target / GGUF_ADAPTER, model.config)
+        recipe = modelfile(tokenizer, SYSTEM, model.config.max_position_embeddings, adapter=apart)
         (target / "Modelfile").write_text(recipe, encoding="utf-8")
     else:
         model.save_pretrained(target)  # with its generation config, if it has one

@@ -22,6 +22,7 @@ MergeBase = Literal["trained", "16bit"]
 LoadAs = Literal["trained", "agent"]
 Dtype = Literal["auto", "bfloat16", "float16", "float32"]
 GGUF_FILE = "model.gguf"
+GGUF_ADAPTER = "adapter.gguf"  #: beside a base in 4 bits
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 
 
@@ -93,7 +94,12 @@ def load_exported(folder: Path, trained: Backbone, device: torch.device, load_as
 
     if (folder / GGUF_FILE).is_file():
         dtype = torch.float32 if device.type == "cpu" else torch.float16
-        return AutoModelForCausalLM.from_pretrained(folder, gguf_file=GGUF_FILE, dtype=dtype).to(device).eval()
+        model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=GGUF_FILE, dtype=dtype).to(device)
+        if (folder / GGUF_ADAPTER).is_file():  # only llama.cpp reads it: the same numbers from where they came
+            from peft import PeftModel
+
+            model = PeftModel.from_pretrained(model, str(trained.adapter))
+        return model.eval()
     model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", device_map={"": device}, use_safetensors=True)
     return model.eval()
 

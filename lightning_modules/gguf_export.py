@@ -1,7 +1,8 @@
 """A Llama or Mistral model and its tokenizer as one GGUF file, for llama.cpp and Ollama.
 
 Matrices in float16, or in blocks of 32 integers by the ``gguf`` package's own quantisers: q8_0 (8 bits and a float16
-scale), q4_1 (4 bits, scale and offset), q4_0 (4 bits and a scale). With 4 bits the embeddings and the output matrix
+scale), q4_1 (4 bits, scale and offset), q4_0 (4 bits and a scale; for an adapter beside them see
+:mod:`lightning_modules.gguf_adapter`). With 4 bits the embeddings and the output matrix
 stay at q8_0, since an error there touches every token. Norms are float32, rows of queries and keys in llama.cpp's
 rotary order. The tokenizer is written for llama.cpp's own code: byte-level BPE with its merges (pre-tokenizer
 ``smollm``), or a SentencePiece model, whose scores are the ranks of its merges.
@@ -64,7 +65,7 @@ def write_gguf(model: Any, tokenizer: Any, path: Path, name: str, kind: GgufType
         tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
         for key, weight in model.state_dict().items():
             if not (tied and key == "lm_head.weight"):
-                _add_tensor(writer, key, _converted(key, weight, config), kind)
+                _add_tensor(writer, key, rotary_rows(key, weight, config), kind)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
@@ -197,7 +198,7 @@ def _add_tensor(writer: Any, key: str, weight: Tensor, kind: GgufType) -> None:
         writer.add_tensor(name, quantize(weight.numpy(), coarse), raw_dtype=coarse)
 
 
-def _converted(key: str, weight: Tensor, config: Any) -> Tensor:
+def rotary_rows(key: str, weight: Tensor, config: Any) -> Tensor:
     """A tensor in float32 on the CPU, the rows of queries and keys in rotary pairs."""
     weight = weight.detach().cpu().float()
     if ".q_proj." not in key and ".k_proj." not in key:

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 CONTEXT = 8192  #: tokens of prompt and answer; the longest content has 8,192 characters, about 3,000 tokens
 
 
-def modelfile(tokenizer: Any, system: str, positions: int) -> str:
+def modelfile(tokenizer: Any, system: str, positions: int, adapter: bool = False) -> str:
     """Writes the recipe for the ``model.gguf`` beside it.
 
     Ollama's defaults sample, and penalise repeated tokens, which breaks JSON; both are turned off, since the model was
@@ -24,12 +24,14 @@ def modelfile(tokenizer: Any, system: str, positions: int) -> str:
         tokenizer: with the chat template.
         system: text of the system turn.
         positions: how many the model knows.
+        adapter: whether an ``adapter.gguf`` lies beside it.
 
     Raises:
         UserError: the chat template writes what Go's template language can't quote.
     """
     parameters = {"temperature": 0, "repeat_penalty": 1, "num_ctx": min(positions, CONTEXT)}
-    lines = ["FROM ./model.gguf", *(f"PARAMETER {name} {value}" for name, value in parameters.items())]
+    files = ["FROM ./model.gguf", *["ADAPTER ./adapter.gguf"] * adapter]
+    lines = [*files, *(f"PARAMETER {name} {value}" for name, value in parameters.items())]
     return "\n".join([*lines, f'TEMPLATE """{go_template(tokenizer)}"""', f'SYSTEM """{system}"""']) + "\n"
 
 

@@ -5,9 +5,12 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
+from gguf import GGUFReader
+from gguf.quants import dequantize
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from trained_run import REPORT, analyze, make_run, short, write_evaluation
@@ -112,6 +115,22 @@ def test_a_gguf_file_holds_the_merged_model(tmp_path, tiny_mistral, mistral_toke
     few = export(run, tmp_path / "few", "--format", "gguf", "--gguf-type", "q4_1", "--golden", "4", "--max_kl", "0.5")
     assert (few[0], few[1]["gguf_type"]) == (0, "q4_1")
     assert few[1]["golden"]["kl_mean"] > 10 * certificate["golden"]["kl_mean"]
+    # the base alone is in 4 bits: what llama.cpp adds is the trained adapter, its rows in llama.cpp's order
+    base = load_file(base / "model.safetensors")["model.layers.0.mlp.up_proj.weight"]
+    reader = GGUFReader(tmp_path / "few" / "model.gguf")
+    stored = next(dequantize(t.data, t.tensor_type) for t in reader.tensors if t.name == "blk.0.ffn_up.weight")
+    assert np.abs(stored - base.numpy()).max() <= 0.5 * (base.max() - base.min()) / 15 + 1e-4
+    adapter = GGUFReader(tmp_path / "few" / "adapter.gguf")
+    assert adapter.fields["adapter.lora.alpha"].contents() == 8
+    assert adapter.fields["general.type"].contents() == "adapter"
+    held = {t.name: t.data for t in adapter.tensors}
+    trained = load_file(run / "adapter" / "best" / "adapter_model.safetensors")
+    stem = "base_model.model.model.layers.1"
+    assert np.array_equal(held["blk.1.ffn_down.weight.lora_b"], trained[f"{stem}.mlp.down_proj.lora_B.weight"])
+    assert np.array_equal(held["blk.1.attn_q.weight.lora_a"], trained[f"{stem}.self_attn.q_proj.lora_A.weight"])
+    queries = trained[f"{stem}.self_attn.q_proj.lora_B.weight"].view(4, 2, 8, 4)  # 4 heads of 16, rank 4
+    assert np.array_equal(held["blk.1.attn_q.weight.lora_b"], queries.transpose(1, 2).reshape(64, 4))
+    assert "ADAPTER ./adapter.gguf" in (tmp_path / "few" / "Modelfile").read_text()
     assert few[1]["files"]["model.gguf"]["bytes"] < 0.6 * certificate["files"]["model.gguf"]["bytes"]
     assert main(["analyze", "--model", str(tmp_path / "out"), "--report", str(run / "run.json"),
                  "--output", str(tmp_path / "e.json")]) == 2  # fmt: skip
