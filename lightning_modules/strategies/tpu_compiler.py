@@ -92,7 +92,7 @@ def main(arguments: list[str]) -> None:
     file, name = arguments
     os.environ |= {
         "JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "TPU_ACCELERATOR_TYPE": name,
-        "TPU_WORKER_HOSTNAMES": "localhost", "TPU_WORKER_ID": "0",
+        "TPU_WORKER_HOSTNAMES": "localhost", "TPU_WORKER_ID": "0", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
     }  # fmt: skip
     print(json.dumps(compile_graph(Path(file).read_text(encoding="utf-8"), name)))
 

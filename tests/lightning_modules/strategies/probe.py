@@ -16,11 +16,15 @@ class Probe(Callback):
 
     def __init__(self):
         Probe.last = self
-        self.losses, self.counts, self.module = [], [], None
+        self.losses, self.counts, self.module, self.step = [], [], None, 0
+
+    def on_train_start(self, trainer, pl_module):
+        self.step = trainer.global_step
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
         self.module = pl_module
-        if len(self.losses) < trainer.global_step:
+        if self.step < trainer.global_step:
+            self.step = trainer.global_step
             self.losses.append(pl_module.step_metrics["train/loss"])
         if trainer.strategy.root_device.type == "xla":
             self.counts.append((trainer.global_step, Counts.now()))
