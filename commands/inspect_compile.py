@@ -75,6 +75,7 @@ def compile_run(cli: InspectCLI, tpu: str) -> dict[str, Any]:
     traced = time.monotonic() - began
     console.print(f"traced in {traced:.0f} s; libtpu compiles it for a {tpu} (minutes for a 7B model) ...")
     cost = _compile(graph, tpu)
+    cost["peak"] = max(cost["peak"], cost["argument"] + cost["temporary"])  # libtpu's own leaves gaps between buffers out
     memory = TPUS[tpu].memory_gib
     return {
         "tpu": tpu, "cores": cores, "memory_gib": memory, "rows": data.batch_rows, "row_tokens": data.row_tokens,
@@ -113,6 +114,11 @@ def _compile(graph: str, tpu: str) -> dict[str, float]:
         file.write_text(graph, encoding="utf-8")
         command = [sys.executable, "-m", "lightning_modules.strategies.tpu_compiler", str(file), tpu]
         done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=Path(__file__).parents[1])  # noqa: S603
+    if done.returncode in (-9, 137):
+        raise UserError(
+            f"inspect: --compile {tpu}: the host's memory ended; a 7B model takes more than 19 GB to compile, so use "
+            "a larger host, or a config.json with fewer layers"
+        )
     if done.returncode:
         said = [line for line in done.stderr.splitlines() if line.strip()]
         reason = next((line for line in reversed(said) if "RESOURCE_EXHAUSTED" in line), said[-1] if said else "")
