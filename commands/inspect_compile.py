@@ -75,7 +75,7 @@ def compile_run(cli: InspectCLI, tpu: str) -> dict[str, Any]:
     traced = time.monotonic() - began
     console.print(f"traced in {traced:.0f} s; libtpu compiles it for a {tpu} (minutes for a 7B model) ...")
     cost = _compile(graph, tpu)
-    cost["peak"] = max(cost["peak"], cost["argument"] + cost["temporary"])  # libtpu's own leaves gaps between buffers out
+    cost["peak"] = max(cost["peak"], cost["argument"] + cost["temporary"])  # its own leaves gaps out
     memory = TPUS[tpu].memory_gib
     return {
         "tpu": tpu, "cores": cores, "memory_gib": memory, "rows": data.batch_rows, "row_tokens": data.row_tokens,
