@@ -13,12 +13,14 @@ import pytest
 import torch
 from test_export import export
 from trained_run import make_run
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 
 from datamodules.sources.reports import read_report
 from datamodules.synthetic import iter_documents
 from datamodules.tasks import RiskTask
 from datamodules.tokenization import ChatFormat
+from lightning_modules.backbone import Backbone
+from lightning_modules.export import load_exported
 from lightning_modules.ollama import go_template
 
 pytestmark = pytest.mark.slow
@@ -28,7 +30,12 @@ RUNTIME = """
 import json, os, sys
 import xllamacpp
 params = xllamacpp.CommonParams()
-params.model.path, params.n_ctx, params.n_parallel, params.offline = sys.argv[1], 2048, 1, True
+folder = sys.argv[1]
+params.model.path, params.n_ctx, params.n_parallel, params.offline = folder + "/model.gguf", 2048, 1, True
+if os.path.exists(folder + "/adapter.gguf"):
+    adapter = xllamacpp.CommonAdapterLoraInfo()
+    adapter.path, adapter.scale = folder + "/adapter.gguf", 1.0
+    params.lora_adapters = [adapter]
 params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 1  # its threads spin where cores are shared
 server = xllamacpp.Server(params)
 for prompt in json.loads(sys.stdin.read()):
@@ -41,9 +48,9 @@ os._exit(0)
 QUESTIONS = 2
 
 
-def llama_cpp(file, prompts):
+def llama_cpp(folder, prompts):
     done = subprocess.run(
-        [sys.executable, "-c", RUNTIME, str(file)], input=json.dumps(prompts), capture_output=True, text=True
+        [sys.executable, "-c", RUNTIME, str(folder)], input=json.dumps(prompts), capture_output=True, text=True
     )
     answers = [json.loads(line.removeprefix("ANSWER ")) for line in done.stdout.splitlines() if "ANSWER" in line[:7]]
     assert len(answers) == len(prompts), done.stderr[-2000:]
@@ -63,9 +70,11 @@ def test_llama_cpp_answers_as_the_exported_model_does(tmp_path, embedded_model, 
     whole = go_template(tokenizer)
     opening = whole.partition("{{ if .System }}")[2].partition("{{ else }}")[0].replace("{{ .System }}", task.system)
     texts = [opening + task.instruction + content + whole.rpartition("{{ .Prompt }}")[2] for content in contents]
-    answers = llama_cpp(tmp_path / "out" / "model.gguf", [*prompts, *texts])
-    # what was exported: the dequantised weights, as transformers reads the file
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", gguf_file="model.gguf", dtype=torch.float32).eval()
+    answers = llama_cpp(tmp_path / "out", [*prompts, *texts])
+    # what was exported: the dequantised weights, as transformers reads the file, and the adapter where it lies beside
+    assert (tmp_path / "out" / "adapter.gguf").exists() == kind.startswith("q4")
+    trained = Backbone(str(embedded_model), adapter=str(run / "adapter" / "best"))
+    model = load_exported(tmp_path / "out", trained, torch.device("cpu"))
     for number, answer in enumerate(answers):  # by ids, and as Ollama does it: by a text with control tokens in it
         prompt = prompts[number % QUESTIONS]
         assert answer["prompt_tokens"] == len(prompt)
