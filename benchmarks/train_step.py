@@ -77,21 +77,30 @@ def load_examples(file: str) -> list[Any]:
 
 def measure(name: str, tokens: str, steps: int, warmup: int, profile: bool) -> dict[str, Any]:
     """Trains ``steps`` steps of a variant of ours and returns its figures."""
-    import numpy as np
-    import torch
-
-    from datamodules.packing import length, pack, to_batch
-    from lightning_modules import Backbone, CausalLMModule, CompletionCrossEntropy, LoRA
-    from optimizers import Lion
+    from lightning_modules import Backbone, LoRA
 
     row_tokens, packing, kernels, memory, fp8 = OURS[name]
-    rows = pack(load_examples(tokens), row_tokens=row_tokens, mode=packing)
-    per_finding = sum(row.tokens for row in rows) / sum(len(row.examples) for row in rows)
-    np.random.default_rng(0).shuffle(rows)
     backbone = Backbone(
         f"random:{ROOT / 'benchmarks' / 'mistral-7b'}", "nf4", "bfloat16", lora=LoRA(64, 128),
         gradient_checkpointing=kernels == "plain", kernels=kernels, activation_memory=memory, fp8=fp8,
     )  # fmt: skip
+    return {"variant": name, **train(backbone, tokens, row_tokens, packing, steps, warmup, profile)}
+
+
+def train(
+    backbone: Any, tokens: str, row_tokens: int, packing: Any, steps: int, warmup: int, profile: bool = False
+) -> dict[str, Any]:
+    """Trains a model on rows of the token file and returns its figures."""
+    import numpy as np
+    import torch
+
+    from datamodules.packing import length, pack, to_batch
+    from lightning_modules import CausalLMModule, CompletionCrossEntropy
+    from optimizers import Lion
+
+    rows = pack(load_examples(tokens), row_tokens=row_tokens, mode=packing)
+    per_finding = sum(row.tokens for row in rows) / sum(len(row.examples) for row in rows)
+    np.random.default_rng(0).shuffle(rows)
     module = CausalLMModule(backbone, CompletionCrossEntropy(), partial(Lion, lr=5e-5))
     with torch.device("cuda"):
         module.configure_model()
@@ -119,7 +128,6 @@ def measure(name: str, tokens: str, steps: int, warmup: int, profile: bool) -> d
     kept = kept[warmup:]
     computed = sum(row.tokens for row in kept)
     return {
-        "variant": name,
         "findings_s": computed / seconds / per_finding,
         "computed_tokens_s": computed / seconds,
         "tokens_s": sum(length(e) for row in kept for e in row.examples) / seconds,
