@@ -42,6 +42,7 @@ ROWS = (
     ("commands_f1", "commands and checks F1", ".2f"),
     ("word_overlap", "word overlap", ".2f"),
 )
+HEADING = 20  #: width of a sample's headings, of which "tuned, constrained" is the longest
 DULL = {"prompts_cut": 0.0, "complete": 1.0, "json_cut": 1.0}  #: left out where every column has this value
 
 
@@ -123,7 +124,7 @@ def sample(pair: Pair, outcomes: Mapping[str, str], width: int = 600) -> Rendera
         lines.append(_line(heading, text.strip() or "(nothing)", width))
         differing = differences(pair.completion, text)
         said = "equal to the expected answer" if not differing else "differs: " + _differing(differing)
-        lines.append(Text(f"{'':<12}{said}", style="dim"))
+        lines.append(Text(f"{'':<{HEADING}}{said}", style="dim"))
     return Group(*lines)
 
 
@@ -141,7 +142,7 @@ def markdown(pairs: Sequence[Pair], columns: Mapping[str, Scores], rows: int = 1
 
 def _line(heading: str, text: str, width: int) -> Text:
     shown = text if len(text) <= width else text[: width - 1] + "…"
-    return Text.assemble((f"{heading:<12}", "bold"), shown.replace("\n", "⏎"))
+    return Text.assemble((f"{heading:<{HEADING}}", "bold"), shown.replace("\n", "⏎"))
 
 
 def _differing(differing: Mapping[str, tuple[object, object]]) -> str:

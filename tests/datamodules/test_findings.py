@@ -499,3 +499,10 @@ def test_a_source_that_vanishes_is_reported_by_the_consumer(make, tmp_path):
     shutil.rmtree(folder)
     with pytest.raises(UserError):
         list(module.train_batches())
+
+
+def test_pairs_are_of_all_kinds_though_documents_are_sorted_by_category(make, tmp_path):
+    module = make(sources=["synthetic://?findings=2000&seed=3"], cache_dir=str(tmp_path / "cache"))
+    pairs = module.pairs("val", "risk", 60)
+    assert len({pair.category for pair in pairs}) >= 8
+    assert len({pair.severity for pair in pairs}) == 5
