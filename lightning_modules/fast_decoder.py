@@ -23,7 +23,8 @@ from datamodules.errors import UserError
 from lightning_modules.backbone import ActivationMemory
 from lightning_modules.backend import take
 from lightning_modules.decoder import Decoder, check_names
-from lightning_modules.fast_lora import MLP, Attention, AttentionBlock, Group, MLPBlock, Norm, Projection
+from lightning_modules.fast_blocks import MLP, Attention, AttentionBlock, MLPBlock, Norm
+from lightning_modules.fast_lora import Group, Projection
 from lightning_modules.fp8 import CAPABILITY
 from lightning_modules.segment_plan import SegmentPlan, plan_segments
 
@@ -75,7 +76,7 @@ class _Layer:
 
 
 class FastDecoder(Decoder):
-    """Runs a Hugging Face decoder's blocks by :mod:`lightning_modules.fast_lora`'s fused functions.
+    """Runs a Hugging Face decoder's blocks by :mod:`lightning_modules.fast_blocks`' fused functions.
 
     Args:
         model: a causal LM, as it is or wrapped by PEFT; it keeps owning every parameter.
