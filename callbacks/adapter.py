@@ -17,9 +17,10 @@ class AdapterExport(Callback):
 
     Both follow the checkpoints: ``last`` is written with every checkpoint that is saved (an interrupted run's too) and
     once more when training ends, ``best`` when the saved checkpoint is the monitored metric's new best. A folder is
-    replaced as a whole, so that a reader never finds half of one. Only rank zero writes.
+    replaced as a whole, so that a reader never finds half of one.
 
-    The module needs ``save_adapter(path)``; the tokenizer is ``trainer.datamodule.chat.tokenizer``, if there is one.
+    The module needs ``save_adapter(path)``, which is called on every rank and writes on rank zero; the tokenizer is
+    ``trainer.datamodule.chat.tokenizer``, if there is one.
     """
 
     def __init__(self) -> None:
@@ -52,16 +53,19 @@ class AdapterExport(Callback):
             self._write(trainer, pl_module, "last")
 
     def _write(self, trainer: Trainer, pl_module: LightningModule, name: str) -> None:
-        if trainer.is_global_zero and self._folder is not None and not trainer.fast_dev_run:  # type: ignore[attr-defined]
-            unfinished = self._folder / f".{name}.unfinished"
+        self._written_at = trainer.global_step
+        if self._folder is None or trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return
+        unfinished = self._folder / f".{name}.unfinished"
+        if trainer.is_global_zero:
             shutil.rmtree(unfinished, ignore_errors=True)
             unfinished.mkdir(parents=True)
-            pl_module.save_adapter(unfinished)  # type: ignore[operator]
+        pl_module.save_adapter(unfinished)  # type: ignore[operator]
+        if trainer.is_global_zero:
             chat = getattr(getattr(trainer, "datamodule", None), "chat", None)
             if chat is not None:
                 chat.tokenizer.save_pretrained(unfinished)
             _replace(unfinished, self._folder / name)
-        self._written_at = trainer.global_step
 
 
 def _best_checkpoint(trainer: Trainer) -> tuple[str, float] | None:

@@ -190,12 +190,14 @@ class Evaluation(Callback):
         if held and self.constrained is None and find_spec("llguidance") is None:
             rank_zero_info("answers held to the schema are not measured: pip install llguidance")
         console = self.console if trainer.is_global_zero else None
-        model = backend_of(trainer).for_generation(pl_module.model)  # type: ignore[arg-type]
+        backend = backend_of(trainer)
+        model = backend.for_generation(pl_module.model)  # type: ignore[arg-type]
         for exam in self._exams:
             started, data = time.monotonic(), trainer.datamodule  # type: ignore[attr-defined]
             limit = self.max_new_tokens or token_limit(data.chat, exam.task, exam.pairs)  # the same on all ranks
             with (
                 Gauge(f"{heading}: {len(exam.pairs)} {exam.task.name} answers", console) as gauge,
+                backend.unevenly_called(model),
                 trainer.precision_plugin.forward_context(),
             ):
                 outcomes = answer_pairs(
@@ -226,8 +228,8 @@ class Evaluation(Callback):
         rank, ranks, chat = trainer.global_rank, trainer.world_size, trainer.datamodule.chat  # type: ignore[attr-defined]
         for exam in self._exams:
             pairs: list[Any] = exam.pairs[rank::ranks]
-            with trainer.precision_plugin.forward_context():
-                model: Any = pl_module.model
+            model: Any = pl_module.model
+            with backend_of(trainer).unevenly_called(model), trainer.precision_plugin.forward_context():
                 mine = forced_severities(model, chat, exam.task, pairs, batch_size=self.batch_size)
             said = _gather([Outcome("", forced=severity) for severity in mine], rank, ranks)
             right = [item.forced == p.severity for item, p in zip(said, exam.pairs, strict=True) if item.forced]
@@ -298,17 +300,11 @@ def best_weights(trainer: Trainer, pl_module: LightningModule) -> Iterator[dict[
         return
     trained = {name: parameter for name, parameter in pl_module.named_parameters() if parameter.requires_grad}
     last = {name: parameter.detach().clone() for name, parameter in trained.items()}
-    try:
-        _copy(checkpoint["state_dict"], trained)
+    try:  # by the strategy, which may have divided them
+        trainer.strategy.load_model_state_dict(checkpoint, strict=False)
         yield about
     finally:
-        _copy(last, trained)
-
-
-@torch.no_grad()
-def _copy(values: dict[str, Any], parameters: dict[str, Any]) -> None:
-    for name, parameter in parameters.items():
-        parameter.copy_(values[name])
+        trainer.strategy.load_model_state_dict({"state_dict": last}, strict=False)
 
 
 def _add_baselines(exam: Exam, training: list[Any]) -> None:

@@ -9,12 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from jsonargparse import ArgumentError, Namespace
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from commands.compose import DEFAULT_CONFIG, compose
 from commands.runs import newest_checkpoint, resolve_checkpoint, run_of
 from datamodules.errors import UserError
+from lightning_modules.causal_lm import check_sharding
 
 TRAINER_COMMANDS = ("fit", "validate", "test")
 #: warnings that say nothing to a user of this program
@@ -93,8 +95,10 @@ class FinetuneCLI(LightningCLI):
         """Builds the classes; what their constructors refuse becomes a :class:`UserError` of one line."""
         try:
             super().instantiate_classes()
-        except (ValueError, TypeError, ImportError) as error:
+        except (ValueError, TypeError, ImportError, MisconfigurationException) as error:
             raise UserError(one_line(error)) from error
+        backbone = getattr(self.model, "backbone", None)
+        check_sharding(getattr(self.trainer, "strategy", None), getattr(backbone, "quantization", "none"))
 
     @staticmethod
     def _run_root(config: Namespace) -> Path:

@@ -3,12 +3,13 @@
 Shapes in names: N positions of the flattened rows.
 
 The module that trains has no branch on hardware: it asks its strategy's ``backend``. Any strategy without one gets
-:class:`Backend`, PyTorch as it is; :class:`lightning_modules.strategies.XLABackend` is the other.
+:class:`Backend`, PyTorch as it is; :mod:`lightning_modules.strategies` has one for XLA and one for divided weights.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,16 +20,24 @@ from datamodules.batch import IGNORE_INDEX
 
 if TYPE_CHECKING:
     from datamodules.batch import Batch
+    from lightning_modules.backbone import Backbone
 
 
 class Backend:
-    """PyTorch as it is."""
+    """PyTorch as it is.
 
-    def check(self, quantization: str) -> None:
+    Attributes:
+        plain_only: why the fast path can't run; None where it can.
+    """
+
+    plain_only: str | None = None
+
+    def check(self, quantization: str, teacher: bool = False) -> None:
         """Refuses what this backend can't run, before anything is loaded.
 
         Args:
             quantization: of a backbone.
+            teacher: whether a teacher predicts beside the model that is trained.
 
         Raises:
             UserError: it can't be run; says what can.
@@ -38,16 +47,24 @@ class Backend:
         """Where a model's weights are loaded; ``device`` is where they will be trained."""
         return device
 
+    def build(self, recipe: Backbone, device: torch.device) -> Any:
+        """Loads the model that is trained; see :meth:`lightning_modules.backbone.Backbone.build`."""
+        return recipe.build(self.build_device(device))
+
     def place(self, model: nn.Module) -> None:
         """Takes care of a model that the strategy does not know of, such as a teacher."""
 
     def to_host(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Copies tensors to the host."""
+        """Copies tensors to the host; every rank calls it."""
         return {name: tensor.cpu() for name, tensor in tensors.items()}
 
     def for_generation(self, model: nn.Module) -> nn.Module:
         """The model where it can write answers: as it is."""
         return model
+
+    def unevenly_called(self, model: nn.Module) -> AbstractContextManager[Any]:
+        """Within it ranks may call the model unequally often, each for answers of its own; every rank enters it."""
+        return nullcontext()
 
     def positions(self, batch: Batch) -> Tensor | None:
         """Indices [N] of the positions whose hidden states the objective gets; None for all of them."""
@@ -61,6 +78,14 @@ class Backend:
         """Undoes :meth:`split`."""
         return torch.cat(list(pieces))
 
+    def total_norm(self, gradients: Sequence[Tensor]) -> Tensor:
+        """The norm of all gradients together, on the device."""
+        return torch.nn.utils.get_total_norm(gradients)
+
+    def local(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """What this rank holds of tensors; a change of it is a change of them."""
+        return list(tensors)
+
     def checkpoint(self, function: Callable[..., Any], *args: Any) -> Any:
         """Calls a function; what it would save for the backward pass is made again there."""
         return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False)
@@ -73,6 +98,11 @@ def backend_of(trainer: Any) -> Backend:
     """The backend of a trainer's strategy; PyTorch as it is without a trainer."""
     backend: Backend = getattr(getattr(trainer, "strategy", None), "backend", EAGER)
     return backend
+
+
+def is_divided(tensor: Tensor) -> bool:
+    """Whether a tensor is divided over ranks (FSDP2's DTensor), and whole only while its module computes."""
+    return hasattr(tensor, "to_local")
 
 
 def take(tensor_N: Tensor, positions_N: Tensor | None) -> Tensor:

@@ -92,15 +92,16 @@ class CausalLMModule(LightningModule):
         if self.model is None:
             trainer = self._trainer
             device = trainer.strategy.root_device if trainer is not None else torch.get_default_device()
-            self._backend.check(self.backbone.quantization)
+            recipe, backend = self.backbone, self._backend
             if trainer is not None:
-                _check_sharding(trainer.strategy, self.backbone.quantization)
-            self.model = self.backbone.build(self._backend.build_device(device))
+                check_sharding(trainer.strategy, recipe.quantization)
+            backend.check(recipe.quantization, teacher=self.objective.teacher_recipe is not None)
+            self.model = backend.build(recipe, device)
             self.model.train(self.training)
-            recipe = self.backbone
             self._decoder, why = decoder_for(
-                self.model, recipe.kernels, recipe.activation_memory, torch.device(device), recipe.fp8
-            )
+                self.model, recipe.kernels, recipe.activation_memory, torch.device(device), recipe.fp8,
+                backend.plain_only,
+            )  # fmt: skip
             rank_zero_info(why)
             # every rank loads the same base: DDP need not broadcast gigabytes at the start, and buffers at each step
             # (which would hang ranks that have unequal numbers of validation rows)
@@ -217,13 +218,14 @@ class CausalLMModule(LightningModule):
     ) -> None:
         """Divides the gradients by the step's supervised tokens, then clips them; Lightning calls it before each step.
 
-        One norm and one multiplication do both: DDP has averaged over ranks, so gradients are multiplied by
+        One norm and one multiplication do both: the strategy has averaged over ranks, so gradients are multiplied by
         ``ranks / tokens``, and by ``clip / norm`` where the norm of the result is above ``clip``.
         """
         totals, self._pending = self._totals(self._pending), {}
         gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         scale = self.trainer.world_size / totals["count"].clamp(min=1)
-        norm = torch.nn.utils.get_total_norm(gradients) * scale
+        norm = self._backend.total_norm(gradients) * scale
+        gradients = self._backend.local(gradients)
         if gradient_clip_val and gradient_clip_algorithm != "value":
             scale = scale * (gradient_clip_val / (norm + 1e-6)).clamp(max=1)
         torch._foreach_mul_(gradients, scale)
@@ -359,17 +361,22 @@ class CausalLMModule(LightningModule):
     def save_adapter(self, path: str | Path) -> None:
         """Writes the adapter as PEFT does, for ``PeftModel.from_pretrained``; without one, the whole model.
 
+        Every rank of a trainer calls it, since each may hold a part; rank zero writes.
+
         Args:
             path: folder, made if need be.
         """
+        writes = self._trainer is None or self._trainer.is_global_zero
         if not hasattr(self.model, "peft_config"):
-            self.model.save_pretrained(path)
+            if writes:
+                self.model.save_pretrained(path)
             return
         names = self._trainable_names()
         names = {name for name in names if name.startswith("model.")}
         tensors = {name.removeprefix("model."): t for name, t in self.state_dict().items() if name in names}
-        # embeddings are never trained: "auto" would ask the hub for the base's config
-        self.model.save_pretrained(path, state_dict=self._backend.to_host(tensors), save_embedding_layers=False)
+        tensors = self._backend.to_host(tensors)
+        if writes:  # embeddings are never trained: "auto" would ask the hub for the base's config
+            self.model.save_pretrained(path, state_dict=tensors, save_embedding_layers=False)
 
     def _trainable_names(self) -> set[str]:
         return {name for name, parameter in self.named_parameters() if parameter.requires_grad}
@@ -387,20 +394,26 @@ class CausalLMModule(LightningModule):
         self.save_hyperparameters(plain)
 
 
-def _check_sharding(strategy: object, quantization: str) -> None:
-    """Refuses strategies that shard parameters: they can't shard packed 4-bit weights, nor the fused blocks' reads."""
+def check_sharding(strategy: object, quantization: str) -> None:
+    """Refuses strategies that divide weights: bitsandbytes' can't be, and the others' checkpoints would hold the base.
+
+    Raises:
+        UserError: it is one of them; says what to set.
+    """
     if not isinstance(strategy, (FSDPStrategy, ModelParallelStrategy, DeepSpeedStrategy)):
         return
     name = type(strategy).__name__
     if quantization != "none":
         raise UserError(
             f"trainer.strategy {name} with backbone.quantization {quantization}: it can't shard bitsandbytes' weights "
-            "(Lightning's issue 20855); set trainer.strategy ddp, which keeps the 4-bit base whole on every GPU"
+            "(Lightning's issue 20855); set trainer.strategy ddp, which keeps the 4-bit base whole on every GPU, or "
+            "backbone.quantization none"
         )
-    raise UserError(
-        f"trainer.strategy {name}: sharding a bf16 base over GPUs is not served; set trainer.strategy ddp, and "
-        "backbone.quantization nf4 where the base does not fit one GPU"
-    )
+    if not hasattr(strategy, "backend"):
+        raise UserError(
+            f"trainer.strategy {name}: set it to lightning_modules.strategies.FSDP2Strategy, which divides a bf16 base "
+            "over GPUs and keeps it out of checkpoints, or to ddp"
+        )
 
 
 def _plain_or_itself(value: Any) -> Any:

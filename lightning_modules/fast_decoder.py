@@ -194,7 +194,12 @@ class FastDecoder(Decoder):
 
 
 def decoder_for(
-    model: Any, kernels: str, activation_memory: ActivationMemory, device: torch.device, fp8: bool = False
+    model: Any,
+    kernels: str,
+    activation_memory: ActivationMemory,
+    device: torch.device,
+    fp8: bool = False,
+    plain_only: str | None = None,
 ) -> tuple[Decoder, str]:
     """Chooses the path of a model's forward and backward pass.
 
@@ -204,6 +209,7 @@ def decoder_for(
         activation_memory: see the module's docstring.
         device: where the model is.
         fp8: whether products with the frozen base are computed in FP8, which the fast path can.
+        plain_only: why the fast path can't run where the model is, if so.
 
     Returns:
         The decoder, and one line that says which it is and why.
@@ -216,6 +222,8 @@ def decoder_for(
     if kernels == "plain":
         return Decoder(model), "plain path: backbone.kernels is plain"
     try:
+        if plain_only is not None:
+            raise NotImplementedError(plain_only)
         if device.type not in ("cuda", "cpu"):
             raise NotImplementedError(f"the device is {device.type}")
         fast = FastDecoder(model, activation_memory, fp8)

@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_modules.backend import is_divided
+
 MEMORY_SHARE = 0.6  #: of the free memory that the copy may take; the rest is for keys, values and activations
 
 
@@ -26,7 +28,7 @@ def merged(model: nn.Module) -> Iterator[bool]:
     """Puts merged copies in the place of adapted and 4-bit linear layers, and the layers back at the end.
 
     Layers that can't be merged exactly by ``W + scale B A`` stay: DoRA, an adapter that is switched off, 8-bit weights,
-    4-bit ones that bitsandbytes has packed anew for a CPU at their first use.
+    4-bit ones that bitsandbytes has packed anew for a CPU at their first use. So do those divided over GPUs.
 
     Args:
         model: a transformers model, with or without PEFT adapters.
@@ -79,7 +81,7 @@ def _base(module: Any) -> Any:
 
 def _can_merge(module: Any) -> bool:
     base = _base(module)
-    if not isinstance(base, nn.Linear) or type(base.weight).__name__ == "Int8Params":
+    if not isinstance(base, nn.Linear) or type(base.weight).__name__ == "Int8Params" or is_divided(base.weight):
         return False
     if _is_4bit(base) and getattr(getattr(base.weight, "quant_state", None), "packing_format_for_cpu", False):
         return False

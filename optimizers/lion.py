@@ -30,6 +30,7 @@ class Lion(Optimizer):
 
     The defaults are those of ``torch.optim.AdamW`` (1e-3 and 1e-2) carried over with the paper's factor of 10. A step
     reads no value back to the host, so it may be captured in a CUDA graph (with ``lr`` as a tensor) or traced by XLA.
+    Parameters may be divided over ranks (FSDP2).
 
     Args:
         params: parameters or parameter groups; a group may set ``lr``, ``betas`` and ``weight_decay``.
@@ -124,7 +125,7 @@ class Lion(Optimizer):
             weight = state.get("master", param)
             row = kinds[param.device, weight.dtype, param.grad.dtype]
             for column, tensor in zip(row, (weight, param.grad, state["momentum"]), strict=True):
-                column.append(tensor)
+                column.append(_local(tensor))
         return kinds.values()
 
     def _state_of(self, param: Tensor, master_weights: bool) -> dict[str, Tensor]:
@@ -139,7 +140,7 @@ class Lion(Optimizer):
     def _round_masters(self, group: dict[str, Any]) -> None:
         """Copies the float32 weights into the parameters that the model computes with."""
         pairs = [
-            (param, self.state[param]["master"])
+            (_local(param), _local(self.state[param]["master"]))
             for param in group["params"]
             if param.grad is not None and "master" in self.state[param]
         ]
@@ -191,6 +192,11 @@ def _foreach_lion(
     torch._foreach_mul_(updates, lr)
     torch._foreach_sub_(params, updates)
     torch._foreach_lerp_(moments, grads, 1 - beta2)
+
+
+def _local(tensor: Tensor) -> Tensor:
+    """This rank's part of a divided tensor (FSDP2's DTensor), else the tensor: a step goes element by element."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
 def _to(lr: float | Tensor, like: Tensor) -> Any:

@@ -25,7 +25,9 @@ def build(config, *arguments):
 
 
 def test_there_are_configs_for_every_promise():
-    assert {"default", "gpu", "gpu_multi", "tpu", "tpu_smoke", "distill"} <= {config.stem for config in CONFIGS}
+    assert {"default", "gpu", "gpu_multi", "gpu_fsdp", "tpu", "tpu_smoke", "distill"} <= {
+        config.stem for config in CONFIGS
+    }
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda config: config.stem)
@@ -58,6 +60,7 @@ def test_without_a_command_it_lists_them(capsys):
     assert all(command in printed for command in COMMANDS)
 
 
+MODEL_PARALLEL = "lightning.pytorch.strategies.ModelParallelStrategy"
 MISTAKES = {
     "an unknown command": (["fitt"], "fitt: no such command"),
     "a config that is not there": (["fit", "--config", "nowhere.yaml"], "nowhere.yaml: no such file"),
@@ -65,6 +68,14 @@ MISTAKES = {
     "an unknown class": (["fit", "--model.init_args.optimizer.class_path=optimizers.Lyon"], "optimizers.Lyon"),
     "no such source": (["fit", "--data.init_args.sources=['nowhere/*.json']"], "nowhere"),
     "a checkpoint that is not there": (["fit", "--ckpt_path=nowhere.ckpt"], "nowhere.ckpt: no such file"),
+    "4-bit weights divided": (
+        ["fit", "--model.init_args.backbone.quantization=nf4", f"--trainer.strategy.class_path={MODEL_PARALLEL}"],
+        "it can't shard bitsandbytes' weights (Lightning's issue 20855); set trainer.strategy ddp",
+    ),
+    "Lightning's own division": (
+        ["fit", f"--trainer.strategy.class_path={MODEL_PARALLEL}"],
+        "set it to lightning_modules.strategies.FSDP2Strategy",
+    ),
     "no run to resume": (["fit", "--ckpt_path=last"], "--ckpt_path last: no run below"),
 }
 

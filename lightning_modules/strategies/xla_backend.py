@@ -33,7 +33,7 @@ class XLABackend(Backend):
     def __init__(self, sharding: Sharding, device: torch.device) -> None:
         self.sharding, self.device = sharding, device
 
-    def check(self, quantization: str) -> None:
+    def check(self, quantization: str, teacher: bool = False) -> None:
         """Refuses bitsandbytes."""
         if quantization != "none":
             raise UserError(

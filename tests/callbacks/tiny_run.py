@@ -122,7 +122,8 @@ class TinyModule(LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def save_adapter(self, path):
-        torch.save(self.model.state_dict(), path / "adapter.pt")
+        if self.trainer.is_global_zero:
+            torch.save(self.model.state_dict(), path / "adapter.pt")
 
 
 def make_trainer(folder, callbacks, **options):

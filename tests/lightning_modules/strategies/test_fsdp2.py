@@ -1,0 +1,258 @@
+"""A divided base against a whole one: two processes on the CPU, which talk by gloo, against one."""
+
+import os
+import shutil
+import socket
+from functools import partial
+
+import pytest
+import torch
+from lightning.pytorch import Callback, LightningDataModule, Trainer
+from peft import PeftModel
+from torch.distributed.tensor import DTensor
+from transformers import AutoModelForCausalLM
+
+from callbacks import AdapterExport
+from datamodules.batch import IGNORE_INDEX, Batch
+from datamodules.errors import UserError
+from lightning_modules import Backbone, CausalLMModule, CompletionCrossEntropy, Distillation, LoRA
+from lightning_modules.strategies import FSDP2Strategy
+from optimizers import Lion, WarmupCosine
+
+ROWS, TOKENS, STEPS, MICRO_BATCHES = 16, 24, 4, 4
+IDS = torch.arange(40, 50)[None]
+
+
+def make_batch(index):
+    """One row: an example of uneven length, labels behind its fifth token."""
+    generator = torch.Generator().manual_seed(index)
+    length = 8 + 3 * index % 16
+    ids = torch.randint(3, 250, (1, TOKENS), generator=generator)
+    labels, segments = torch.full((1, TOKENS), IGNORE_INDEX), torch.full((1, TOKENS), -1)
+    labels[0, 4 : length - 1], segments[0, :length] = ids[0, 5:length], 1
+    positions = torch.arange(TOKENS)[None] * (segments == 1)
+    return Batch(ids, positions, labels, segments, 1, int((labels != IGNORE_INDEX).sum()))
+
+
+class Rows(torch.utils.data.IterableDataset):
+    """Of no length: with one, Lightning would count a resumed epoch's batches from its beginning."""
+
+    def __init__(self, numbers):
+        self.numbers = numbers
+
+    def __iter__(self):
+        return map(make_batch, self.numbers)
+
+
+class Data(LightningDataModule):
+    """The rows from one on; each rank has its share."""
+
+    def __init__(self, start=0):
+        super().__init__()
+        self.start = start
+
+    def loader(self, start):
+        share = self.trainer.distributed_sampler_kwargs or {"num_replicas": 1, "rank": 0}
+        mine = range(start + share["rank"], ROWS, share["num_replicas"])
+        return torch.utils.data.DataLoader(Rows(mine), batch_size=None)
+
+    def train_dataloader(self):
+        return self.loader(self.start)
+
+    def val_dataloader(self):
+        return self.loader(0)
+
+
+class SaveHalf(Callback):
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        if trainer.global_step == STEPS // 2 and (batch_idx + 1) % trainer.accumulate_grad_batches == 0:
+            trainer.save_checkpoint(f"{trainer.default_root_dir}/half.ckpt", weights_only=False)
+
+
+def module_of(model, adapter, rank=3, **recipe):
+    lora = LoRA(rank=rank, alpha=6)  # two do not divide three
+    return CausalLMModule(
+        Backbone(str(model), lora=lora, adapter=str(adapter), **recipe),
+        CompletionCrossEntropy(chunk=5),
+        partial(Lion, lr=3e-4, weight_decay=5.0),
+        partial(WarmupCosine, warmup_steps=1),
+    )
+
+
+def fit(module, folder, ranks, callbacks=(), start=0, **options):
+    trainer = Trainer(
+        accelerator="cpu", devices=ranks, strategy=FSDP2Strategy() if ranks > 1 else "auto", max_steps=STEPS,
+        accumulate_grad_batches=MICRO_BATCHES // ranks, gradient_clip_val=0.05, logger=False, num_sanity_val_steps=0,
+        default_root_dir=folder, enable_progress_bar=False, enable_model_summary=False, use_distributed_sampler=False,
+        enable_checkpointing=False, callbacks=list(callbacks),
+    )  # fmt: skip
+    trainer.fit(module, Data(start), weights_only=True, **options)
+    return trainer
+
+
+def adapter_folder(model, path, **lora):
+    """An adapter with weights of its own; a new one's are half zeros."""
+    wrapped = Backbone(str(model), lora=LoRA(rank=3, alpha=6, **lora)).build()
+    for name, parameter in wrapped.named_parameters():
+        if "lora_" in name and parameter.ndim == 2:
+            torch.nn.init.normal_(parameter, std=0.1)
+    wrapped.save_pretrained(path)
+    return path
+
+
+def half_precision(folder):
+    """A Llama in bfloat16 whose head is its embeddings."""
+    model = AutoModelForCausalLM.from_pretrained(folder["tiny_llama"], tie_word_embeddings=True)
+    model.lm_head.weight = model.model.embed_tokens.weight
+    model.to(torch.bfloat16).save_pretrained(folder["tied"])
+
+
+# ---------------------------------------------------------------------- what each of two processes does
+
+
+def run_rank(rank, port, folder):
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_RUN_ID": "test"}
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+    torch.set_num_threads(1)
+    whole_run(folder, rank)
+    resumed_run(folder)
+    tied_run(folder)
+    refusals(folder)
+
+
+def whole_run(folder, rank):
+    module = module_of(folder["tiny_llama"], folder["adapter"])
+    trainer = fit(module, folder["two"], 2, [AdapterExport(), SaveHalf()])
+    assert_divided(module.model)
+    metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
+    trainer.save_checkpoint(folder["two"] / "whole.ckpt", weights_only=False)
+    logits = []
+    with trainer.strategy.backend.unevenly_called(module.model), torch.no_grad():
+        for _ in range(3 - 2 * rank):
+            logits.append(module.model.eval()(IDS).logits)
+    torch.save({"metrics": metrics, "logits": logits}, folder["two"] / f"{rank}.pt")
+
+
+def assert_divided(model):
+    for name, parameter in model.named_parameters():
+        assert isinstance(parameter, DTensor) == (".layers." in name), name
+        if ".layers." in name:
+            rows = parameter.shape[0]
+            assert parameter.to_local().shape[0] in (rows // 2, rows - rows // 2), name
+
+
+def resumed_run(folder):
+    module = module_of(folder["tiny_llama"], folder["adapter"])
+    rows = MICRO_BATCHES * STEPS // 2
+    trainer = fit(module, folder["resumed"], 2, start=rows, ckpt_path=folder["two"] / "half.ckpt")
+    trainer.save_checkpoint(folder["resumed"] / "whole.ckpt", weights_only=False)
+
+
+def tied_run(folder):
+    """bfloat16 weights beside float32 adapters, vectors among them (DoRA), layers computed twice."""
+    module = module_of(folder["tied"], folder["dora"], gradient_checkpointing=True)
+    trainer = fit(module, folder["two"], 2)
+    trainer.save_checkpoint(folder["two"] / "tied.ckpt", weights_only=False)
+
+
+def refusals(folder):
+    """The same on both ranks, though the first alone reads the weights."""
+    for message, recipe, objective in (
+        (r"quantization nf4.*issue 20855.*strategy ddp", {"quantization": "nf4"}, CompletionCrossEntropy()),
+        (r"lora null.*strategy ddp", {"lora": None}, CompletionCrossEntropy()),
+        (r"activation_memory low.*gradient_checkpointing true", {"activation_memory": "low"}, CompletionCrossEntropy()),
+        (r"kernels fast: trainer.strategy divides.*set it to auto", {"kernels": "fast"}, CompletionCrossEntropy()),
+        (r"objective\.teacher.*cache-teacher", {}, Distillation()),
+        (r"targets: .*lm_head.* outside", {"lora": LoRA(targets=("q_proj", "lm_head"))}, CompletionCrossEntropy()),
+        (r"safetensors is missing", {"model": str(folder["empty"])}, CompletionCrossEntropy()),
+    ):
+        recipe = {"model": str(folder["tiny_llama"]), "lora": LoRA(rank=2)} | recipe
+        with pytest.raises(UserError, match=message):
+            fit(CausalLMModule(Backbone(**recipe), objective, partial(Lion, lr=1e-4)), folder["two"], 2)
+
+
+# ---------------------------------------------------------------------- and what comes of it
+
+
+@pytest.fixture(scope="module")
+def folder(tiny_llama, tmp_path_factory):
+    names = ("two", "one", "resumed", "adapter", "tied", "dora", "empty")
+    folder = {name: tmp_path_factory.mktemp(name) for name in names} | {"tiny_llama": tiny_llama}
+    half_precision(folder)
+    torch.manual_seed(0)
+    adapter_folder(tiny_llama, folder["adapter"])
+    adapter_folder(folder["tied"], folder["dora"], dora=True)
+    shutil.copy(tiny_llama / "config.json", folder["empty"])
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    torch.multiprocessing.spawn(run_rank, (port, folder), nprocs=2)
+    return folder
+
+
+def read(path):
+    return torch.load(path, weights_only=True)
+
+
+def assert_same_run(one, two):
+    """Equal to rounding; where a momentum is all but zero, rounding may turn the sign that Lion goes by."""
+    first, second = one["optimizer_states"][0], two["optimizer_states"][0]
+    assert first["param_groups"] == second["param_groups"]
+    torch.testing.assert_close(first["state"], second["state"], rtol=1e-4, atol=1e-7)
+    assert one["state_dict"].keys() == two["state_dict"].keys()
+    different = total = 0
+    for name, tensor in one["state_dict"].items():
+        assert tensor.dtype == two["state_dict"][name].dtype == torch.float32
+        different += int(((tensor - two["state_dict"][name]).abs() > 1e-6).sum())
+        total += tensor.numel()
+    assert different <= total / 1000, f"{different} of {total} weights differ"
+
+
+def test_two_ranks_equal_one_with_twice_the_accumulation(folder):
+    module = module_of(folder["tiny_llama"], folder["adapter"])
+    trainer = fit(module, folder["one"], 1)
+    trainer.save_checkpoint(folder["one"] / "whole.ckpt", weights_only=False)
+    assert_same_run(read(folder["one"] / "whole.ckpt"), read(folder["two"] / "whole.ckpt"))
+    start = PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(folder["tiny_llama"]), folder["adapter"], is_trainable=True
+    )
+    moved = [(a - b).abs().max() for a, b in zip(start.parameters(), module.model.parameters(), strict=True)]
+    assert max(moved) > 5e-4, "the steps were large enough to tell"
+    logits = module.model.eval()(IDS).logits
+    for rank in range(2):
+        result = read(folder["two"] / f"{rank}.pt")
+        assert result["metrics"] == pytest.approx({n: float(v) for n, v in trainer.callback_metrics.items()}, rel=1e-5)
+        assert result["metrics"]["train/grad_norm"] > 0.05, "the gradient was clipped"
+        assert len(result["logits"]) == 3 - 2 * rank
+        torch.testing.assert_close(result["logits"][-1], logits, rtol=0, atol=1e-4)
+
+
+def test_resuming_is_exact(folder):
+    whole, resumed = read(folder["two"] / "whole.ckpt"), read(folder["resumed"] / "whole.ckpt")
+    for part in ("state_dict", "optimizer_states", "lr_schedulers", "global_step"):
+        torch.testing.assert_close(whole[part], resumed[part], rtol=0, atol=0)
+
+
+def test_a_checkpoint_of_two_ranks_goes_on_with_one(folder):
+    module = module_of(folder["tiny_llama"], folder["adapter"])
+    checkpoint = read(folder["two"] / "half.ckpt")
+    assert all("lora_" in name for name in checkpoint["state_dict"]), "the base is in the checkpoint"
+    rows = MICRO_BATCHES * STEPS // 2
+    trainer = fit(module, folder["one"], 1, start=rows, ckpt_path=folder["two"] / "half.ckpt")
+    trainer.save_checkpoint(folder["one"] / "resumed.ckpt", weights_only=False)
+    assert_same_run(read(folder["one"] / "resumed.ckpt"), read(folder["two"] / "whole.ckpt"))
+
+
+def test_half_precision_tied_embeddings_and_dora(folder):
+    module = module_of(folder["tied"], folder["dora"], kernels="plain")
+    trainer = fit(module, folder["one"], 1)
+    trainer.save_checkpoint(folder["one"] / "tied.ckpt", weights_only=False)
+    assert_same_run(read(folder["one"] / "tied.ckpt"), read(folder["two"] / "tied.ckpt"))
+
+
+def test_the_adapter_is_whole_and_loads_with_plain_peft(folder):
+    saved = folder["two"] / "adapter/last"
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folder["tiny_llama"]), saved)
+    expected = read(folder["two"] / "whole.ckpt")["state_dict"]
+    found = {f"model.{name}": tensor for name, tensor in model.state_dict().items() if "lora_" in name}
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
