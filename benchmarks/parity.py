@@ -8,7 +8,10 @@ completion-only loss). Both begin with the same adapter, see the same examples i
 steps of AdamW at one constant rate. Held-out loss is measured by one function for both. Writes ``parity.json`` and a
 picture of the curves, and prints the difference.
 
-``--arms`` adds what else wants a curve beside these two: FP8 products with the base, and Lion over an adapter in
+TRL keeps the adapter of a 4-bit base in bf16, where small steps are lost; ``TRL, float32`` undoes that, so that there
+is an arm of the same arithmetic for each of our types.
+
+``--arms`` adds what else wants a curve beside these: FP8 products with the base, and Lion over an adapter in
 float32, in bf16, and in bf16 with the optimizer's float32 copy.
 """
 
@@ -38,11 +41,14 @@ ADAMW = partial(torch.optim.AdamW, lr=RATE, weight_decay=0.01)
 #: name -> (type of the adapter, optimizer, FP8 products)
 ARMS: dict[str, tuple[Any, Any, bool]] = {
     "ours": ("float32", ADAMW, False),
+    "ours, bf16": ("bfloat16", ADAMW, False),
     "ours, FP8": ("float32", ADAMW, True),
     "Lion, float32": ("float32", partial(Lion, lr=RATE / 4, weight_decay=0.04), False),
     "Lion, bf16": ("bfloat16", partial(Lion, lr=RATE / 4, weight_decay=0.04), False),
     "Lion, bf16 with a copy": ("bfloat16", partial(Lion, lr=RATE / 4, weight_decay=0.04, master_weights=True), False),
 }
+#: TRL casts the adapter of a 4-bit base to bf16; cast back, it differs from ours in nothing -> the arm it is held to
+PEERS = {"TRL, float32": "ours", "TRL": "ours, bf16"}
 
 
 def examples(options: argparse.Namespace) -> tuple[list[Any], list[Any]]:
@@ -117,7 +123,9 @@ def ours(
     return [float(loss) for loss in losses], seconds
 
 
-def theirs(train: list[Any], start: Path, output: Path, options: argparse.Namespace) -> tuple[list[float], float]:
+def theirs(
+    arm: str, train: list[Any], start: Path, output: Path, options: argparse.Namespace
+) -> tuple[list[float], float]:
     """Trains by TRL; losses and seconds."""
     from datasets import Dataset
     from torch.utils.data import SequentialSampler
@@ -159,6 +167,10 @@ def theirs(train: list[Any], start: Path, output: Path, options: argparse.Namesp
     trainer = InOrder(
         model=model, args=settings, train_dataset=Dataset.from_list(rows), processing_class=tokenizer, callbacks=[clock]
     )
+    if arm == "TRL, float32":
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.float()
     trainer.train()
     _wait(options.device)
     seconds = time.monotonic() - clock.marks[0]
@@ -202,7 +214,7 @@ def main() -> None:
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--quantization", default="nf4")
     parser.add_argument("--dtype", default="bfloat16")
-    parser.add_argument("--arms", nargs="*", default=["ours", "TRL"], choices=[*ARMS, "TRL"])
+    parser.add_argument("--arms", nargs="*", default=["ours", *PEERS], choices=[*ARMS, *PEERS])
     options = parser.parse_args()
     output = Path(options.output)
     output.mkdir(parents=True, exist_ok=True)
@@ -210,7 +222,7 @@ def main() -> None:
     module_of(backbone(options), options.device).save_adapter(output / "start")
     result: dict[str, Any] = {"untuned": held_out_loss(output / "start", held_out, options)}
     for name in options.arms:
-        trainer = theirs if name == "TRL" else partial(ours, name)
+        trainer = partial(theirs if name in PEERS else ours, name)
         folder = output / name.replace(" ", "_")
         losses, seconds = trainer(train, output / "start", folder, options)
         loss = held_out_loss(folder, held_out, options)
@@ -219,11 +231,12 @@ def main() -> None:
             f"{name}: training loss {losses[0]:.4f} -> {losses[-1]:.4f}, held-out {loss:.4f}, {seconds:.1f} s",
             flush=True,
         )
-    if {"ours", "TRL"} <= result.keys():
-        first, second = result["ours"], result["TRL"]
-        apart, faster = first["held_out"] / second["held_out"] - 1, second["seconds"] / first["seconds"]
-        print(f"held-out loss {apart:+.2%} of TRL's, {faster:.1f} times as fast")
-    (output / "parity.json").write_text(json.dumps(result))
+        (output / "parity.json").write_text(json.dumps(result))
+    for peer, arm in PEERS.items():
+        if {arm, peer} <= result.keys():
+            first, second = result[arm], result[peer]
+            apart, faster = first["held_out"] / second["held_out"] - 1, second["seconds"] / first["seconds"]
+            print(f"{arm}: held-out loss {apart:+.2%} of that of {peer}, {faster:.1f} times as fast")
     picture(result, output / "parity.png")
 
 
