@@ -181,7 +181,7 @@ def build_inquiry(
         model,
         chat,
         identity=f"{trained.digest()} {chat.fingerprint()}",
-        batch_size=batch_size or (24 if place.type == "cpu" else 96),
+        batch_size=batch_size or (24 if place.type == "cpu" else 256),
         constrained=constrained,
         max_new_tokens=max_new_tokens,
         journal=journal,

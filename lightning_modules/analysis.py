@@ -47,13 +47,13 @@ if TYPE_CHECKING:
 
 
 class Ask(Protocol):
-    """Asks a model one question for each content; see :class:`lightning_modules.inquiry.Inquiry`."""
+    """Asks a model questions, each a task and a content; see :class:`lightning_modules.inquiry.Inquiry`."""
 
-    def __call__(self, task: Task, contents: Sequence[str], progress: Progress) -> list[Reply]:
-        """Returns one reply for each content, in their order."""
+    def __call__(self, questions: Sequence[tuple[Task, str]], progress: Progress) -> list[Reply]:
+        """Returns one reply for each question, in their order."""
 
 
-#: shows the progress of one task: called with its name and number of questions
+#: shows the progress of tasks that are asked together: called with their names and the number of questions
 Show = Callable[[str, int], AbstractContextManager["Progress"]]
 
 
@@ -128,7 +128,8 @@ class Analysis:
         """
         findings = self._scored(unique_ids(document.findings))
         given = present_correlations(document.correlations, findings)
-        correlations = [*given, *self._correlations(findings, {item.id for item in given})]
+        made, actions = self._made(findings, {item.id for item in given})
+        correlations = [*given, *made]
         window = risky_window(findings, correlations, self.limits.window)
         executive, triage, top = self._summaries(window, findings)
         return {
@@ -141,7 +142,7 @@ class Analysis:
                 "triage_summary": triage,
                 "metrics": severity_metrics(findings),
             },
-            "actions": self._actions(findings),
+            "actions": actions,
             "enrichment_results": {"model_report": {name: t.as_dict() for name, t in self.tallies.items()}},
         }
 
@@ -150,14 +151,25 @@ class Analysis:
     def _scored(self, findings: Sequence[Finding]) -> list[Scored]:
         task = RiskTask()
         task.answer_schema = complete(schemas.RISK)  # the document needs what training data may lack
-        answers = self._answers(task, [task.content(finding) for finding in findings], schemas.RISK)
+        (answers,) = self._answers((task, [task.content(finding) for finding in findings], schemas.RISK))
         return [score(finding, answer) for finding, answer in zip(findings, answers, strict=True)]
 
-    def _correlations(self, findings: Sequence[Scored], taken: set[str]) -> list[Correlation]:
-        task = CorrelationTask(self.limits.members, 0)
+    def _made(self, findings: Sequence[Scored], taken: set[str]) -> tuple[list[Correlation], list[dict[str, Any]]]:
+        """Correlations and actions: neither waits for the other, so they are asked together."""
+        correlation, remediation = CorrelationTask(self.limits.members, 0), RemediationTask()
         groups = candidates(findings, members=self.limits.members, most=self.limits.correlations)
         members = [[findings[position] for position in sorted(group.positions)] for group in groups]
-        answers = self._answers(task, [task.content(group) for group in members])
+        chosen = one_of_each_kind(findings, self.limits.actions)
+        judged, remedied = self._answers(
+            (correlation, [correlation.content(group) for group in members], correlation.answer_schema),
+            (remediation, [remediation.content(finding) for finding in chosen], remediation.answer_schema),
+        )
+        return self._correlations(findings, taken, groups, members, judged), self._actions(chosen, remedied)
+
+    def _correlations(
+        self, findings: Sequence[Scored], taken: set[str], groups: Sequence[Candidate],
+        members: Sequence[Sequence[Scored]], answers: Sequence[dict[str, Any] | None],
+    ) -> list[Correlation]:  # fmt: skip
         found: dict[frozenset[str], Correlation] = {}
         names = (name for number in count(1) if (name := f"corr_{number}") not in taken)
         for group, inside, answer in zip(groups, members, answers, strict=True):
@@ -194,12 +206,15 @@ class Analysis:
         content = summary.content(window)
         asked = [content] if window.findings else []
         executive, order = executive_summary(window), {"triage_summary": triage_summary(window)}
-        for answer in self._answers(summary, asked):
+        summarised, sorted_out = self._answers(
+            (summary, asked, summary.answer_schema), (triage, asked, triage.answer_schema)
+        )
+        for answer in summarised:
             if answer is not None and self._faithful(summary, content, answer, {"executive_summary": executive}):
                 executive = answer["executive_summary"]
         top = [row | {"id": key} for row, key in zip(top_findings(window), _top_ids(window), strict=True)]
         expected = {"triage_summary": order["triage_summary"], "top_findings": top_findings(window)}
-        for answer in self._answers(triage, asked):
+        for answer in sorted_out:
             if answer is None or not self._faithful(triage, content, answer, expected):
                 continue
             order["triage_summary"] = answer["triage_summary"]
@@ -216,15 +231,12 @@ class Analysis:
             self.tallies[task.name].fallbacks["not in the input"] += 1
         return faithful
 
-    def _actions(self, findings: Sequence[Scored]) -> list[dict[str, Any]]:
-        task = RemediationTask()
-        chosen = one_of_each_kind(findings, self.limits.actions)
-        answers = self._answers(task, [task.content(finding) for finding in chosen])
+    def _actions(self, chosen: Sequence[Finding], answers: Sequence[dict[str, Any] | None]) -> list[dict[str, Any]]:
         actions: list[dict[str, Any]] = []
         for finding, answer in zip(chosen, answers, strict=True):
             known = remediate(finding)
             if answer is not None and not answer["actions"]:
-                self.tallies[task.name].fallbacks["no action"] += 1
+                self.tallies["remediation"].fallbacks["no action"] += 1
                 answer = None
             source = BY_RULE if answer is None else BY_MODEL
             for step in (answer or known)["actions"]:
@@ -252,23 +264,36 @@ class Analysis:
 
     # ------------------------------------------------------------------ asking
 
-    def _answers(self, task: Task, contents: list[str], schema: Schema | None = None) -> list[dict[str, Any] | None]:
-        """The model's valid answers; None where there is none, for the rule's to stand in."""
-        tally = self.tallies[task.name]
-        if task.name not in self.tasks:
-            if contents:
+    def _answers(self, *asked: tuple[Task, list[str], Schema]) -> list[list[dict[str, Any] | None]]:
+        """The model's answers to each task's contents; None for one that breaks its schema: the rule's stands in.
+
+        Tasks are asked together: alone, each of the few answers of the later ones would cost as much as all of them.
+        """
+        questions: list[tuple[Task, str]] = []
+        for task, contents, _ in asked:
+            tally = self.tallies[task.name]
+            if task.name in self.tasks:
+                tally.asked += len(contents)
+                questions += [(task, content) for content in contents]
+            elif contents:
                 tally.fallbacks["not a task of this model"] += len(contents)
-            return [None] * len(contents)
-        if not contents:
+        replies = iter(self._replies(questions))
+        return [
+            [self._read(next(replies), schema, self.tallies[task.name]) for _ in contents]
+            if task.name in self.tasks
+            else [None] * len(contents)
+            for task, contents, schema in asked
+        ]
+
+    def _replies(self, questions: list[tuple[Task, str]]) -> list[Reply]:
+        if not questions:
             return []
-        tally.asked += len(contents)
-        with self.show(task.name, len(contents)) as progress:
-            replies = self.ask(task, contents, progress)
-        tally.prompts_cut += sum(reply.prompt_tokens_cut > 0 for reply in replies)
-        return [self._read(reply, schema or task.answer_schema, tally) for reply in replies]
+        with self.show(", ".join(dict.fromkeys(task.name for task, _ in questions)), len(questions)) as progress:
+            return self.ask(questions, progress)
 
     @staticmethod
     def _read(reply: Reply, schema: Schema, tally: Tally) -> dict[str, Any] | None:
+        tally.prompts_cut += reply.prompt_tokens_cut > 0
         answer = parse(reply.text.strip())
         if answer is not None and _validator(orjson.dumps(schema)).is_valid(answer):
             return answer

@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial, reduce
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
@@ -50,6 +51,26 @@ class Constraint(Protocol):
 
     def accepts(self, tokens: Sequence[int]) -> int:
         """How many of an answer's first tokens the grammar has."""
+
+
+@dataclass(frozen=True)
+class Question:
+    """What one answer is asked for.
+
+    Attributes:
+        task: whose prompt is used.
+        content: the part of the prompt that differs (a finding as JSON, say).
+        max_new_tokens: limit of the answer.
+        constraint: restricts the answer's tokens, for instance to a grammar.
+        begun: tokens that the answer begins with; the model goes on from there. Their probability is not in
+            ``logprob``.
+    """
+
+    task: Task
+    content: str
+    max_new_tokens: int = 256
+    constraint: Constraint | None = None
+    begun: Sequence[int] = ()
 
 
 @dataclass(frozen=True)
@@ -108,29 +129,79 @@ def generate(
     Raises:
         UserError: a prompt leaves no room for an answer within the positions that the model knows.
     """
-    if not contents:
+    tokens = begun if begun is not None else [()] * len(contents)
+    questions = [
+        Question(task, content, max_new_tokens, constraint, ids) for content, ids in zip(contents, tokens, strict=True)
+    ]
+    return answer(
+        model, chat, questions, batch_size=batch_size, progress=progress, give_up=give_up, on_answer=on_answer
+    )
+
+
+def answer(
+    model: nn.Module,
+    chat: ChatFormat,
+    questions: Sequence[Question],
+    *,
+    batch_size: int = 16,
+    progress: Progress | None = None,
+    give_up: Callable[[list[int]], bool] | None = None,
+    on_answer: Callable[[int, Answer], None] | None = None,
+) -> list[Answer]:
+    """Answers questions of any tasks together, greedily.
+
+    Args:
+        model: see :func:`generate`, as all others.
+        chat: turns contents into prompt ids and ids into text.
+        questions: those of one task share more of their prompts.
+        batch_size: slots; fewer where the cache would not fit the device's memory.
+        progress: called after every step.
+        give_up: asked after every step with an answer's tokens; true ends it as the token limit would.
+        on_answer: called with index and answer as answers end.
+
+    Returns:
+        One answer per question, in their order.
+
+    Raises:
+        UserError: a prompt leaves no room for an answer within the positions that the model knows.
+    """
+    if not questions:
         return []
-    prompts, cuts = bounded_prompts(chat, task, contents, known_positions(model.config) - max_new_tokens)
-    started = [list(tokens) for tokens in begun] if begun is not None else [[] for _ in prompts]
+    prompts, cuts = _prompts(chat, questions, known_positions(model.config))
     answers: list[Answer | None] = [None] * len(prompts)
-    share = _Share(len(prompts), max_new_tokens, progress)
+    share = _Share(len(prompts), max(question.max_new_tokens for question in questions), progress)
     with ExitStack() as stack:
         base = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
         for context in (evaluating(model), torch.no_grad(), grouped_attention(base), merged(model)):
             stack.enter_context(context)
-        prefix = Prefix(model, common_prefix(chat.prefix_ids(task), prompts))
+        prefix = Prefix(model, common_prefix(chat.prefix_ids(questions[0].task), prompts))
         rows = [
-            _Row(index, [*prompt, *tokens], tokens, constraint.start() if constraint is not None else None)
-            for index, (prompt, tokens) in enumerate(zip(prompts, started, strict=True))
+            _Row(index, question, [*prompt, *question.begun], list(question.begun))
+            for index, (prompt, question) in enumerate(zip(prompts, questions, strict=True))
         ]
-        length = max(len(row.prompt) - len(row.tokens) for row in rows) + max_new_tokens
+        length = max(len(row.prompt) - len(row.tokens) + row.question.max_new_tokens for row in rows)
         slots = Slots(prefix, _slots(prefix, min(batch_size, len(rows)), length), length)
-        for row in _Queue(slots, rows, chat.eos_id, max_new_tokens, constraint, give_up).run(share):
-            answer = Answer(chat.decode(row.tokens), row.ended, row.tokens, row.logprob, cuts[row.index])
-            answers[row.index] = answer
+        for row in _Queue(slots, rows, chat.eos_id, give_up).run(share):
+            written = Answer(chat.decode(row.tokens), row.ended, row.tokens, row.logprob, cuts[row.index])
+            answers[row.index] = written
             if on_answer is not None:
-                on_answer(row.index, answer)
-    return [answer for answer in answers if answer is not None]
+                on_answer(row.index, written)
+    return [written for written in answers if written is not None]
+
+
+def _prompts(chat: ChatFormat, questions: Sequence[Question], positions: int) -> tuple[list[list[int]], list[int]]:
+    """Prompts of all questions, and the tokens that were cut from each; a task's are made at once."""
+    groups: dict[tuple[int, int], list[int]] = {}
+    for index, question in enumerate(questions):
+        groups.setdefault((id(question.task), question.max_new_tokens), []).append(index)
+    prompts: list[list[int]] = [[]] * len(questions)
+    cuts = [0] * len(questions)
+    for (_, room), indices in groups.items():
+        contents = [questions[index].content for index in indices]
+        found = bounded_prompts(chat, questions[indices[0]].task, contents, positions - room)
+        for index, prompt, cut in zip(indices, *found, strict=True):
+            prompts[index], cuts[index] = prompt, cut
+    return prompts, cuts
 
 
 def constrained(
@@ -171,37 +242,45 @@ class _Row:
     """An answer on its way.
 
     Attributes:
-        index: of the content.
+        index: of the question.
+        question: that is answered.
         prompt: all tokens that are known at the start, of the answer too.
         tokens: of the answer so far.
-        matcher: follows it, where there is a constraint.
         logprob: of the tokens that were generated.
         ended: whether the model ended it.
+        matcher: follows it, where there is a constraint.
     """
 
     index: int
+    question: Question
     prompt: list[int]
     tokens: list[int]
-    matcher: Matcher | None
     logprob: float = 0.0
     ended: bool = False
+    matcher: Matcher | None = field(init=False)
     newest: int = field(init=False)
     position: int = field(init=False)
 
     def __post_init__(self) -> None:
         self.newest, self.position = self.prompt[-1], len(self.prompt) - 1
+        constraint = self.question.constraint
+        self.matcher = constraint.start() if constraint is not None else None
         for token in self.tokens if self.matcher is not None else ():
             self.matcher.accept(token)  # type: ignore[union-attr]
+
+    @property
+    def full(self) -> bool:
+        """Whether the answer has all tokens that it may have."""
+        return len(self.tokens) >= self.question.max_new_tokens
 
 
 class _Queue:
     """Prompts that wait, those in slots, and the steps between."""
 
     def __init__(
-        self, slots: Slots, rows: Sequence[_Row], eos_id: int, limit: int, constraint: Constraint | None,
-        give_up: Callable[[list[int]], bool] | None,
-    ) -> None:  # fmt: skip
-        self.slots, self.eos_id, self.limit, self.constraint, self.give_up = slots, eos_id, limit, constraint, give_up
+        self, slots: Slots, rows: Sequence[_Row], eos_id: int, give_up: Callable[[list[int]], bool] | None
+    ) -> None:
+        self.slots, self.eos_id, self.give_up = slots, eos_id, give_up
         # the longest first: if memory is short it shows at once, and neighbours need little padding
         self.waiting = sorted(rows, key=lambda row: (len(row.prompt), -row.index))
         self.rows: list[_Row | None] = [None] * slots.slots
@@ -210,8 +289,8 @@ class _Queue:
 
     def run(self, share: _Share) -> Iterator[_Row]:
         """Yields rows as they end."""
-        done = [row for row in self.waiting if len(row.tokens) >= self.limit]
-        self.waiting = [row for row in self.waiting if len(row.tokens) < self.limit]
+        done = [row for row in self.waiting if row.full]
+        self.waiting = [row for row in self.waiting if not row.full]
         yield from done
         share.ended(done)
         while self.waiting or any(self.rows):
@@ -241,11 +320,9 @@ class _Queue:
     def _step(self) -> Iterator[_Row]:
         count = 1 + max(slot for slot, row in enumerate(self.rows) if row is not None)
         rows, start = self.rows[:count], len(self.slots.prefix.ids)
-        bits = None
-        if self.constraint is not None:
-            bits = self.constraint.allowed([row.matcher if row is not None else None for row in rows])
         ids = [row.newest if row is not None else 0 for row in rows]
-        tokens, logprobs = self.slots.step(ids, [row.position if row is not None else start for row in rows], bits)
+        positions = [row.position if row is not None else start for row in rows]
+        tokens, logprobs = self.slots.step(ids, positions, partial(_allowed, rows))
         for slot, (row, token, logprob) in enumerate(zip(rows, tokens, logprobs, strict=True)):
             if row is not None and self._advance(row, token, logprob):
                 self.rows[slot] = None
@@ -261,7 +338,18 @@ class _Queue:
         if row.matcher is not None:
             row.matcher.accept(token)
         row.newest, row.position = token, row.position + 1
-        return len(row.tokens) >= self.limit or (self.give_up is not None and self.give_up(row.tokens))
+        return row.full or (self.give_up is not None and self.give_up(row.tokens))
+
+
+def _allowed(rows: Sequence[_Row | None]) -> Tensor | None:
+    """A bit for each token that may come next; see :class:`Constraint`."""
+    constraints = {id(row.question.constraint): row.question.constraint for row in rows if row is not None}
+    bits = [
+        constraint.allowed([row.matcher if row and row.question.constraint is constraint else None for row in rows])
+        for constraint in constraints.values()
+        if constraint is not None
+    ]
+    return reduce(torch.bitwise_and, bits) if bits else None
 
 
 def _parts(taken: list[tuple[int, _Row]], start: int) -> Iterator[list[tuple[int, _Row]]]:

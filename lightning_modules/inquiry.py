@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from datamodules.errors import UserError
-from lightning_modules.generation import Answer, Constraint, generate
+from lightning_modules.generation import Answer, Constraint, Question, answer
 
 if TYPE_CHECKING:
     from datamodules.tasks.prompts import Task
@@ -45,7 +45,7 @@ class Inquiry:
     """Asks one model.
 
     Args:
-        model: as in :func:`lightning_modules.generation.generate`.
+        model: as in :func:`lightning_modules.generation.answer`.
         chat: of its tokenizer.
         identity: digest of the model, for the journal.
         batch_size: questions at once.
@@ -73,38 +73,33 @@ class Inquiry:
         self._journal, self._kept = journal, _read_journal(journal)
         self.reused = 0
 
-    def __call__(self, task: Task, contents: Sequence[str], progress: Progress = lambda share: None) -> list[Reply]:
-        """Answers one question for each content, equal ones once.
+    def __call__(self, questions: Sequence[tuple[Task, str]], progress: Progress = lambda share: None) -> list[Reply]:
+        """Answers questions of any tasks together, equal ones once.
 
         Args:
-            task: what is asked.
-            contents: the prompts' own parts.
+            questions: task and content of each.
             progress: called with the share of what had to be asked.
         """
-        keys = [self._key(task, content) for content in contents]
-        missing = {key: content for key, content in zip(keys, contents, strict=True) if key not in self._kept}
+        keys = [self._key(task, content) for task, content in questions]
+        missing = {key: question for key, question in zip(keys, questions, strict=True) if key not in self._kept}
         self.reused += len(set(keys)) - len(missing)
-        waiting = list(missing)
-        constraint = self._constraint(task) if waiting else None
-        if waiting:
-            self._ask(task, waiting, [missing[key] for key in waiting], constraint, progress)
+        if missing:
+            self._ask(list(missing), list(missing.values()), progress)
         return [self._kept[key] for key in keys]
 
-    def _ask(
-        self, task: Task, keys: list[str], contents: list[str], constraint: Constraint | None, progress: Progress
-    ) -> None:
-        def keep(index: int, answer: Answer) -> None:
-            self._keep(keys[index], Reply(answer.text, answer.stopped, answer.prompt_tokens_cut))
+    def _ask(self, keys: list[str], questions: list[tuple[Task, str]], progress: Progress) -> None:
+        tasks = {id(task): task for task, _ in questions}
+        constraints = {key: self._constraint(task) for key, task in tasks.items()}
 
-        generate(
+        def keep(index: int, written: Answer) -> None:
+            self._keep(keys[index], Reply(written.text, written.stopped, written.prompt_tokens_cut))
+
+        answer(
             self.model,
             self.chat,
-            task,
-            contents,
-            max_new_tokens=self.limits[task.name],
+            [Question(task, content, self.limits[task.name], constraints[id(task)]) for task, content in questions],
             batch_size=self.batch_size,
             progress=progress,
-            constraint=constraint,
             on_answer=keep,
         )
 

@@ -53,7 +53,7 @@ class Slots:
         self._start = len(prefix.ids)
         self._layers = [_Layer(self, layer.keys, layer.values) for layer in prefix.layers]
         self._cache = Cache(layers=self._layers)
-        self._graphs = _Graphs(self._pick) if self.device.type == "cuda" else None
+        self._graphs = _Graphs(self._next) if self.device.type == "cuda" else None
         self._put: Callable[[Tensor, Tensor], Tensor] = _nowhere
         self._additive = prefix.attention == "eager"
 
@@ -84,13 +84,16 @@ class Slots:
         for layer in self._layers:
             layer.move(source, target)
 
-    def step(self, ids: Sequence[int], positions: Sequence[int], bits_BW: Tensor | None) -> tuple[list[int], list[Any]]:
+    def step(
+        self, ids: Sequence[int], positions: Sequence[int], allowed: Callable[[], Tensor | None]
+    ) -> tuple[list[int], list[Any]]:
         """Adds one token to each of the first slots.
 
         Args:
             ids: the newest token of each slot.
             positions: its position. A slot that is free gets any token at position P.
-            bits_BW: int32 on the CPU, a bit for each token that may come next; None allows all.
+            allowed: makes int32 [B, W] on the CPU, a bit for each token that may come next, or None, which allows all.
+                It is called while a GPU computes.
 
         Returns:
             The most likely token of each slot, and its log-probability.
@@ -98,19 +101,20 @@ class Slots:
         count, seen = len(ids), max(positions) + 1
         rows = torch.tensor([ids, positions])
         if self._graphs is None:
-            tokens_B, logprob_B = self._pick(rows, seen, bits_BW)
+            logits_BV = self._next(rows, seen)
         else:
-            bucket = _halves(self.slots, count)
-            rows = F.pad(rows, (0, bucket - count))
+            rows = F.pad(rows, (0, _halves(self.slots, count) - count))
             rows[1, count:] = self._start
-            if bits_BW is not None:
-                bits_BW = F.pad(bits_BW, (0, 0, 0, bucket - count), value=-1)
-            tokens_B, logprob_B = self._graphs(rows, min(-(-seen // PLACES) * PLACES, self.length), bits_BW)
-        both = torch.stack([tokens_B.double(), logprob_B.double()])[:, :count].tolist()  # one wait for the device
+            logits_BV = self._graphs(rows, min(-(-seen // PLACES) * PLACES, self.length))[:count]
+        bits_BW = allowed()
+        if bits_BW is not None:
+            logits_BV = logits_BV.masked_fill(~unpacked(bits_BW.to(self.device), logits_BV.shape[1]), float("-inf"))
+        logprob_B, tokens_B = logits_BV.log_softmax(-1).max(-1)
+        both = torch.stack([tokens_B.double(), logprob_B.double()]).tolist()  # one wait for the device
         return list(map(int, both[0])), both[1]
 
-    def _pick(self, rows_2B: Tensor, seen: int, bits_BW: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Tokens [B] and log-probabilities [B] of a step; no value of a tensor decides what is computed."""
+    def _next(self, rows_2B: Tensor, seen: int) -> Tensor:
+        """float32 logits [B, V] behind a step's tokens; no value of a tensor decides what is computed."""
         ids_B, positions_B = rows_2B.to(self.device)
         slot_B = torch.arange(len(ids_B), device=self.device)
         place_L = torch.arange(seen, device=self.device)
@@ -121,11 +125,7 @@ class Slots:
             return buffer[: len(ids_B), :, :seen]
 
         self._put = put
-        logits_BV = self._model(ids_B[:, None], mask, positions_B[:, None])
-        if bits_BW is not None:
-            logits_BV = logits_BV.masked_fill(~unpacked(bits_BW.to(self.device), logits_BV.shape[1]), float("-inf"))
-        logprob_B, tokens_B = logits_BV.log_softmax(-1).max(-1)
-        return tokens_B, logprob_B
+        return self._model(ids_B[:, None], mask, positions_B[:, None])
 
     def _model(self, ids: Tensor, mask: Tensor, positions: Tensor) -> Tensor:
         """float32 logits [B, V] of the last position."""
@@ -167,40 +167,38 @@ class _Graphs:
     A model that can't be recorded (its forward pass waits for a value) goes on step by step, with a warning.
     """
 
-    def __init__(self, pick: Callable[[Tensor, int, Tensor | None], tuple[Tensor, Tensor]]) -> None:
-        self._pick, self._met = pick, Counter[tuple[int, int, bool]]()
-        self._graphs: dict[tuple[int, int, bool], tuple[Any, Tensor, Tensor | None, tuple[Tensor, Tensor]]] = {}
+    def __init__(self, compute: Callable[[Tensor, int], Tensor]) -> None:
+        self._compute, self._met = compute, Counter[tuple[int, int]]()
+        self._graphs: dict[tuple[int, int], tuple[Any, Tensor, Tensor]] = {}
         self._pool: Any = None
         self._possible = True
 
-    def __call__(self, rows_2B: Tensor, seen: int, bits_BW: Tensor | None) -> tuple[Tensor, Tensor]:
-        key = (rows_2B.shape[1], seen, bits_BW is not None)
+    def __call__(self, rows_2B: Tensor, seen: int) -> Tensor:
+        key = (rows_2B.shape[1], seen)
         self._met[key] += 1
         if key not in self._graphs and self._possible and self._met[key] > EAGER:
-            self._record(key, rows_2B, bits_BW)
+            self._record(key, rows_2B)
         if key not in self._graphs:
-            return self._pick(rows_2B, seen, bits_BW)
-        graph, rows, bits, outputs = self._graphs[key]
+            return self._compute(rows_2B, seen)
+        graph, rows, logits_BV = self._graphs[key]
         rows.copy_(rows_2B, non_blocking=True)
-        if bits is not None and bits_BW is not None:
-            bits.copy_(bits_BW, non_blocking=True)
         graph.replay()
-        return outputs
+        return logits_BV
 
-    def _record(self, key: tuple[int, int, bool], rows_2B: Tensor, bits_BW: Tensor | None) -> None:
-        rows, bits = rows_2B.cuda(), bits_BW.cuda() if bits_BW is not None else None
+    def _record(self, key: tuple[int, int], rows_2B: Tensor) -> None:
+        rows = rows_2B.cuda()
         self._pool = self._pool or torch.cuda.graph_pool_handle()
         graph = torch.cuda.CUDAGraph()
         torch.cuda.synchronize()
         try:
             # thread_local: a thread that makes batches ahead may go on copying meanwhile
             with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-                outputs = self._pick(rows, key[1], bits)
+                logits_BV = self._compute(rows, key[1])
         except RuntimeError as error:
             self._possible = False
             rank_zero_warn(f"generation goes on without CUDA graphs, this model can't be recorded: {str(error)[:200]}")
             return
-        self._graphs[key] = graph, rows, bits, outputs
+        self._graphs[key] = graph, rows, logits_BV
 
 
 @contextmanager

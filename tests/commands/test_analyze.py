@@ -120,20 +120,20 @@ def test_text_of_a_finding_changes_no_type_and_no_other_finding(run, ground_trut
 
 def test_an_interrupt_keeps_answers_and_the_same_command_goes_on(run, tmp_path, monkeypatch):
     output, asked = tmp_path / "e.json", []
-    generate = inquiry.generate
+    answer = inquiry.answer
 
-    def interrupted(model, chat, task, contents, *, on_answer, **options):
-        def answered(index, answer):
-            asked.append(task.name)
+    def interrupted(model, chat, questions, *, on_answer, **options):
+        def answered(index, written):
+            asked.append(questions[index].task.name)
             if len(asked) == 3:
                 raise KeyboardInterrupt
-            on_answer(index, answer)
+            on_answer(index, written)
 
-        return generate(model, chat, task, contents, on_answer=answered, **options)
+        return answer(model, chat, questions, on_answer=answered, **options)
 
     options = short("--batch-size", "1", "--actions", "1")
     _, whole = analyze(run, REPORT, tmp_path / "whole.json", *options)
-    monkeypatch.setattr(inquiry, "generate", interrupted)
+    monkeypatch.setattr(inquiry, "answer", interrupted)
     status, document = analyze(run, REPORT, output, *options)
     assert (status, document) == (130, None)
     journal = tmp_path / "e.json.partial.jsonl"
@@ -149,15 +149,15 @@ def test_an_interrupt_keeps_answers_and_the_same_command_goes_on(run, tmp_path, 
 
 def test_another_model_does_not_take_over_the_answers(run, tmp_path, tiny_llama, chatml_tokenizer, monkeypatch):
     other = make_run(tmp_path / "version_1", tiny_llama, chatml_tokenizer, seed=2)
-    asked, generate = [], inquiry.generate
+    asked, answer = [], inquiry.answer
 
-    def counted(model, chat, task, contents, **options):
-        asked.append(len(contents))
+    def counted(model, chat, questions, **options):
+        asked.append(len(questions))
         if len(asked) > 1:
             raise KeyboardInterrupt
-        return generate(model, chat, task, contents, **options)
+        return answer(model, chat, questions, **options)
 
-    monkeypatch.setattr(inquiry, "generate", counted)
+    monkeypatch.setattr(inquiry, "answer", counted)
     assert analyze(run, REPORT, tmp_path / "e.json", *short())[0] == 130
     asked.clear()
     assert analyze(other, REPORT, tmp_path / "e.json", *short())[0] == 130

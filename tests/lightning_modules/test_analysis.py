@@ -29,11 +29,13 @@ class Script:
     """Answers by task: an object, a text, or a function of the prompt's content; also notes what was asked."""
 
     def __init__(self, **answers):
-        self.answers, self.asked = answers, {}
+        self.answers, self.asked, self.together = answers, {}, []
 
-    def __call__(self, task, contents, progress):
-        self.asked[task.name] = [json.loads(content) for content in contents]
-        return [self.reply(self.answers.get(task.name, ""), content) for content in contents]
+    def __call__(self, questions, progress):
+        self.together.append({task.name for task, _ in questions})
+        for task, content in questions:
+            self.asked.setdefault(task.name, []).append(json.loads(content))
+        return [self.reply(self.answers.get(task.name, ""), content) for task, content in questions]
 
     def reply(self, answer, content):
         answer = answer(json.loads(content)) if callable(answer) else answer
@@ -61,6 +63,12 @@ def test_the_models_scores_stand_and_the_scanners_are_kept_beside():
     assert {name: first[name] for name in SCORED} == SCORED | {"risk_score": 55}
     assert (first["scanner_severity"], first["base_severity_score"], first["severity_source"]) == ("high", 70, "model")
     assert tally(document, "risk") == {"asked": 4, "by_model": 4, "by_rule": {}}
+
+
+def test_tasks_that_do_not_wait_for_each_other_are_asked_together():
+    script = Script(risk=SCORED)
+    run(script)
+    assert script.together == [{"risk"}, {"correlation", "remediation"}, {"summary", "triage"}]
 
 
 def test_parts_that_an_answer_lacks_follow_its_risk_score():

@@ -209,12 +209,12 @@ def test_steps_of_a_gpus_shapes_write_the_same(tiny_llama, monkeypatch, fewest):
     whole = slots.Slots.__init__
 
     def with_shapes(self, *arguments):
-        def pick(rows, seen, bits):
+        def compute(rows, seen):
             shapes.add((rows.shape[1], seen))
-            return self._pick(rows, seen, bits)
+            return self._next(rows, seen)
 
         whole(self, *arguments)
-        self._graphs = pick
+        self._graphs = compute
 
     monkeypatch.setattr(slots.Slots, "__init__", with_shapes)
     monkeypatch.setattr(slots, "PLACES", 16)
