@@ -116,8 +116,8 @@ def _compile(graph: str, tpu: str) -> dict[str, float]:
         done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=Path(__file__).parents[1])  # noqa: S603
     if done.returncode in (-9, 137):
         raise UserError(
-            f"inspect: --compile {tpu}: the host's memory ended; a 7B model takes more than 19 GB to compile, so use "
-            "a larger host, or a config.json with fewer layers"
+            f"inspect: --compile {tpu}: the host's memory ended; a 7B model takes 6 GB, and more than 20 where its "
+            "layers are no loop (backbone.lora.dropout, lora.layers): set those to 0 and null, or use a larger host"
         )
     if done.returncode:
         said = [line for line in done.stderr.splitlines() if line.strip()]

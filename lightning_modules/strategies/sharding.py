@@ -76,6 +76,12 @@ class Sharding:
         # xs.mark_sharding without its search for jax at every call
         torch_xla._XLAC._xla_mark_sharding(tensor, self.mesh.get_op_sharding(spec))
 
+    def constrain(self, tensor: Tensor, spec: Spec) -> None:
+        """Says in the graph how a tensor lies that is computed there, also within a loop."""
+        import torch_xla
+
+        torch_xla._XLAC._xla_annotate_custom_sharding(tensor, self.mesh.get_op_sharding(spec))
+
     def send_rows(self, tensor: Tensor, device: torch.device, hosts: int) -> Tensor:
         """Sends a tensor, divided by its first dimension; each host has its own part of it.
 

@@ -168,7 +168,8 @@ def trace_step(module: LightningModule, rows: int, tokens: int, devices: int, *,
 
 def place_arguments(graph: str) -> str:
     """Gives the graph's arguments the places that it notes right behind them, as a run's arguments have them."""
-    noted = dict(re.findall(r'custom_call @Sharding\(%(arg\d+)\)[^\n]*?mhlo\.sharding = ("[^"]*")', graph))
+    main = graph.partition("func.func private")[0]  # behind it are the bodies of loops, with arguments of their own
+    noted = dict(re.findall(r'custom_call @Sharding\(%(arg\d+)\)[^\n]*?mhlo\.sharding = ("[^"]*")', main))
     head, body = graph.split("{\n", 2)[:2], graph.split("{\n", 2)[2]
     signature = re.sub(
         r"%(arg\d+): (tensor<[^>]*>)(?! \{)",

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from datamodules.errors import UserError
 from lightning_modules.backend import Backend
+from lightning_modules.strategies.layer_loop import loop_layers
 
 if TYPE_CHECKING:
     from datamodules.batch import Batch
@@ -46,9 +47,10 @@ class XLABackend(Backend):
         return torch.device("cpu")
 
     def place(self, model: nn.Module) -> None:
-        """Divides weights over the devices, and has layers recomputed as XLA can."""
+        """Divides weights over the devices, and has layers recomputed as XLA can, in a loop where they are alike."""
         self.sharding.place(model, self.device)
         self.use_own_checkpoints(model)
+        loop_layers(model, self.sharding)
 
     def to_host(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Collects tensors; see :meth:`collect`."""

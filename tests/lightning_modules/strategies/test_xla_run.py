@@ -14,6 +14,7 @@ os.environ |= {"PJRT_DEVICE": "CPU", "CPU_NUM_DEVICES": "4"}
 from probe import Probe
 
 from datamodules.batch import Batch
+from lightning_modules.strategies.layer_loop import LayerLoop
 from main import main
 
 pytestmark = [pytest.mark.tpu, pytest.mark.timeout(900)]
@@ -103,17 +104,42 @@ def test_checkpoints_are_compiled_once(sharded):
     assert last[16] - last[14] <= 4  # collecting adapters and optimizer states
 
 
-def test_distillation_follows_the_base_and_evaluation_answers_on_the_host(command, sharded):
+def test_a_loop_over_layers_has_the_gradients_of_the_layers(sharded, monkeypatch):
+    module = sharded[0].module.train()
+    rows = torch.randint(5, 200, (4, 128))
+    segments, positions = torch.arange(128).div(50, rounding_mode="floor"), torch.arange(128) % 50
+    batch = Batch(rows, positions.expand(4, -1).contiguous(), rows, segments.expand(4, -1).contiguous())
+
+    def gradients():
+        strategy = module.trainer.strategy
+        module._decoder.hidden_states(strategy.batch_to_device(batch)).square().mean().backward()
+        found = strategy.backend.collect({n: p.grad for n, p in module.named_parameters() if p.requires_grad})
+        module.zero_grad()
+        return found
+
+    layers = module._decoder.model.model.layers
+    assert isinstance(layers, LayerLoop) and len(layers[:]) == 1
+    looped = gradients()
+    monkeypatch.setattr("lightning_modules.strategies.layer_loop._can_loop", lambda layers: False)
+    assert len(layers[:]) == 2
+    torch.testing.assert_close(looped, gradients(), rtol=1e-5, atol=1e-7)
+
+
+HIDDEN = "--model.init_args.objective.init_args.hidden={layers: {layers.0: layers.0}}"  # a hook splits the loop
+
+
+@pytest.mark.parametrize(("name", "more"), [("logits", []), ("states", [HIDDEN])])
+def test_distillation_follows_the_base_and_evaluation_answers_on_the_host(command, sharded, name, more):
     arguments = [
         *FP32, "--trainer.max_steps=3", "--trainer.limit_val_batches=0",
-        "--model.init_args.objective=lightning_modules.Distillation", "--data.init_args.packing=packed",
+        "--model.init_args.objective=lightning_modules.Distillation", "--data.init_args.packing=packed", *more,
     ]  # fmt: skip
     options = "{tasks: [risk], samples: 2, max_new_tokens: 3, before: false}"
     evaluation = f"{{class_path: callbacks.Evaluation, init_args: {options}}}"
-    assert main(command("distilled", *arguments, f"--trainer.callbacks+={evaluation}")) == 0
+    assert main(command(name, *arguments, f"--trainer.callbacks+={evaluation}")) == 0
     losses = Probe.last.losses
-    assert (command.folder / "distilled" / "version_0" / "evaluation.json").is_file()
-    assert main(command("distilled_on_cpu", *arguments, *ON_CPU, *PLAIN)) == 0
+    assert (command.folder / name / "version_0" / "evaluation.json").is_file()
+    assert main(command(f"{name}_on_cpu", *arguments, *ON_CPU, *PLAIN)) == 0
     assert losses == pytest.approx(Probe.last.losses, abs=1e-5)
 
 
@@ -123,10 +149,14 @@ def test_a_mistake_is_one_line(command, sharded, capsys):
         "--data.init_args.batch_rows=6": "6 rows can't be divided over the 4 devices",
         "--trainer.plugins=null": "plugins: [lightning_modules.strategies.TruePrecision]",
         "--trainer.devices=4": "one process drives all XLA devices",
+        "--model.init_args.backbone.attention=pallas": "it knows no shared prefix",
     }.items():
         assert main(command("mistaken", *FP32, argument)) == 2
         errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
         assert len(errors) == 1 and word in errors[0]
+    flash = ["--model.init_args.backbone.attention=pallas", "--data.init_args.packing=packed"]
+    assert main(command("mistaken", *FP32, *flash)) == 2
+    assert "pallas: its kernel needs a TPU" in capsys.readouterr().err
 
 
 def test_resumed_equals_uninterrupted(command, sharded):
