@@ -10,7 +10,7 @@ import json
 import os
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,20 +23,23 @@ class TPU:
         topology: as libtpu names it.
         cores: devices that XLA sees.
         memory_gib: of each.
+        options: of the topology: one chip is less than the host that libtpu takes for granted, and a v4's chip is one
+            device, as torch_xla runs it.
     """
 
     topology: str
     cores: int
     memory_gib: int
+    options: dict[str, Any] = field(default_factory=dict)
 
 
 TPUS = {
     "v2-8": TPU("v2:2x2", 8, 8),
     "v3-8": TPU("v3:2x2", 8, 16),
-    "v4-8": TPU("v4:2x2x1", 4, 32),
-    "v5e-1": TPU("v5e:1x1", 1, 16),
+    "v4-8": TPU("v4:2x2x1", 4, 32, {"chip_config_name": "megacore_dense"}),
+    "v5e-1": TPU("v5e:1x1", 1, 16, {"chips_per_host_bounds": (1, 1, 1)}),
     "v5e-8": TPU("v5e:2x4", 8, 16),
-    "v6e-1": TPU("v6e:1x1", 1, 32),
+    "v6e-1": TPU("v6e:1x1", 1, 32, {"chips_per_host_bounds": (1, 1, 1)}),
     "v6e-8": TPU("v6e:2x4", 8, 32),
 }
 
@@ -58,8 +61,7 @@ def compile_graph(graph: str, name: str) -> dict[str, float]:
     from jax.experimental import topologies
 
     tpu = TPUS[name]
-    devices = list(topologies.get_topology_desc(platform="tpu", topology_name=tpu.topology, **_slice(tpu)).devices)
-    devices = devices[: tpu.cores]
+    devices = list(topologies.get_topology_desc(platform="tpu", topology_name=tpu.topology, **tpu.options).devices)
     for unknown in ("mhlo.is_dynamic = false,", "mhlo.cross_program_prefetches = [],", "mhlo.input_output_alias = [],"):
         graph = graph.replace(unknown, "")
     with mlir.make_ir_context():
@@ -80,11 +82,6 @@ def compile_graph(graph: str, name: str) -> dict[str, float]:
         "temporary": "temp_size_in_bytes", "code": "generated_code_size_in_bytes", "peak": "peak_memory_in_bytes",
     }  # fmt: skip
     return {key: float(getattr(stats, field)) for key, field in names.items()} | {"seconds": time.monotonic() - began}
-
-
-def _slice(tpu: TPU) -> dict[str, Any]:
-    """A TPU of one chip is less than the host that libtpu takes for granted."""
-    return {"chips_per_host_bounds": (1, 1, 1)} if tpu.cores == 1 else {}
 
 
 def main(arguments: list[str]) -> None:
