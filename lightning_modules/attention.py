@@ -21,7 +21,7 @@ from lightning_modules.blockwise_attention import blockwise_attention
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-OwnAttention = Literal["blockwise", "xla_flash"]  #: what transformers does not bring itself
+OwnAttention = Literal["blockwise", "pallas"]  #: what transformers does not bring itself
 Attention = Literal["sdpa", "flex_attention", "eager", OwnAttention]
 
 
@@ -91,7 +91,7 @@ def register_attention(attention: str) -> None:
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import sdpa_mask
 
-    AttentionInterface.register(attention, _blockwise if attention == "blockwise" else _xla_flash)
+    AttentionInterface.register(attention, _blockwise if attention == "blockwise" else _pallas)
     AttentionMaskInterface.register(attention, sdpa_mask)  # for calls without our mask, such as generation
 
 
@@ -115,7 +115,7 @@ def _blockwise(
     return output.transpose(1, 2), None
 
 
-def _xla_flash(
+def _pallas(
     module: Any,
     query_BHTD: Tensor,
     key_BKTD: Tensor,
@@ -128,12 +128,13 @@ def _xla_flash(
     """torch_xla's Pallas kernel, for TPUs: segments must be equal, so there can be no shared prefix and no window."""
     if not _is_ours(attention_mask):
         return _sdpa(module, query_BHTD, key_BKTD, value_BKTD, attention_mask, scaling=scaling, **kwargs)
+    _refuse_dropout("pallas", kwargs)
+    _check_tpu(query_BHTD.device)
     from torch_xla.distributed.spmd import get_global_mesh
     from torch_xla.experimental.custom_kernel import flash_attention
 
-    _refuse_dropout("xla_flash", kwargs)
     if sliding_window is not None and sliding_window < query_BHTD.shape[2]:
-        raise UserError(f"backbone.attention xla_flash: it has no window of {sliding_window}; set it to blockwise")
+        raise UserError(f"backbone.attention pallas: it has no window of {sliding_window}; set it to blockwise")
     groups = query_BHTD.shape[1] // key_BKTD.shape[1]
     key_BHTD, value_BHTD = (x.repeat_interleave(groups, 1) for x in (key_BKTD, value_BKTD))
     segments_BT = attention_mask[:, 0, 0]
@@ -161,6 +162,15 @@ def _sdpa(*args: Any, **kwargs: Any) -> tuple[Tensor, None]:
 def _refuse_dropout(attention: str, kwargs: dict[str, Any]) -> None:
     if kwargs.get("dropout"):
         raise UserError(f"backbone.attention {attention}: it computes no attention dropout; set it to sdpa")
+
+
+def _check_tpu(device: torch.device) -> None:
+    if device.type == "xla":
+        import torch_xla.runtime as xr
+
+        if xr.device_type() == "TPU":
+            return
+    raise UserError("backbone.attention pallas: its kernel needs a TPU, and there is none; set it to blockwise")
 
 
 def _rule(segment_ids_BT: Tensor, position_ids_BT: Tensor | None, window: int | None) -> Callable[..., Tensor]:

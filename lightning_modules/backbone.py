@@ -56,7 +56,7 @@ class Backbone:
     """Type of all other weights and of the products; auto takes the checkpoint's."""
     attention: Attention = "sdpa"
     """Attention implementation: flex_attention skips empty blocks of packed rows, on GPUs; blockwise needs no T x T
-    scores anywhere, for long rows on TPUs; xla_flash is torch_xla's Pallas kernel, on TPUs, without a shared prefix."""
+    scores anywhere, for long rows on TPUs; pallas is torch_xla's flash attention, on TPUs, without a shared prefix."""
     lora: LoRA | None = None
     """Adapters to train; null trains every weight (of an unquantised model)."""
     gradient_checkpointing: bool = False

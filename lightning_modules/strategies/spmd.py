@@ -169,10 +169,8 @@ class XLASPMDStrategy(SingleDeviceXLAStrategy):
                 "teacher to base, which takes no memory"
             )
         backbone = getattr(self.lightning_module, "backbone", None)
-        if getattr(backbone, "attention", None) == "xla_flash" and bool((batch.segment_ids_BT == PREFIX).any()):
-            raise UserError(
-                "backbone.attention xla_flash: it knows no shared prefix; set data.init_args.packing packed"
-            )
+        if getattr(backbone, "attention", None) == "pallas" and bool((batch.segment_ids_BT == PREFIX).any()):
+            raise UserError("backbone.attention pallas: it knows no shared prefix; set data.init_args.packing packed")
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Computes what is left from before: a micro-batch's gradients, or a callback's sums.

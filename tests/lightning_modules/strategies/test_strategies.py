@@ -5,9 +5,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from transformers import AttentionInterface
 
+from datamodules.batch import Batch
 from datamodules.errors import UserError
 from lightning_modules import Backbone, CausalLMModule, CompletionCrossEntropy, LoRA
+from lightning_modules.attention import register_attention
 from lightning_modules.backend import EAGER, backend_of
 from lightning_modules.strategies import PJRTAccelerator, TruePrecision, XLABackend, XLASPMDStrategy
 from lightning_modules.strategies.sharding import row_spec, weight_spec
@@ -118,3 +121,23 @@ def test_constructors_open_nothing_and_refuse_what_cannot_be():
         PJRTAccelerator("cpu", 0)
     with pytest.raises(UserError, match="bitsandbytes does not run on a TPU"):
         backend(8).check("nf4")
+
+
+def test_rows_that_cannot_be_served_there_are_refused():
+    tensors = torch.zeros(4, 4, 8, dtype=torch.int64).unbind()
+    strategy, flash = XLASPMDStrategy(), SimpleNamespace(backbone=SimpleNamespace(attention="pallas"))
+    cached = Batch(*tensors, extras={"teacher_ids": torch.zeros(256, 32)})
+    with pytest.raises(UserError, match="a cached teacher's targets are not divided over XLA devices; set it to null"):
+        strategy.batch_to_device(cached)
+    strategy._lightning_module = flash
+    with pytest.raises(UserError, match="it knows no shared prefix"):
+        strategy._check(Batch(*tensors))
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_the_flash_kernel_is_refused_where_there_is_no_tpu(dropout):
+    register_attention("pallas")
+    attend = AttentionInterface()["pallas"]
+    heads, mask = torch.zeros(1, 2, 8, 4), torch.zeros(1, 1, 2, 8, dtype=torch.int64)
+    with pytest.raises(UserError, match="no attention dropout" if dropout else "needs a TPU"):
+        attend(None, heads, heads, heads, mask, dropout=dropout)
