@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.nn.functional import cross_entropy, log_softmax
+from torch.nn.functional import log_softmax
 
 from datamodules.batch import IGNORE_INDEX
 from datamodules.errors import UserError
@@ -28,6 +28,7 @@ from lightning_modules.backbone import Backbone
 from lightning_modules.decoder import Predictions
 from lightning_modules.teacher_cache import CachedTeacher, TeacherCache, cache_key
 from lightning_modules.teacher_shards import Targets
+from lightning_modules.token_loss import TokenLoss
 
 if TYPE_CHECKING:
     from datamodules.findings import FindingsDataModule
@@ -83,8 +84,8 @@ class CompletionCrossEntropy(Objective):
         """See :class:`Objective`."""
 
         def sums(hidden_NC: Tensor, labels_N: Tensor) -> tuple[Tensor, ...]:
-            logits_NV = student.head(hidden_NC)
-            return _cross_entropy(logits_NV, labels_N), _correct(logits_NV, labels_N)
+            loss, correct, *_ = TokenLoss.apply(student.head(hidden_NC), labels_N, None, 1.0, 0.0, 1.0)
+            return loss, correct
 
         loss, correct = _chunked(sums, self.chunk, student, labels_N)
         return {"loss": loss, "correct": correct}
@@ -195,6 +196,7 @@ class Distillation(Objective):
                 "objective Distillation: the batches hold no targets of a teacher; data.class_path FindingsDataModule "
                 "reads them from objective.cache"
             )
+        weights = (1 - self.alpha, self.alpha * self.temperature**2)
         log_probs: Callable[..., tuple[Tensor, Tensor]]
         if isinstance(teacher, Targets):
             log_probs = self._over_buckets(teacher.vocabulary)
@@ -204,10 +206,14 @@ class Distillation(Objective):
 
         def sums_of(hidden_NC: Tensor, labels_N: Tensor, *teaching: Tensor) -> tuple[Tensor, ...]:
             logits_NV = student.head(hidden_NC)
+            if self.divergence == "forward_kl" and isinstance(teacher, Predictions):
+                with torch.no_grad():
+                    teacher_NV = teacher.head(*teaching)
+                return TokenLoss.apply(logits_NV, labels_N, teacher_NV, *weights, self.temperature)
             kl_N = self._divergence(*log_probs(logits_NV, *teaching))
-            kl, ce = (kl_N * (labels_N != IGNORE_INDEX)).sum(), _cross_entropy(logits_NV, labels_N)
-            loss = self.alpha * self.temperature**2 * kl + (1 - self.alpha) * ce
-            return loss, _correct(logits_NV, labels_N), ce.detach(), kl.detach()
+            kl = (kl_N * (labels_N != IGNORE_INDEX)).sum()
+            loss, correct, ce, _ = TokenLoss.apply(logits_NV, labels_N, None, weights[0], 0.0, 1.0)
+            return loss + weights[1] * kl, correct, ce, kl.detach()
 
         totals = _chunked(sums_of, self.chunk, student, labels_N, *teaching)
         found = dict(zip(("loss", "correct", "ce", "kl"), totals, strict=True))
@@ -256,14 +262,6 @@ class Distillation(Objective):
 
 def _kl(log_p_NV: Tensor, log_q_NV: Tensor) -> Tensor:
     return (log_p_NV.exp() * (log_p_NV - log_q_NV)).sum(dim=-1)
-
-
-def _cross_entropy(logits_NV: Tensor, labels_N: Tensor) -> Tensor:
-    return cross_entropy(logits_NV, labels_N, ignore_index=IGNORE_INDEX, reduction="sum")
-
-
-def _correct(logits_NV: Tensor, labels_N: Tensor) -> Tensor:
-    return (logits_NV.detach().argmax(dim=-1) == labels_N).sum().to(logits_NV.dtype)
 
 
 def _chunked(
