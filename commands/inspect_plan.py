@@ -39,6 +39,7 @@ class Plan:
         optimizer: class name.
         lr: its highest learning rate.
         state_bytes: of optimizer state for a float32 weight.
+        divided: whether the base is divided over the devices.
     """
 
     accelerator: str
@@ -48,6 +49,7 @@ class Plan:
     optimizer: str
     lr: float
     state_bytes: float
+    divided: bool = False
 
     @classmethod
     def of(cls, trainer: Any, make_optimizer: Any) -> Plan:
@@ -62,6 +64,7 @@ class Plan:
             optimizer=name,
             lr=lr,
             state_bytes=state_bytes,
+            divided=str(getattr(trainer.get("strategy"), "class_path", "")).endswith("FSDP2Strategy"),
         )
 
 
@@ -137,7 +140,7 @@ def setup_of(
     adapter_bytes = {"float32": 4, "bfloat16": 2}[lora.dtype] if lora else 4 if backbone.adapter else size
     rank, targets = _adapter(backbone)
     return estimate.Setup(
-        kernels=kernels_of(backbone, config, plan.accelerator, size),
+        kernels=kernels_of(backbone, config, plan.accelerator, size, plan.divided),
         rows=data.batch_rows,
         row_tokens=data.row_tokens,
         quantization=backbone.quantization,
@@ -151,6 +154,7 @@ def setup_of(
         supervised=supervised,
         attention=backbone.attention,
         fp8=backbone.fp8,
+        ranks=plan.devices if plan.divided else 1,
     )
 
 
@@ -165,11 +169,14 @@ def _adapter(backbone: Backbone) -> tuple[int, tuple[str, ...] | None]:
     return 0, None
 
 
-def kernels_of(backbone: Backbone, config: Any, accelerator: str, dtype_bytes: int) -> estimate.Kernels:
+def kernels_of(
+    backbone: Backbone, config: Any, accelerator: str, dtype_bytes: int, divided: bool = False
+) -> estimate.Kernels:
     """Foresees what :func:`lightning_modules.fast_decoder.decoder_for` will choose, without a model."""
     lora = backbone.lora
     fused = (
         backbone.kernels != "plain"
+        and not divided
         and accelerator != "tpu"
         and (dtype_bytes == 2 or accelerator == "cpu")
         and backbone.quantization != "int8"

@@ -6,7 +6,8 @@ W parameters of the projections. Bytes::
 
     base          W (1/2 + 1/64 + 4/16384) in NF4 (scales in int8, their own in fp32), W / 16 more where the kernels
                   undo the nesting (full, balanced), 2 W more in FP8; W in int8; W b unquantised;
-                  + embeddings, head and norms in b
+                  + embeddings, head and norms in b. Divided over r ranks, the projections take W b (1/r + 2/L): two
+                  layers are whole, the one that computes and the next; adapters, gradients and optimizer are 1/r
     adapters      P a                 a bytes of an adapter's weight
     gradients     P a
     optimizer     P s                 s bytes of state a parameter: AdamW in fp32 8, Lion 4
@@ -184,6 +185,7 @@ class Setup:
         supervised: share of the tokens that carry a label.
         attention: implementation of transformers, for kernels of transformers.
         fp8: the base's products are in FP8, for which it is there twice more, a byte a weight.
+        ranks: that the layers are divided over (FSDP2); two of them are whole at a time, embeddings and head always.
     """
 
     kernels: Kernels
@@ -200,6 +202,7 @@ class Setup:
     supervised: float = 0.3
     attention: str = "sdpa"
     fp8: bool = False
+    ranks: int = 1
 
     @property
     def fused(self) -> bool:
@@ -241,8 +244,8 @@ def memory(architecture: Architecture, setup: Setup) -> Memory:
     piece = min(PIECE, tokens)
     trained = trained_parameters(a, setup)
     base = _base(a, setup)
-    adapters = float(trained * setup.adapter_bytes) if setup.rank else 0.0
-    gradients, optimizer = float(trained * setup.adapter_bytes), trained * setup.state_bytes
+    adapters = trained * setup.adapter_bytes / setup.ranks if setup.rank else 0.0
+    gradients, optimizer = trained * setup.adapter_bytes / setup.ranks, trained * setup.state_bytes / setup.ranks
     kept = _layers(a, setup) * _kept(a, setup) * tokens + _masks(a, setup)
     logits = piece * a.vocabulary * (2 * b + 12) + tokens * a.hidden * (b + 4 + 2 * b * setup.supervised)
     wide = 4 * tokens if setup.kernels in ("full", "checkpointed", "plain") else 6 * piece
@@ -276,7 +279,8 @@ def _base(a: Architecture, setup: Setup) -> float:
         each += 4 / 64
     if setup.fp8:
         each += 2
-    return a.weights * each + a.rest * setup.compute_bytes
+    here = a.weights if setup.ranks == 1 else a.weights / setup.ranks + 2 * a.weights / a.layers
+    return here * each + a.rest * setup.compute_bytes
 
 
 def _kept(a: Architecture, setup: Setup, kernels: str | None = None) -> float:

@@ -190,6 +190,7 @@ def test_the_kernels_are_foreseen_as_the_module_chooses_them(tiny_mistral, chang
     assert foreseen in ("plain", "checkpointed") or foreseen == backbone.activation_memory
     assert kernels_of(backbone, model.config, "gpu", 4) in ("plain", "checkpointed")  # flash kernels take 16 bits
     assert kernels_of(backbone, model.config, "tpu", 2) in ("plain", "checkpointed")
+    assert kernels_of(backbone, model.config, "gpu", 2, divided=True) in ("plain", "checkpointed")
 
 
 def test_a_rate_is_the_products_arithmetic_over_its_time(monkeypatch):

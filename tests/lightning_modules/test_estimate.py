@@ -36,6 +36,16 @@ def test_the_measured_peaks_are_met_within_ten_percent(setup, gib):
     assert memory(MISTRAL_7B, replace(setup, state_bytes=4)).peak / GIB == pytest.approx(gib, rel=0.10)
 
 
+def test_a_divided_base_takes_a_ranks_part_two_layers_and_what_stays_whole():
+    alone = memory(MISTRAL_7B, Setup("checkpointed", 1, 8192, quantization="none")).parts
+    parts = memory(MISTRAL_7B, Setup("checkpointed", 1, 8192, quantization="none", ranks=8)).parts
+    projections, rest = 2 * MISTRAL_7B.weights, 2 * MISTRAL_7B.rest
+    assert alone["base"] == projections + rest
+    assert parts["base"] == pytest.approx(projections / 8 + projections / 32 * 2 + rest)
+    assert all(parts[name] == alone[name] / 8 for name in ("adapters", "gradients", "optimizer"))
+    assert all(parts[name] == alone[name] for name in ("activations", "logits"))
+
+
 def test_mistral_7b_has_the_adapters_that_were_counted():
     assert trained_parameters(MISTRAL_7B, Setup("full", 1, 8192)) == 167_772_160
 
