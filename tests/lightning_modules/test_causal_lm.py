@@ -5,13 +5,15 @@ import os
 import socket
 import warnings
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
 import yaml
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import LightningCLI
-from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy, SingleDeviceStrategy
+from lightning.pytorch.plugins.environments import LightningEnvironment
+from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy, SingleDeviceStrategy
 from peft import PeftModel
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM
@@ -307,6 +309,29 @@ def test_two_ranks_equal_one(tiny_llama, tmp_path):
         assert result["metrics"]["train/loss"] == pytest.approx(float(loss), abs=1e-6)
         assert result["metrics"]["train/grad_norm"] == pytest.approx(float(norm), abs=1e-5)
         assert result["metrics"]["val/loss"] == pytest.approx(after["val/loss"], abs=1e-6)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_each_rank_pins_its_4_bit_base(rank, tiny_llama, monkeypatch):
+    pytest.importorskip("bitsandbytes", reason="needs the gpu extra")
+    monkeypatch.setenv("LOCAL_RANK", str(rank))
+    asked = {}
+
+    def from_pretrained(name, **options):
+        asked.update(options)
+        raise OSError("far enough")
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", from_pretrained)
+    strategy = DDPStrategy(
+        parallel_devices=[torch.device("cuda", 0), torch.device("cuda", 1)], cluster_environment=LightningEnvironment()
+    )
+    module = CausalLMModule(
+        Backbone(str(tiny_llama), quantization="nf4", lora=LoRA(rank=4)), CompletionCrossEntropy(), SGD
+    )
+    module._trainer = SimpleNamespace(strategy=strategy)
+    with pytest.raises(UserError, match="far enough"):
+        module.configure_model()
+    assert asked["device_map"] == {"": torch.device("cuda", rank)}, "never auto: layers would go to the neighbour's GPU"
 
 
 # ---------------------------------------------------------------------- distillation
