@@ -88,6 +88,8 @@ class FinetuneCLI(LightningCLI):
             print(f"{self.config.subcommand}: {found}", flush=True)
         config["ckpt_path"] = str(checkpoint) if checkpoint else None
         config["weights_only"] = True
+        if config.trainer.get("logger") is False:
+            _leave_out_monitors(config.trainer)
         if checkpoint is not None and run_of(checkpoint).parent == root.resolve():
             config.trainer.logger.init_args.version = run_of(checkpoint).name
 
@@ -107,6 +109,15 @@ class FinetuneCLI(LightningCLI):
             arguments = logger.init_args
             return Path(arguments.save_dir) / (arguments.name or "")
         return Path(config.trainer.get("default_root_dir") or Path.cwd())
+
+
+def _leave_out_monitors(trainer: Namespace) -> None:
+    """Without a logger Lightning's LearningRateMonitor would end the fit at its first step."""
+    callbacks = trainer.get("callbacks") or []
+    kept = [callback for callback in callbacks if not callback.class_path.endswith(".LearningRateMonitor")]
+    if len(kept) < len(callbacks):
+        print("trainer.logger false: LearningRateMonitor, which writes to a logger, is left out", flush=True)
+        trainer.callbacks = kept
 
 
 def one_line(error: BaseException) -> str:

@@ -4,10 +4,16 @@ Given two files that name different classes for one slot, jsonargparse keeps tho
 the second accepts too: Lion would run with AdamW's betas (https://github.com/omni-us/jsonargparse/issues/460). Here
 a later class replaces the earlier one with all its arguments, whether it comes from a file or from the command line;
 arguments of the same class are merged. ``key+: [...]`` in a later file appends to a list.
+
+Two more things that jsonargparse misreads are put right: ``null`` for an argument within a class's arguments (it hands
+on the word None), and a class path for an option that also takes a name (``trainer.strategy`` would look for a strategy
+of that name).
 """
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +21,7 @@ import yaml
 
 from datamodules.errors import UserError
 
+NAME_OR_CLASS = ("trainer.strategy", "trainer.accelerator")
 DEFAULT_CONFIG = Path(__file__).parents[1] / "configs" / "default.yaml"
 
 
@@ -26,10 +33,10 @@ def compose(args: list[str], default: Path | None = None) -> list[str]:
         default: the config that runs when no ``--config`` is given; never merged underneath another.
 
     Returns:
-        The command line with at most one ``--config``, which comes first.
+        The command line with at most one ``--config``, which comes first and holds what the command line sets to null.
 
     Raises:
-        UserError: a file that is missing, or is no YAML mapping.
+        UserError: a file that is missing, or is no YAML mapping; a null for an argument of what is no class.
     """
     files, rest = split_config_arguments(args)
     if not files and default is not None:
@@ -39,9 +46,17 @@ def compose(args: list[str], default: Path | None = None) -> list[str]:
     merged: dict[str, Any] = {}
     for file in files:
         merged = merge(merged, load_config(file))
-    for key, value in _class_overrides(rest):
-        _forget_other_class(merged, key.split("."), value)
-    return ["--config", yaml.safe_dump(merged, sort_keys=False), *rest]
+    kept: list[str] = []
+    for key, value, words in _options(rest):
+        path = key.removesuffix(".class_path").split(".")
+        if value in ("null", "~"):
+            _set_null(merged, path)
+            continue
+        _forget_other_class(merged, path, value)
+        if key in NAME_OR_CLASS and re.fullmatch(r"[\w.]+\.[A-Z]\w*", value):
+            words = [f"--{key}.class_path={value}"]
+        kept += words
+    return ["--config", yaml.safe_dump(merged, sort_keys=False), *kept]
 
 
 def split_config_arguments(args: list[str]) -> tuple[list[str], list[str]]:
@@ -96,17 +111,39 @@ def merge(base: dict[str, Any], update: dict[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def _class_overrides(args: list[str]) -> list[tuple[str, str]]:
-    """All ``--a.b.class_path=X`` and ``--a.b=X`` of a command line as ("a.b", "X")."""
-    pairs = []
-    for position, argument in enumerate(args):
-        if not argument.startswith("--"):
-            continue
-        key, equals, value = argument[2:].partition("=")
-        if not equals:
-            value = args[position + 1] if position + 1 < len(args) else ""
-        pairs.append((key.removesuffix(".class_path"), value))
-    return pairs
+def _options(args: list[str]) -> Iterator[tuple[str, str, list[str]]]:
+    """The options of a command line: (key, value, the words that they are); "" for no value, or where it is none."""
+    position = 0
+    while position < len(args):
+        words = args[position : position + 1]
+        key, equals, value = words[0].partition("=")
+        if not equals and key.startswith("--") and not "".join(args[position + 1 : position + 2]).startswith("--"):
+            words = args[position : position + 2]
+            value = "".join(words[1:])
+        yield key.removeprefix("--") if key.startswith("--") else "", value, words
+        position += len(words)
+
+
+def _arguments(slot: dict[str, Any], key: str) -> dict[str, Any]:
+    """Where a key of a slot is: in a class's ``init_args`` if the command line leaves that word out."""
+    inside = "class_path" in slot and key not in ("class_path", "init_args", "dict_kwargs")
+    return slot.setdefault("init_args", {}) if inside else slot
+
+
+def _set_null(config: dict[str, Any], path: list[str]) -> None:
+    """Sets a key to null, whatever class was there.
+
+    Raises:
+        UserError: on the way to it is something that has no keys.
+    """
+    slot: Any = config
+    for number, key in enumerate(path, start=1):
+        if not isinstance(slot, dict):
+            raise UserError(f"--{'.'.join(path)}=null: {'.'.join(path[: number - 1])} is {slot!r}, which has no {key}")
+        slot = _arguments(slot, key)
+        if number == len(path):
+            slot[key] = None
+        slot = slot.setdefault(key, {})
 
 
 def _forget_other_class(config: dict[str, Any], path: list[str], class_path: str) -> None:
@@ -114,9 +151,10 @@ def _forget_other_class(config: dict[str, Any], path: list[str], class_path: str
     slot: Any = config
     parent: Any = None
     for key in path:
-        if not isinstance(slot, dict) or key not in slot:
+        parent = _arguments(slot, key) if isinstance(slot, dict) else {}
+        if key not in parent:
             return
-        parent, slot = slot, slot[key]
+        slot = parent[key]
     if (
         isinstance(slot, dict)
         and "class_path" in slot

@@ -1,6 +1,7 @@
 """Run folders: where a fit leaves its config, curves, checkpoints and adapters, and how a later command finds them.
 
-``<root>/version_N/`` holds ``config.yaml``, ``run.json``, TensorBoard's events and ``checkpoints/{last,best*}.ckpt``.
+``<root>/version_N/`` holds ``config.yaml``, ``run.json``, TensorBoard's events and ``checkpoints/{last,best*}.ckpt``;
+without a logger the root itself is the one run.
 """
 
 from __future__ import annotations
@@ -15,13 +16,13 @@ def newest_checkpoint(root: Path, kind: str) -> Path | None:
     """Finds the last or best checkpoint of the newest run that has one.
 
     Args:
-        root: folder of runs, ``save_dir/name`` of the TensorBoard logger.
+        root: folder of runs, ``save_dir/name`` of the TensorBoard logger; without one the trainer's default root.
         kind: "last" or "best".
 
     Returns:
         The checkpoint's path, or None where no run below ``root`` has one.
     """
-    for run in sorted(root.glob("version_*"), key=_version, reverse=True):
+    for run in (*sorted(root.glob("version_*"), key=_version, reverse=True), root):
         found = checkpoint_of(run, kind)
         if found is not None:
             return found

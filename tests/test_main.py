@@ -1,11 +1,14 @@
 """The door: every config builds, and a user's mistake is one line and exit status 2."""
 
+import functools
 import inspect
 import shutil
 from pathlib import Path
 
 import pytest
 import yaml
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import LearningRateMonitor
 
 from commands.cli import FinetuneCLI
 from main import COMMANDS, main
@@ -37,6 +40,39 @@ def test_every_config_builds_on_any_machine(config, tmp_path):
     assert type(cli.model).__name__ == written["model"]["class_path"].split(".")[-1]
     header = config.read_text().split("seed_everything")[0]
     assert all(word in header for word in ("# command ", "# hardware ", "# time ", "# result "))
+
+
+NULLS = ("lora.layers", "lora", "adapter")
+
+
+@pytest.mark.parametrize("name", NULLS)
+def test_null_reaches_the_model(name):
+    """jsonargparse hands the word None on to an argument's own arguments."""
+    model = build(CONFIGS[0].with_name("default.yaml"), f"--model.init_args.backbone.{name}=null").model
+    found = model.backbone
+    for part in name.split("."):
+        found = getattr(found, part)
+    assert found is None
+
+
+def test_a_fit_without_a_logger(monkeypatch, tmp_path, capsys):
+    fitted = []
+
+    @functools.wraps(Trainer.fit)  # the CLI reads its options off the signature
+    def fit(trainer, *args, ckpt_path, **kwargs):
+        fitted.append((trainer, ckpt_path))
+
+    monkeypatch.setattr(Trainer, "fit", fit)
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints/last.ckpt").touch()  # of an earlier one: without a logger the root is the run's folder
+    options = ["--trainer.logger=false", f"--trainer.default_root_dir={tmp_path}", "--ckpt_path=last"]
+    assert main(["fit", *ANY_MACHINE, *options]) == 0
+    [(trainer, checkpoint)] = fitted
+    assert trainer.loggers == []
+    assert checkpoint == str(tmp_path / "checkpoints/last.ckpt")
+    assert not any(isinstance(callback, LearningRateMonitor) for callback in trainer.callbacks)  # it would refuse
+    assert len(trainer.callbacks) > 6
+    assert "LearningRateMonitor, which writes to a logger, is left out" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda config: config.stem)
@@ -73,7 +109,7 @@ MISTAKES = {
         "it can't shard bitsandbytes' weights (Lightning's issue 20855); set trainer.strategy ddp",
     ),
     "Lightning's own division": (
-        ["fit", f"--trainer.strategy.class_path={MODEL_PARALLEL}"],
+        ["fit", f"--trainer.strategy={MODEL_PARALLEL}"],
         "set it to lightning_modules.strategies.FSDP2Strategy",
     ),
     "no run to resume": (["fit", "--ckpt_path=last"], "--ckpt_path last: no run below"),

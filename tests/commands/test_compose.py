@@ -48,6 +48,44 @@ def test_another_class_on_the_command_line_drops_the_files_arguments(tmp_path, f
     assert args[2:] == form
 
 
+def test_the_word_init_args_may_be_left_out(tmp_path):
+    model = {"class_path": "Module", "init_args": LION}
+    args = compose(["--config", write(tmp_path, "a.yaml", {"model": model}), "--model.optimizer=torch.optim.AdamW"])
+    assert merged(args)["model"]["init_args"] == {"optimizer": {"class_path": "torch.optim.AdamW"}}
+
+
+@pytest.mark.parametrize("form", [["--{}=null"], ["--{}", "null"], ["--{}=~"]])
+@pytest.mark.parametrize(
+    ("key", "expected"),
+    [
+        ("model.init_args.lora.layers", {"lora": {"rank": 4, "layers": None}, **LION}),
+        ("model.lora.layers", {"lora": {"rank": 4, "layers": None}, **LION}),
+        ("model.init_args.lora", {"lora": None, **LION}),
+        ("model.init_args.optimizer", {"lora": {"rank": 4, "layers": 3}, "optimizer": None}),
+        ("model.init_args.adapter.name", {"lora": {"rank": 4, "layers": 3}, **LION, "adapter": {"name": None}}),
+    ],
+)
+def test_null_on_the_command_line_is_null(tmp_path, form, key, expected):
+    content = {"model": {"class_path": "Module", "init_args": {"lora": {"rank": 4, "layers": 3}, **LION}}}
+    words = [word.format(key) for word in form]
+    args = compose(["--config", write(tmp_path, "a.yaml", content), "--print_config", *words, "--seed", "1"])
+    assert merged(args)["model"]["init_args"] == expected
+    assert args[2:] == ["--print_config", "--seed", "1"]
+
+
+def test_null_for_an_argument_of_nothing_is_refused(tmp_path):
+    content = {"trainer": {"logger": False}}
+    with pytest.raises(UserError, match=r"trainer\.logger is False, which has no save_dir"):
+        compose(["--config", write(tmp_path, "a.yaml", content), "--trainer.logger.save_dir=null"])
+
+
+def test_a_strategy_is_named_by_its_class_path(tmp_path):
+    file = write(tmp_path, "a.yaml", {"trainer": {"strategy": "ddp"}})
+    args = compose(["--config", file, "--trainer.strategy=lightning_modules.strategies.FSDP2Strategy"])
+    assert args[2:] == ["--trainer.strategy.class_path=lightning_modules.strategies.FSDP2Strategy"]
+    assert compose(["--config", file, "--trainer.strategy=ddp_spawn"])[2:] == ["--trainer.strategy=ddp_spawn"]
+
+
 def test_the_same_class_on_the_command_line_keeps_them(tmp_path):
     args = compose(["--config", write(tmp_path, "a.yaml", LION), "--optimizer=optimizers.Lion"])
     assert merged(args)["optimizer"]["init_args"]["betas"] == [0.9, 0.99]
