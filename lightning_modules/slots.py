@@ -30,6 +30,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.cache_utils import Cache, DynamicLayer
 from transformers.masking_utils import sdpa_mask
 
+from lightning_modules.backend import is_divided
 from lightning_modules.prefix_cache import Prefix
 
 PLACES = 256  #: a GPU's steps look at a multiple of so many positions; fewer shapes are fewer graphs to record
@@ -53,7 +54,8 @@ class Slots:
         self._start = len(prefix.ids)
         self._layers = [_Layer(self, layer.keys, layer.values) for layer in prefix.layers]
         self._cache = Cache(layers=self._layers)
-        self._graphs = _Graphs(self._next) if self.device.type == "cuda" else None
+        recorded = self.device.type == "cuda" and not any(map(is_divided, prefix.model.parameters()))
+        self._graphs = _Graphs(self._next) if recorded else None
         self._put: Callable[[Tensor, Tensor], Tensor] = _nowhere
         self._additive = prefix.attention == "eager"
 
