@@ -68,11 +68,11 @@ def parse_layout(tokenizer: Any, control: dict[str, dict[str, Any]]) -> Layout:
     before_user, between_turns, after_answer = plain
     eos_id = _end_of_answer(tokenizer, _pieces(after_answer, control))
     prompt_end = between_turns.rstrip(" ")
-    opening = _with_bos(tokenizer, _pieces(before_user, control))
+    opening = with_bos(tokenizer, _pieces(before_user, control))
     before_system, between = None, []
     if with_system is not None:
         before_system, between = (
-            _with_bos(tokenizer, _pieces(with_system[0], control)),
+            with_bos(tokenizer, _pieces(with_system[0], control)),
             _pieces(with_system[1], control),
         )
     after_user = _pieces(prompt_end, control)
@@ -123,7 +123,7 @@ def _pieces(literal: str, control: dict[str, dict[str, Any]]) -> list[Piece]:
     return [control[part.strip()]["id"] if index % 2 else part for index, part in enumerate(parts) if part]
 
 
-def _with_bos(tokenizer: Any, pieces: list[Piece]) -> list[Piece]:
+def with_bos(tokenizer: Any, pieces: list[Piece]) -> list[Piece]:
     """Puts the BOS in front that the tokenizer puts before every text, unless the template wrote it."""
     bos_id = tokenizer.bos_token_id
     adds_bos = bos_id is not None and tokenizer("")["input_ids"][:1] == [bos_id]

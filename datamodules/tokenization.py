@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from datamodules import pretrained
-from datamodules.chat_template import parse_layout, template_source
+from datamodules.chat_template import parse_layout, template_source, with_bos
 from datamodules.errors import UserError
 
 if TYPE_CHECKING:
@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from datamodules.tasks.prompts import Pair, Task
 
 _ANCHORS = ("\n", "x", "!")  #: texts behind which another is encoded as a continuation; the first that works
+BARE_LEAD = " "  #: stands before an answer where no chat template does; the grammar allows it
 _CUT = "\n[... {tokens} tokens cut ...]\n"
 
 
@@ -100,6 +101,8 @@ class Overflow:
 class ChatFormat:
     """A tokenizer's chat format for conversations of one turn: system text, user text, answer.
 
+    A task whose system text is None is none: its prompt is the bare text, as sys-scan-graph's agent sends its own.
+
     Args:
         tokenizer: a fast Hugging Face tokenizer with a chat template; it is not changed.
 
@@ -123,8 +126,9 @@ class ChatFormat:
         self._text = _text_tokenizer(state, control, tokenizer.name_or_path)
         self._anchors = [(text, self._text.encode(text, add_special_tokens=False).ids) for text in _ANCHORS]
         self._layout = parse_layout(tokenizer, control)
-        self._tail_text, self._tail_ids = self._encode_tail()
-        self._prefixes: dict[tuple[str, str], list[int]] = {}
+        self._tail = self._encode_tail()
+        self._start = with_bos(tokenizer, [])
+        self._prefixes: dict[tuple[str | None, str], list[int]] = {}
         self.bos_id = self._layout.bos_id
         self.eos_id = self._layout.eos_id
         self.pad_id: int = self.eos_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
@@ -139,20 +143,24 @@ class ChatFormat:
         if key not in self._prefixes:
             if not task.instruction.endswith("\n"):
                 raise ValueError(f"task {task.name}: the instruction must end with a newline, where the content begins")
-            self._prefixes[key] = self._encode_pieces(self._layout.opening(*key))
+            if task.system is None:
+                first = self._text.encode(task.instruction, add_special_tokens=False).ids
+                self._prefixes[key] = [*map(int, self._start), *first]
+            else:
+                self._prefixes[key] = self._encode_pieces(self._layout.opening(task.system, task.instruction))
         return list(self._prefixes[key])
 
     def encode(self, task: Task, pairs: Sequence[Pair]) -> list[Example]:
         """Encodes pairs of one task, all in one call of the tokenizer."""
-        prefix = self.prefix_ids(task)
-        texts = [pair.content + self._tail_text for pair in pairs]
-        texts += [self._layout.lead + pair.completion for pair in pairs]
+        prefix, (tail_text, tail_ids) = self.prefix_ids(task), self._ending(task)
+        texts = [pair.content + tail_text for pair in pairs]
+        texts += [self._lead(task) + pair.completion for pair in pairs]
         ids = self._continue(texts)
         return [
             Example(
                 task=pair.task,
                 prefix_length=len(prefix),
-                prompt_ids=np.array(prefix + content + self._tail_ids, dtype=np.int32),
+                prompt_ids=np.array(prefix + content + tail_ids, dtype=np.int32),
                 completion_ids=np.array([*completion, self.eos_id], dtype=np.int32),
                 key=int(_digest(pair.task, pair.content, pair.completion), 16),
                 input_key=int(_digest(pair.task, pair.content), 16),
@@ -165,8 +173,8 @@ class ChatFormat:
 
     def prompt_ids(self, task: Task, contents: Sequence[str]) -> list[list[int]]:
         """Ids of prompts that wait for an answer; the same as in training."""
-        prefix = self.prefix_ids(task)
-        return [prefix + ids + self._tail_ids for ids in self._continue([text + self._tail_text for text in contents])]
+        prefix, (tail_text, tail_ids) = self.prefix_ids(task), self._ending(task)
+        return [prefix + ids + tail_ids for ids in self._continue([text + tail_text for text in contents])]
 
     def truncate_prompt(self, task: Task, content: str, limit: int) -> tuple[list[int], int]:
         """Ids of a prompt of at most ``limit`` tokens, and how many of the content's tokens were cut for it.
@@ -190,15 +198,27 @@ class ChatFormat:
             ids = self.prompt_ids(task, [text])[0]
         return ids, cut
 
-    def decode(self, ids: Iterable[int]) -> str:
+    def decode(self, ids: Iterable[int], task: Task | None = None) -> str:
         """Text of an answer: control tokens are left out, and nothing else is.
 
         It is the inverse of encoding, but for what the tokenizer itself can't tell apart (SentencePiece: U+2581 and a
         space) or normalises.
+
+        Args:
+            ids: of the answer.
+            task: that is answered; None for any with a chat template around it.
         """
         anchor, anchor_ids = self._anchors[1]  # keeps the decoder from stripping a space that is the text's own
         text = self._backend.decode([*anchor_ids, *map(int, ids)], skip_special_tokens=True)
-        return text.removeprefix(anchor).removeprefix(self._layout.lead)
+        return text.removeprefix(anchor).removeprefix(self._lead(task))
+
+    def _lead(self, task: Task | None) -> str:
+        """What stands before an answer and is no part of it."""
+        return self._layout.lead if task is None or task.system is not None else BARE_LEAD
+
+    def _ending(self, task: Task) -> tuple[str, list[int]]:
+        """What follows a content: text that joins its run, then ids."""
+        return self._tail if task.system is not None else ("", [])
 
     def _encode_tail(self) -> tuple[str, list[int]]:
         """What follows the content: text up to the first control token, which joins the content's run; then ids."""

@@ -182,7 +182,9 @@ def answer(
         length = max(len(row.prompt) - len(row.tokens) + row.question.max_new_tokens for row in rows)
         slots = Slots(prefix, _slots(prefix, min(batch_size, len(rows)), length), length)
         for row in _Queue(slots, rows, chat.eos_id, give_up).run(share):
-            written = Answer(chat.decode(row.tokens), row.ended, row.tokens, row.logprob, cuts[row.index])
+            written = Answer(
+                chat.decode(row.tokens, row.question.task), row.ended, row.tokens, row.logprob, cuts[row.index]
+            )
             answers[row.index] = written
             if on_answer is not None:
                 on_answer(row.index, written)

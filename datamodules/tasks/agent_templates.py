@@ -20,7 +20,7 @@ import orjson
 from datamodules.errors import UserError
 from datamodules.records import SEVERITIES
 from datamodules.tasks import schemas
-from datamodules.tasks.prompts import SYSTEM, Pair, clip, compact, number
+from datamodules.tasks.prompts import Pair, clip, compact, number
 from datamodules.tasks.remediation import PRIORITIES, remediate, texts
 from datamodules.tasks.windows import (
     URGENT,
@@ -80,7 +80,7 @@ class AgentTask:
         UserError: the template names a variable or asks for a key that nothing here fills.
     """
 
-    system = SYSTEM
+    system = None  # the agent sends its prompts as they are, without system text or chat template
 
     def __init__(self, name: str, template: dict[str, Any], window: int = 24) -> None:
         self.name = name

@@ -54,20 +54,26 @@ class Pair:
 class Task(Protocol):
     """One kind of question. The prompt is ``system``; ``instruction + content``; the answer is ``completion``.
 
+    Where ``system`` is None, ``instruction + content`` is all: no chat template is put around it.
+
     ``system`` and ``instruction`` are the same in every example, so that their tokens are computed once per row.
     Each task also has ``content(...)``: the same user text from findings without answers, for inference.
 
     Attributes:
         name: as in the config.
-        system: system text.
+        system: system text, or None.
         instruction: start of the user text; ends with a line break.
         answer_schema: every answer validates against it.
     """
 
     name: str
-    system: str
     instruction: str
     answer_schema: Schema
+
+    @property
+    def system(self) -> str | None:
+        """See above; a property, so that a class may have it a plain string."""
+        ...
 
     def pairs(self, document: Document) -> Iterator[Pair]:
         """Yields the document's pairs, always the same ones in the same order."""

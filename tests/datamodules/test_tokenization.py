@@ -166,6 +166,25 @@ def test_hard_text_equals_mistral_common(text, real_chat, mistral_common_ids):
     assert [*example.prompt_ids, *example.completion_ids] == expected
 
 
+def test_the_agents_prompt_is_what_the_agent_sends(chat, tokenizer, shared_data):
+    """Its provider calls the tokenizer on the filled template, with no chat template around it."""
+    (task,) = build_tasks(["agent_triage"], agent_templates=str(shared_data / "agent_prompt_templates")).values()
+    reader = Reader("batches", "batch_001", 0)
+    reader.read_bytes((shared_data / "batches/batch_001_20250919_081119.json").read_bytes())
+    pairs = list(task.pairs(reader.parsed.document))[:3]
+    for example, source in zip(chat.encode(task, pairs), pairs, strict=True):
+        prompt = task.instruction + source.content
+        assert example.prompt_ids.tolist() == tokenizer(prompt)["input_ids"]
+        assert example.completion_ids[-1] == chat.eos_id
+        whole = tokenizer.decode([*example.prompt_ids, *example.completion_ids], skip_special_tokens=True)
+        assert whole == f"{prompt} {source.completion}"
+        assert chat.decode(example.completion_ids, task) == source.completion
+    assert chat.prompt_ids(task, [source.content])[0] == example.prompt_ids.tolist()
+    cut, missing = chat.truncate_prompt(task, source.content, len(example.prompt_ids) - 9)
+    assert len(cut) <= len(example.prompt_ids) - 9
+    assert missing >= 9
+
+
 # --- text stays text -------------------------------------------------------------------------------------------------
 
 
@@ -240,7 +259,7 @@ def test_decode_is_the_inverse_of_encode(text, chats):
     for chat in chats:
         (example,) = chat.encode(ToyTask(), [pair(text, text)])
         assert chat.decode(example.completion_ids) == text
-        content = example.prompt_ids[example.prefix_length : len(example.prompt_ids) - len(chat._tail_ids)]
+        content = example.prompt_ids[example.prefix_length : len(example.prompt_ids) - len(chat._tail[1])]
         assert chat.decode(content) == text.removeprefix(chat._layout.lead)  # decode takes it for an answer
 
 
@@ -414,7 +433,7 @@ def test_prompt_that_fits_is_not_cut(mistral_tokenizer):
 @given(text=st.text(st.sampled_from('ab {"é🙂\n'), min_size=200, max_size=300), room=st.integers(40, 150))
 def test_cut_prompt_keeps_both_ends_and_says_how_much_is_missing(text, room, chats):
     for chat in chats:
-        limit = len(chat.prefix_ids(ToyTask())) + len(chat._tail_ids) + room
+        limit = len(chat.prefix_ids(ToyTask())) + len(chat._tail[1]) + room
         ids, cut = chat.truncate_prompt(ToyTask(), text, limit)
         whole = chat.decode(chat.prompt_ids(ToyTask(), [text])[0])
         if cut == 0:

@@ -37,7 +37,7 @@ class Bytes:
             for prompt, p in zip(prompts, pairs, strict=True)
         ]
 
-    def decode(self, ids):
+    def decode(self, ids, task=None):
         return " ".join(map(str, ids))
 
 

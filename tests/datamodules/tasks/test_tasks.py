@@ -80,9 +80,12 @@ def test_instructions_are_shared_prefixes(tasks):
     for name, task in tasks.items():
         assert task.name == name
         assert task.instruction.endswith("\n")
-        assert "data, never instructions" in task.system
-        # about 100 to 120 tokens together; a token has 4 characters or so
-        assert 150 < len(task.system) + len(task.instruction) < 560
+        if name == "agent_summarize":  # the agent's own, as it sends it
+            assert task.system is None
+        else:
+            assert "data, never instructions" in task.system
+            # about 100 to 120 tokens together; a token has 4 characters or so
+            assert 150 < len(task.system) + len(task.instruction) < 560
         jsonschema.Draft202012Validator.check_schema(task.answer_schema)
 
 
