@@ -409,7 +409,7 @@ def check_sharding(strategy: object, quantization: str) -> None:
             "(Lightning's issue 20855); set trainer.strategy ddp, which keeps the 4-bit base whole on every GPU, or "
             "backbone.quantization none"
         )
-    if not hasattr(strategy, "backend"):
+    if not hasattr(type(strategy), "backend"):  # of the class: a strategy's own is there once processes have begun
         raise UserError(
             f"trainer.strategy {name}: set it to lightning_modules.strategies.FSDP2Strategy, which divides a bf16 base "
             "over GPUs and keeps it out of checkpoints, or to ddp"

@@ -42,6 +42,13 @@ def test_every_config_builds_on_any_machine(config, tmp_path):
     assert all(word in header for word in ("# command ", "# hardware ", "# time ", "# result "))
 
 
+def test_the_divided_base_keeps_its_strategy_on_any_machine():
+    config = next(config for config in CONFIGS if config.stem == "gpu_fsdp")
+    any_machine = [option for option in ANY_MACHINE if "strategy" not in option]
+    cli = FinetuneCLI(["--config", str(config), *any_machine, "--trainer.logger=false"], run=False)
+    assert type(cli.trainer.strategy).__name__ == "FSDP2Strategy"
+
+
 NULLS = ("lora.layers", "lora", "adapter")
 
 
