@@ -1,12 +1,15 @@
 """A divided base against a whole one: two processes on the CPU, which talk by gloo, against one."""
 
+import json
 import os
 import shutil
 import socket
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from lightning.pytorch import Callback, LightningDataModule, Trainer
 from peft import PeftModel
 from torch.distributed.tensor import DTensor
@@ -17,8 +20,10 @@ from datamodules.batch import IGNORE_INDEX, Batch
 from datamodules.errors import UserError
 from lightning_modules import Backbone, CausalLMModule, CompletionCrossEntropy, Distillation, LoRA
 from lightning_modules.strategies import FSDP2Strategy
+from main import main
 from optimizers import Lion, WarmupCosine
 
+GPU_FSDP = Path(__file__).parents[3] / "configs/gpu_fsdp.yaml"
 ROWS, TOKENS, STEPS, MICRO_BATCHES = 16, 24, 4, 4
 IDS = torch.arange(40, 50)[None]
 
@@ -118,6 +123,7 @@ def run_rank(rank, port, folder):
     resumed_run(folder)
     tied_run(folder)
     refusals(folder)
+    through_the_door(folder)
 
 
 def whole_run(folder, rank):
@@ -171,18 +177,49 @@ def refusals(folder):
             fit(CausalLMModule(Backbone(**recipe), objective, partial(Lion, lr=1e-4)), folder["two"], 2)
 
 
+def through_the_door(folder):
+    """Evaluation before and after, the best checkpoint's weights put in place for it, and a second fit that goes on."""
+    command = ["fit", "--config", str(GPU_FSDP), "--config", str(folder["door"] / "small.yaml")]
+    assert main([*command, "--trainer.max_steps=2"]) == 0
+    assert main([*command, "--trainer.max_steps=3", "--ckpt_path=last"]) == 0
+
+
+def small_config(folder):
+    """What makes the shipped config's run one of seconds."""
+    evaluation = {"class_path": "callbacks.Evaluation", "init_args": {
+        "tasks": ["risk"], "samples": 3, "max_new_tokens": 4, "constrained": False, "reference": 20,
+    }}  # fmt: skip
+    best = {"class_path": "lightning.pytorch.callbacks.ModelCheckpoint", "init_args": {
+        "filename": "best", "monitor": "train/loss", "mode": "max", "save_last": True, "every_n_train_steps": 1,
+    }}  # fmt: skip
+    others = [{"class_path": f"callbacks.{name}"} for name in ("RunRecord", "Preemption", "AdapterExport")]
+    return {
+        "model": {"init_args": {"backbone": {"model": str(folder["tiny_llama"]), "lora": {"rank": 3}}}},
+        "data": {"init_args": {
+            "sources": ["synthetic://?findings=200&seed=1"], "tasks": {"risk": 1.0}, "row_tokens": 2048, "val": 0.2,
+            "val_rows": 2, "num_workers": 0, "test": 0.0,
+        }},
+        "trainer": {
+            "accelerator": "cpu", "devices": 2, "val_check_interval": 1, "log_every_n_steps": 1,
+            "logger": {"init_args": {"save_dir": str(folder["door"])}}, "callbacks": [*others, evaluation, best],
+            "enable_model_summary": False, "enable_progress_bar": False,
+        },
+    }  # fmt: skip
+
+
 # ---------------------------------------------------------------------- and what comes of it
 
 
 @pytest.fixture(scope="module")
 def folder(tiny_llama, tmp_path_factory):
-    names = ("two", "one", "resumed", "adapter", "tied", "dora", "empty")
+    names = ("two", "one", "resumed", "adapter", "tied", "dora", "empty", "door")
     folder = {name: tmp_path_factory.mktemp(name) for name in names} | {"tiny_llama": tiny_llama}
     half_precision(folder)
     torch.manual_seed(0)
     adapter_folder(tiny_llama, folder["adapter"])
     adapter_folder(folder["tied"], folder["dora"], dora=True)
     shutil.copy(tiny_llama / "config.json", folder["empty"])
+    (folder["door"] / "small.yaml").write_text(yaml.safe_dump(small_config(folder)))
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -256,3 +293,14 @@ def test_the_adapter_is_whole_and_loads_with_plain_peft(folder):
     expected = read(folder["two"] / "whole.ckpt")["state_dict"]
     found = {f"model.{name}": tensor for name, tensor in model.state_dict().items() if "lora_" in name}
     torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
+def test_a_run_through_the_door(folder):
+    run = folder["door"] / "gpu_fsdp/version_0"
+    assert [path.name for path in run.parent.iterdir()] == ["version_0"], "the second fit went on in its folder"
+    columns = json.loads((run / "evaluation.json").read_text())["tasks"]["risk"]["columns"]
+    assert all(len(columns[heading]["outcomes"]) == 3 for heading in ("untuned", "tuned"))
+    assert columns["tuned"]["about"]["checkpoint"].startswith("best")
+    assert read(run / "checkpoints/last.ckpt")["global_step"] == 3
+    for name in ("best", "last"):
+        assert (run / "adapter" / name / "adapter_model.safetensors").is_file()
