@@ -6,6 +6,7 @@ from the first ``{`` to the last ``}``; how many answers that would save is repo
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections.abc import Iterator, Sequence
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from datamodules.tasks.prompts import Pair, Task
 
 _NUMBER = re.compile(r"(?<![\w.])-?\d+(?:\.\d+)?(?![\w])")
+_OPENING = re.compile(r"[{\[]")
 _WORD = re.compile(r"\w+")
 _NAME = re.compile(r"/?\w[\w./:-]*")
 _ID_PARTS = [re.compile(part) for part in (r"[^\W\d_]", r"\d", r"[_-]")]
@@ -110,6 +112,18 @@ def named_ids(value: Any) -> Iterator[str]:
     elif isinstance(value, list):
         for item in value:
             yield from named_ids(item)
+
+
+def embedded(text: str) -> Iterator[Any]:
+    """Every JSON object and list in a text, whatever is written around them."""
+    decoder, position = json.JSONDecoder(), 0
+    while opening := _OPENING.search(text, position):
+        try:
+            value, position = decoder.raw_decode(text, opening.start())
+        except (ValueError, RecursionError):
+            position = opening.end()
+        else:
+            yield value
 
 
 def numbers(text: str) -> list[float]:

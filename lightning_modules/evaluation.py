@@ -12,16 +12,18 @@ from torch import nn
 
 from datamodules.records import SEVERITIES
 from lightning_modules.answers import Judged, judge, parse
-from lightning_modules.generation import Answer, Constraint, constrained, generate
+from lightning_modules.generation import Answer, Constraint, Question, answer_questions, constrained, generate
 from lightning_modules.intervals import bootstrap, intervals, wilson
 from lightning_modules.likelihood import completion_nll, forced_choice
 from lightning_modules.metrics import AnswerMetrics
+from lightning_modules.prefix_cache import known_positions
 
 if TYPE_CHECKING:
     from datamodules.tasks.prompts import Pair, Task
     from datamodules.tokenization import ChatFormat
 
 SCORED_ROWS = 32  #: answers whose likelihood is computed at once: 300 tokens of 49,152 logits are 2 GB then
+HELD_ROOM = 4  #: times the room of a free answer for one that is held to its schema
 SEVERITY = '"severity":"'  #: what comes before an answer's severity
 
 
@@ -115,13 +117,20 @@ def answer_pairs(
     )  # fmt: skip
     held: list[Outcome | None] = [None] * len(pairs)
     if constraint is not None:
+        positions = known_positions(model.config)
 
         def write(indices: list[int], begun: list[list[int]]) -> list[Answer]:
+            """Gives a schema's bounds the room to end an answer that goes round in circles."""
             some = [contents[index] for index in indices]
-            return generate(model, chat, task, some, **options, constraint=constraint, begun=begun)
+            rooms = [min(limit * HELD_ROOM, positions - len(prompt)) for prompt in chat.prompt_ids(task, some)]
+            questions = [
+                Question(task, content, max(room, limit), constraint, tokens)
+                for content, room, tokens in zip(some, rooms, begun, strict=True)
+            ]
+            return answer_questions(model, chat, questions, batch_size=batch_size)
 
-        for index, answer in enumerate(constrained(answers, constraint, chat.eos_id, write)):
-            held[index] = Outcome(answer.text, answer.stopped)
+        for index, written in enumerate(constrained(answers, constraint, chat.eos_id, write)):
+            held[index] = Outcome(written.text, written.stopped)
     progress(1.0)
     return [
         Outcome(answer.text, answer.stopped, loss, count, answer.prompt_tokens_cut, choice, other)

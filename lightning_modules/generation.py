@@ -133,12 +133,12 @@ def generate(
     questions = [
         Question(task, content, max_new_tokens, constraint, ids) for content, ids in zip(contents, tokens, strict=True)
     ]
-    return answer(
+    return answer_questions(
         model, chat, questions, batch_size=batch_size, progress=progress, give_up=give_up, on_answer=on_answer
     )
 
 
-def answer(
+def answer_questions(
     model: nn.Module,
     chat: ChatFormat,
     questions: Sequence[Question],
@@ -215,7 +215,7 @@ def constrained(
     """The answers that greedy generation gives under a constraint, from those that it gave freely.
 
     As long as every token of a free answer is allowed, the constrained one is the same: only an answer that leaves the
-    grammar is written anew, from the token where it does.
+    grammar is written anew, from the token where it does. One that was cut goes on from there, if ``write`` has room.
 
     Args:
         free: answers without constraint.
@@ -227,7 +227,7 @@ def constrained(
     for index, answer in enumerate(free):
         whole = [*answer.token_ids, *[eos_id] * answer.stopped]
         accepted = constraint.accepts(whole)
-        if accepted < len(whole):
+        if accepted < len(whole) or not answer.stopped:
             anew[index] = whole[:accepted]
     for index, answer in zip(anew, write(list(anew), list(anew.values())) if anew else [], strict=True):
         answers[index] = answer

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from datamodules.errors import UserError
-from lightning_modules.generation import Answer, Constraint, Question, answer
+from lightning_modules.generation import Answer, Constraint, Question, answer_questions
 
 if TYPE_CHECKING:
     from datamodules.tasks.prompts import Task
@@ -45,7 +45,7 @@ class Inquiry:
     """Asks one model.
 
     Args:
-        model: as in :func:`lightning_modules.generation.answer`.
+        model: as in :func:`lightning_modules.generation.answer_questions`.
         chat: of its tokenizer.
         identity: digest of the model, for the journal.
         batch_size: questions at once.
@@ -94,7 +94,7 @@ class Inquiry:
         def keep(index: int, written: Answer) -> None:
             self._keep(keys[index], Reply(written.text, written.stopped, written.prompt_tokens_cut))
 
-        answer(
+        answer_questions(
             self.model,
             self.chat,
             [Question(task, content, self.limits[task.name], constraints[id(task)]) for task, content in questions],

@@ -10,13 +10,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
-import orjson
 import torch
 from torch import Tensor
 from torchmetrics import Metric, MetricCollection
 
 from datamodules.records import SEVERITIES
-from lightning_modules.answers import Judged, as_number, identifiers, named_ids, numbers, strings, words
+from lightning_modules.answers import Judged, as_number, embedded, identifiers, named_ids, numbers, strings, words
 
 if TYPE_CHECKING:
     from datamodules.tasks.prompts import Task
@@ -237,7 +236,7 @@ class Faithfulness(AnswerMetric):
         """The ids and numbers of one answer and how many are invented."""
         if item.answer is None:
             return {"answers": 1}
-        known = set(strings(_loads(item.content)))
+        known = set(strings(list(embedded(item.content))))
         sentences = [text for text in strings(item.answer) if text not in known]
         names = [name for text in sentences for name in identifiers(text)]
         given_text = "\n".join([item.content, *known, *strings(item.expected)])
@@ -379,10 +378,3 @@ def _titles(answer: dict[str, Any]) -> set[str]:
 def _steps(answer: dict[str, Any]) -> list[dict[str, Any]]:
     steps = answer.get("actions")
     return [step for step in steps if isinstance(step, dict)] if isinstance(steps, list) else []
-
-
-def _loads(content: str) -> Any:
-    try:
-        return orjson.loads(content)
-    except orjson.JSONDecodeError:
-        return content

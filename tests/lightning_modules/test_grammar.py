@@ -13,6 +13,7 @@ from datamodules.tasks.prompts import Pair, compact
 from datamodules.tasks.schemas import RISK, SEVERITY, SUBSCORES, array, closed, correlation, number, text
 from datamodules.tokenization import ChatFormat
 from lightning_modules.answers import parse
+from lightning_modules.evaluation import answer_pairs
 from lightning_modules.generation import constrained, generate
 from lightning_modules.slots import unpacked
 
@@ -84,6 +85,21 @@ def test_free_answers_within_the_grammar_are_the_constrained_ones(tiny_llama, ch
     assert asked == [[1, 2, 3]]
     assert [answer.text for answer in answers] == [answer.text for answer in expected]
     assert answers[0] is expected[0]
+
+
+def test_answers_held_to_their_schema_have_room_to_end(tiny_llama, chatml_tokenizer):
+    """A free answer that was cut at the token limit goes on from there, held to the schema, until that is full."""
+    model, chat = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32), ChatFormat(chatml_tokenizer)
+    task = RiskTask()
+    task.answer_schema = SMALL
+    grammar = JsonGrammar(chatml_tokenizer, chat.eos_id, SMALL)
+    pairs = [Pair("risk", compact({"title": "x" * i}), '{"severity":"low"}', "low", "", 1) for i in range(3)]
+    whole = generate(model, chat, task, [pair.content for pair in pairs], max_new_tokens=300, constraint=grammar)
+    limit = max(len(answer.token_ids) for answer in whole) // 2
+    assert all(limit < len(answer.token_ids) for answer in whole)
+    outcomes = answer_pairs(model, chat, task, pairs, max_new_tokens=limit, constraint=grammar)
+    assert [outcome.held.text for outcome in outcomes] == [answer.text for answer in whole]
+    assert all(outcome.held.complete for outcome in outcomes)
 
 
 @pytest.mark.parametrize("tokenizer", ["chatml_tokenizer", "mistral_tokenizer"])

@@ -190,6 +190,15 @@ def test_correlation_ids_and_inventions_by_hand():
     assert got["faithful"] == pytest.approx(1 / 3)
 
 
+def test_ids_are_known_from_json_in_a_text_too():
+    """A prompt of the agent's is a text with JSON in it."""
+    content = 'Data [all]: {"findings":[{"id":"f1"}]}\n\nTies:\n[{"id":"c1"}]\n\nKeys {a}: [1'
+    expected = {"related_finding_ids": ["f1"]}
+    item = judged(expected, {"related_finding_ids": ["f1", "c1", "a"]}, CORRELATION, content)
+    got = Faithfulness().count(item)
+    assert (got["ids"], got["false_ids"]) == (3, 1)
+
+
 SUMMARY = SimpleNamespace(name="summary", answer_schema={"properties": {"executive_summary": {"type": "string"}}})
 
 
