@@ -39,8 +39,8 @@ class LoRA:
     rslora: bool = False
     """Scales by alpha / sqrt(rank), so that large ranks learn as fast (rsLoRA, arXiv 2312.03732)."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Type of the adapter's weights. A step of Lion, 5e-5, is lost on a bfloat16 weight of 0.02; products use the
-    base's type all the same."""
+    """Type of the adapter's weights; products use the base's type all the same. A step of Lion, 5e-5, is lost on a
+    bfloat16 weight of 0.02: 3.9 % more held-out loss on SmolLM2-135M, none with the optimizer's ``master_weights``."""
 
 
 @dataclass(frozen=True)
