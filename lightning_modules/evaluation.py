@@ -12,11 +12,12 @@ from torch import nn
 
 from datamodules.records import SEVERITIES
 from lightning_modules.answers import Judged, judge, parse
-from lightning_modules.generation import Answer, Constraint, Question, answer_questions, constrained, generate
+from lightning_modules.generation import answer_questions, constrained, generate
 from lightning_modules.intervals import bootstrap, intervals, wilson
 from lightning_modules.likelihood import completion_nll, forced_choice
 from lightning_modules.metrics import AnswerMetrics
 from lightning_modules.prefix_cache import known_positions
+from lightning_modules.questions import Answer, Constraint, Question
 
 if TYPE_CHECKING:
     from datamodules.tasks.prompts import Pair, Task

@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from datamodules.errors import UserError
-from lightning_modules.generation import Answer, Constraint, Question, answer_questions
+from lightning_modules.generation import answer_questions
+from lightning_modules.questions import Answer, Constraint, Question
 
 if TYPE_CHECKING:
     from datamodules.tasks.prompts import Task
