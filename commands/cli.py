@@ -16,7 +16,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from commands.compose import DEFAULT_CONFIG, compose
 from commands.runs import newest_checkpoint, resolve_checkpoint, run_of
 from datamodules.errors import UserError
-from lightning_modules.causal_lm import check_sharding
+from lightning_modules.backend import check_sharding
 
 TRAINER_COMMANDS = ("fit", "validate", "test")
 #: warnings that say nothing to a user of this program

@@ -13,10 +13,12 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from datamodules.batch import IGNORE_INDEX
+from datamodules.errors import UserError
 
 if TYPE_CHECKING:
     from datamodules.batch import Batch
@@ -98,6 +100,28 @@ def backend_of(trainer: Any) -> Backend:
     """The backend of a trainer's strategy; PyTorch as it is without a trainer."""
     backend: Backend = getattr(getattr(trainer, "strategy", None), "backend", EAGER)
     return backend
+
+
+def check_sharding(strategy: object, quantization: str) -> None:
+    """Refuses strategies that divide weights: bitsandbytes' can't be, and the others' checkpoints would hold the base.
+
+    Raises:
+        UserError: it is one of them; says what to set.
+    """
+    if not isinstance(strategy, (FSDPStrategy, ModelParallelStrategy, DeepSpeedStrategy)):
+        return
+    name = type(strategy).__name__
+    if quantization != "none":
+        raise UserError(
+            f"trainer.strategy {name} with backbone.quantization {quantization}: it can't shard bitsandbytes' weights "
+            "(Lightning's issue 20855); set trainer.strategy ddp, which keeps the 4-bit base whole on every GPU, or "
+            "backbone.quantization none"
+        )
+    if not hasattr(type(strategy), "backend"):  # of the class: a strategy's own is there once processes have begun
+        raise UserError(
+            f"trainer.strategy {name}: set it to lightning_modules.strategies.FSDP2Strategy, which divides a bf16 base "
+            "over GPUs and keeps it out of checkpoints, or to ddp"
+        )
 
 
 def is_divided(tensor: Tensor) -> bool:

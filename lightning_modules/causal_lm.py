@@ -18,7 +18,6 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule
-from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from torch.nn import Linear, ModuleList
@@ -30,7 +29,7 @@ from datamodules.batch import IGNORE_INDEX, Batch
 from datamodules.errors import UserError
 from datamodules.findings import FindingsDataModule
 from lightning_modules.backbone import Backbone, out_of_memory_advice
-from lightning_modules.backend import Backend, backend_of, take
+from lightning_modules.backend import Backend, backend_of, check_sharding, take
 from lightning_modules.decoder import Predictions
 from lightning_modules.fast_decoder import FastDecoder, decoder_for
 from lightning_modules.hyperparameters import INSTANTIATOR, to_plain
@@ -392,28 +391,6 @@ class CausalLMModule(LightningModule):
                 self._not_stored.append(name)
         self.hparams.clear()
         self.save_hyperparameters(plain)
-
-
-def check_sharding(strategy: object, quantization: str) -> None:
-    """Refuses strategies that divide weights: bitsandbytes' can't be, and the others' checkpoints would hold the base.
-
-    Raises:
-        UserError: it is one of them; says what to set.
-    """
-    if not isinstance(strategy, (FSDPStrategy, ModelParallelStrategy, DeepSpeedStrategy)):
-        return
-    name = type(strategy).__name__
-    if quantization != "none":
-        raise UserError(
-            f"trainer.strategy {name} with backbone.quantization {quantization}: it can't shard bitsandbytes' weights "
-            "(Lightning's issue 20855); set trainer.strategy ddp, which keeps the 4-bit base whole on every GPU, or "
-            "backbone.quantization none"
-        )
-    if not hasattr(type(strategy), "backend"):  # of the class: a strategy's own is there once processes have begun
-        raise UserError(
-            f"trainer.strategy {name}: set it to lightning_modules.strategies.FSDP2Strategy, which divides a bf16 base "
-            "over GPUs and keeps it out of checkpoints, or to ddp"
-        )
 
 
 def _plain_or_itself(value: Any) -> Any:
