@@ -76,6 +76,12 @@ def test_losses_in_float32_are_those_of_the_cpu(sharded, on_cpu):
     assert on_cpu.losses[9] < on_cpu.losses[0]
 
 
+def test_groups_of_devices_with_a_copy_of_the_weights_each_lose_the_same(command, on_cpu):
+    few = ["--trainer.max_steps=3", "--trainer.limit_val_batches=0", "--trainer.strategy.init_args.data=2"]
+    assert main(command("groups", *FP32, *few)) == 0
+    assert Probe.last.losses == pytest.approx(on_cpu.losses[:3], abs=1e-5)
+
+
 def test_losses_in_bfloat16_are_near(command, sharded):
     few = ["--trainer.max_steps=10", "--trainer.limit_val_batches=0"]
     assert main(command("sharded_bf16", *few)) == 0
