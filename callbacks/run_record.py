@@ -68,6 +68,8 @@ class RunRecord(Callback):
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Writes the end of a fit, behind all other callbacks' words at the end of training."""
         if self._record:
+            if "step" not in self._record:  # resumed with nothing left to do: there was no training to end
+                self._record |= progress(trainer)
             self._finish(trainer, "finished")
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:

@@ -65,6 +65,15 @@ def test_a_failed_run_says_why_and_the_next_one_keeps_it(tmp_path, capsys):
     assert all("previous" not in run for run in record["previous"])
 
 
+def test_a_resumed_run_with_nothing_left_to_do_knows_its_step(tmp_path, capsys):
+    fit(tmp_path, callbacks=[best_and_last()])
+    (last,) = tmp_path.rglob("last.ckpt")
+    make_trainer(tmp_path, [RunRecord()]).fit(TinyModule(), TinyData(), ckpt_path=last)
+    record = json.loads((tmp_path / "version_0/run.json").read_text())
+    assert record["state"] == "finished" and record["step"] == 12
+    assert capsys.readouterr().out.count("finished at step 12") == 2
+
+
 def test_a_broken_record_of_before_is_no_hindrance(tmp_path):
     (tmp_path / "version_0").mkdir()
     (tmp_path / "version_0/run.json").write_text("{")
