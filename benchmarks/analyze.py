@@ -21,9 +21,7 @@ import time
 from collections import Counter
 from dataclasses import replace
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
@@ -45,21 +43,6 @@ from lightning_modules.inquiry import Inquiry  # noqa: E402
 from lightning_modules.merged import merged  # noqa: E402
 
 SOURCE = "synthetic://?findings=600&seed=7"  #: answers of usual length, and findings where no report is given
-
-
-class Anything:
-    """Stands in for the grammar where llguidance is not installed: allows every token."""
-
-    def __init__(self, vocabulary: int) -> None:
-        self.words = -(-vocabulary // 32)
-
-    def start(self) -> Any:
-        """Makes what takes an answer's tokens."""
-        return SimpleNamespace(accept=lambda token: None)
-
-    def allowed(self, matchers: list[Any]) -> torch.Tensor:
-        """All bits."""
-        return torch.full((len(matchers), self.words), -1, dtype=torch.int32)
 
 
 class Forced:
@@ -108,8 +91,7 @@ class ForcedInquiry(Inquiry):
         self.answers, self.seconds = answers, seconds
 
     def _constraint(self, task: Any) -> Any:
-        grammar = super()._constraint(task) if find_spec("llguidance") else Anything(len(self.chat.tokenizer))
-        return Forced(grammar, self.answers[task.name])
+        return Forced(super()._constraint(task), self.answers[task.name])
 
     def __call__(self, questions: Any, progress: Any = lambda share: None) -> Any:
         """Times questions that are asked together."""
@@ -190,7 +172,6 @@ def main() -> None:
     data = FindingsDataModule([SOURCE], tokenizer=args.tokenizer, tasks=shares, row_tokens=8192, val=0.05)
     data.setup()
     answers = usual_answers(data)
-    print("grammar:", "llguidance" if find_spec("llguidance") else "none, llguidance is not installed")
     print("forced answers:", {task: f"{len(ids)} tokens" for task, ids in answers.items()}, flush=True)
     report = loads(Path(args.report).read_bytes())[0] if args.report else next(iter_documents(234, seed=1))
     document = read_report(report, args.report or "generated").document

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from callbacks.curves import curves
 from callbacks.exam import read_exams, scores_of
+from callbacks.html_page import page
 from callbacks.pictures import pictures
 from callbacks.report_table import cell, shown_rows
 from lightning_modules.answers import parse
@@ -33,8 +34,6 @@ SAMPLES = 8  #: shown of each task
 WIDTH = 1600  #: characters of a text that are shown
 #: file of an evaluation -> what it measured
 EVALUATIONS = {"evaluation.json": "fit", "evaluation_val.json": "validate", "evaluation_test.json": "test"}
-#: the browser itself refuses scripts, and to fetch anything, should text of a finding ever slip through
-POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 STYLE = """\
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 76rem; margin: 2rem auto; padding: 0 1rem; color: #1b1f24; }
 h1 { font-size: 1.6rem; } h2 { margin-top: 2.2rem; border-bottom: 1px solid #d5d9de; } h3 { margin-bottom: .3rem; }
@@ -60,30 +59,11 @@ def write_report(run: Path) -> Path:
             body += _exam(task, exam, command)
     target = run / FILE
     unfinished = target.with_name(f"{FILE}.unfinished")
-    page = _PAGE.format(policy=escape(POLICY), style=STYLE, title=_text(f"Run {_name(run)}"), body="\n".join(body))
-    unfinished.write_text(page, encoding="utf-8")
+    title = _text(f"Run {_name(run)}")
+    html = page(title, "\n".join([f"<h1>{title}</h1>", *body]), STYLE, pictures=True)
+    unfinished.write_text(html, encoding="utf-8")
     unfinished.replace(target)
     return target
-
-
-_PAGE = """\
-<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta http-equiv="Content-Security-Policy" content="{policy}">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{title}</title>
-<style>
-{style}
-</style>
-</head>
-<body>
-<h1>{title}</h1>
-{body}
-</body>
-</html>
-"""
 
 
 def _what_ran(run: Path) -> Iterator[str]:

@@ -5,11 +5,10 @@ from __future__ import annotations
 from html import escape
 from typing import Any
 
+from callbacks.html_page import page
 from commands.analysis_markdown import SHOWN, by_rank, provenance, visible
 from datamodules.records import SEVERITIES
 
-#: the browser itself refuses scripts, and to fetch anything, should text of a finding ever slip through
-POLICY = "default-src 'none'; style-src 'unsafe-inline'"
 STYLE = """\
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 72rem; margin: 2rem auto; padding: 0 1rem; color: #1b1f24; }
 h1 { font-size: 1.6rem; } h2 { font-size: 1.2rem; margin-top: 2rem; border-bottom: 1px solid #d5d9de; }
@@ -44,26 +43,7 @@ def to_html(document: dict[str, Any]) -> str:
         "<h2>How this was made</h2>",
         _listed("ul", [text(line, 600) for line in provenance(document)]),
     ]
-    return _PAGE.format(policy=escape(POLICY), style=STYLE, body="\n".join(part for part in body if part))
-
-
-_PAGE = """\
-<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta http-equiv="Content-Security-Policy" content="{policy}">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>Scan analysis</title>
-<style>
-{style}
-</style>
-</head>
-<body>
-{body}
-</body>
-</html>
-"""
+    return page("Scan analysis", "\n".join(part for part in body if part), STYLE)
 
 
 def text(value: Any, length: int = SHOWN) -> str:

@@ -76,7 +76,7 @@ def analyze(
         report: JSON file of the scanner, version 2 or 3.
         output: file to write; answers so far are kept in OUTPUT.partial.jsonl until it is whole.
         limit: only the report's first findings.
-        batch_size: questions at once; null is 24 on a CPU, whose arithmetic runs out there, and 96 on a GPU.
+        batch_size: questions at once; null is 24 on a CPU, whose arithmetic runs out there, and 256 on a GPU.
         format: json is a ground_truth_v1 document; markdown and html (one file that loads nothing) are for people.
         constrained: whether a grammar keeps every answer to its schema; null is true where llguidance is installed.
         device: auto (a GPU where there is one), cpu, cuda or cuda:N.
