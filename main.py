@@ -12,10 +12,14 @@ COMMANDS = {
     "fit": ("commands.cli", "trainer_command", "fine-tune; without --config the embedded default"),
     "validate": ("commands.cli", "trainer_command", "held-out loss and answers of the newest run, or of --ckpt_path"),
     "test": ("commands.cli", "trainer_command", "the same on the test split"),
-    "analyze": ("commands.analyze", "main", "a scanner report, scored, correlated and summarised by a trained model"),
-    "export": ("commands.export", "main", "a run's model as PEFT or transformers load it, with a certificate"),
+    "analyze": (
+        "commands.analyze.command",
+        "main",
+        "a scanner report, scored, correlated and summarised by a trained model",
+    ),
+    "export": ("commands.export.command", "main", "a run's model as PEFT or transformers load it, with a certificate"),
     "report": ("commands.report", "main", "a run as one HTML file: what ran, curves, tables, samples"),
-    "inspect": ("commands.inspect_data", "main", "what a run would be given and cost, before it starts"),
+    "inspect": ("commands.inspect.command", "main", "what a run would be given and cost, before it starts"),
     "cache-teacher": ("commands.cache_teacher", "main", "write what a frozen teacher predicts, for fits without it"),
     "synthesize": ("commands.synthesize", "main", "write findings in the scanner's wire format"),
 }

@@ -29,18 +29,18 @@ sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
 
-from commands.analyze import pick_device  # noqa: E402
+from commands.analyze.command import pick_device  # noqa: E402
+from commands.analyze.pipeline import Analysis  # noqa: E402
 from datamodules.findings import FindingsDataModule  # noqa: E402
 from datamodules.records import Document  # noqa: E402
-from datamodules.sources.reports import read_report  # noqa: E402
-from datamodules.sources.unpack import loads  # noqa: E402
+from datamodules.sources.decompression import loads  # noqa: E402
+from datamodules.sources.scanner_report import read_report  # noqa: E402
 from datamodules.synthetic import iter_documents  # noqa: E402
 from datamodules.tasks import TASKS  # noqa: E402
-from datamodules.tokenization import ChatFormat, load_tokenizer  # noqa: E402
+from datamodules.tokenization.chat_format import ChatFormat, load_tokenizer  # noqa: E402
 from lightning_modules import Backbone, LoRA  # noqa: E402
-from lightning_modules.analysis import Analysis  # noqa: E402
-from lightning_modules.inquiry import Inquiry  # noqa: E402
-from lightning_modules.merged import merged  # noqa: E402
+from lightning_modules.generation.merged_weights import merged  # noqa: E402
+from lightning_modules.generation.response_cache import Inquiry  # noqa: E402
 
 SOURCE = "synthetic://?findings=600&seed=7"  #: answers of usual length, and findings where no report is given
 
@@ -83,7 +83,7 @@ class ForcedInquiry(Inquiry):
     Args:
         answers: token ids of one answer a task.
         seconds: filled with the time that tasks took which were asked together.
-        **options: as of :class:`~lightning_modules.inquiry.Inquiry`.
+        **options: as of :class:`~lightning_modules.generation.response_cache.Inquiry`.
     """
 
     def __init__(self, answers: dict[str, list[int]], seconds: dict[str, float], **options: Any) -> None:

@@ -23,10 +23,10 @@ sys.path.insert(0, str(ROOT))
 
 from datamodules import FindingsDataModule  # noqa: E402
 from lightning_modules import Backbone, CausalLMModule, CompletionCrossEntropy, Distillation, LoRA  # noqa: E402
-from lightning_modules.backend import supervised_positions  # noqa: E402
-from lightning_modules.decoder import Predictions  # noqa: E402
-from lightning_modules.teacher import build_teacher  # noqa: E402
-from lightning_modules.teacher_shards import Targets, position_bytes, summarize  # noqa: E402
+from lightning_modules.losses.teacher import build_teacher  # noqa: E402
+from lightning_modules.losses.teacher_shards import Targets, position_bytes, summarize  # noqa: E402
+from lightning_modules.models.backend import supervised_positions  # noqa: E402
+from lightning_modules.models.decoder import Predictions  # noqa: E402
 
 KEPT, TEMPERATURES = (8, 32, 128), (1.0, 2.0, 5.0)
 

@@ -84,7 +84,7 @@ def trl(archive: Path, model: str) -> dict[str, float]:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from datamodules.tasks import build_tasks
-    from datamodules.tokenization import load_tokenizer
+    from datamodules.tokenization.chat_format import load_tokenizer
 
     one_core()
     task, tokenizer = build_tasks(["risk"])["risk"], load_tokenizer(model)

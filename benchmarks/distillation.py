@@ -42,14 +42,14 @@ sys.path.insert(0, str(ROOT))
 from benchmarks.train_step import load_examples  # noqa: E402
 from datamodules.batch import IGNORE_INDEX, Batch  # noqa: E402
 from datamodules.packing import pack, to_batch  # noqa: E402
-from datamodules.tokenization import Example  # noqa: E402
+from datamodules.tokenization.chat_format import Example  # noqa: E402
 from lightning_modules import Backbone, CausalLMModule, CompletionCrossEntropy, Distillation, LoRA  # noqa: E402
-from lightning_modules.backbone import _enable_checkpointing  # noqa: E402
-from lightning_modules.decoder import Decoder  # noqa: E402
-from lightning_modules.objectives import Objective  # noqa: E402
-from lightning_modules.teacher import Teacher, base_of, build_teacher  # noqa: E402
-from lightning_modules.teacher_cache import CachedTeacher, TeacherCache, digest  # noqa: E402
-from lightning_modules.teacher_shards import id_type, save_shard  # noqa: E402
+from lightning_modules.losses.objectives import Objective  # noqa: E402
+from lightning_modules.losses.teacher import Teacher, base_of, build_teacher  # noqa: E402
+from lightning_modules.losses.teacher_cache import CachedTeacher, TeacherCache, digest  # noqa: E402
+from lightning_modules.losses.teacher_shards import id_type, save_shard  # noqa: E402
+from lightning_modules.models.backbone import _enable_checkpointing  # noqa: E402
+from lightning_modules.models.decoder import Decoder  # noqa: E402
 from optimizers import Lion  # noqa: E402
 
 LIMITS = {"base": (1.45, 2.0), "nf4": (1.5, None), "cached": (1.05, 0.5)}  #: time ratio, GiB more: what we promise

@@ -68,13 +68,14 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
     """Answers all findings twice and returns the second time's figures."""
     import torch
 
-    from lightning_modules import Backbone, LoRA, merged, slots
-    from lightning_modules.generation import generate
+    from lightning_modules import Backbone, LoRA
+    from lightning_modules.generation import kv_cache, merged_weights
+    from lightning_modules.generation.engine import generate
 
     one_copy, graphs, grammar = VARIANTS[name]
-    merged.MEMORY_SHARE = merged.MEMORY_SHARE if one_copy else 0.0
-    slots.EAGER = slots.EAGER if graphs else 1 << 30
-    steps = _count_steps(slots.Slots)
+    merged_weights.MEMORY_SHARE = merged_weights.MEMORY_SHARE if one_copy else 0.0
+    kv_cache.EAGER = kv_cache.EAGER if graphs else 1 << 30
+    steps = _count_steps(kv_cache.Slots)
     lora = LoRA(options.rank, 2 * options.rank) if options.rank else None
     recipe = Backbone(options.model, options.quantization, options.dtype, lora=lora)
     model = recipe.build(options.device).requires_grad_(False)
@@ -120,8 +121,8 @@ def _count_steps(kind: Any) -> list[float]:
 
 def _grammar(tokenizer: str) -> Any:
     from datamodules.tasks.schemas import RISK
-    from datamodules.tokenization import ChatFormat, load_tokenizer
-    from lightning_modules.grammar import JsonGrammar
+    from datamodules.tokenization.chat_format import ChatFormat, load_tokenizer
+    from lightning_modules.generation.constrained_decoding import JsonGrammar
 
     chat = ChatFormat(load_tokenizer(tokenizer))
     return JsonGrammar(chat.tokenizer, chat.eos_id, RISK)

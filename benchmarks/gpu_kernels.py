@@ -24,9 +24,9 @@ from triton.testing import do_bench
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from lightning_modules import packed_attention, pointwise, triton_kernels
-from lightning_modules.fp8 import Fp8Weight
-from lightning_modules.segment_plan import plan_segments
+from lightning_modules.kernels import pointwise, pointwise_triton, prefix_attention
+from lightning_modules.kernels.attention_plan import plan_segments
+from lightning_modules.kernels.fp8 import Fp8Weight
 from optimizers import Lion
 
 HEADS, SHARED, WIDTH, CHANNELS, INNER = 32, 8, 128, 4096, 14336  # Mistral-7B
@@ -75,14 +75,14 @@ def attention(tokens: int) -> None:
         grad, grads = random(tokens, HEADS, WIDTH), torch.empty_like(y)
         views = grads.unflatten(-1, (-1, WIDTH)).split([HEADS, SHARED, SHARED], 1)
         scale = WIDTH**-0.5
-        out, lse = packed_attention.attend(*inputs, plan, scale)
+        out, lse = prefix_attention.attend(*inputs, plan, scale)
         leaves = [x.detach().transpose(0, 1)[None].contiguous().requires_grad_() for x in inputs]
         flexed = flex(*leaves, block_mask=mask, enable_gqa=True)
         grad_flex = grad.transpose(0, 1)[None].contiguous()
 
         def backward(saved: Any = (inputs, out, lse, plan, views)) -> Any:
             inputs, out, lse, plan, views = saved
-            packed_attention.attend_backward(grad, inputs, out, lse, plan, scale, views)
+            prefix_attention.attend_backward(grad, inputs, out, lse, plan, scale, views)
             return tuple(views)
 
         def flex_backward(flexed: Tensor = flexed, leaves: list[Tensor] = leaves, grad: Tensor = grad_flex) -> Any:
@@ -92,7 +92,7 @@ def attention(tokens: int) -> None:
         name = f"attention, {tokens} tokens, " + (f"prefix {prefix}" if prefix else "packed")
         compare(
             f"{name}, forward",
-            lambda: packed_attention.attend(*inputs, plan, scale)[0],
+            lambda: prefix_attention.attend(*inputs, plan, scale)[0],
             lambda: flex(*leaves, block_mask=mask, enable_gqa=True)[0].transpose(0, 1),
         )
         compare(f"{name}, backward", backward, flex_backward)
@@ -119,7 +119,7 @@ def pointwise_parts(tokens: int) -> None:
     for name, arguments in cases.items():
         reference = name.rstrip("_") + "_reference" + ("_" if name.endswith("_") else "")
         compiled = torch.compile(getattr(pointwise, reference), dynamic=False)
-        kernel = getattr(triton_kernels, name)
+        kernel = getattr(pointwise_triton, name)
         fresh = (lambda a: (a[0].clone(), *a[1:])) if name.endswith("_") else (lambda a: a)
         compare(name, lambda: kernel(*fresh(arguments)), lambda: compiled(*fresh(arguments)))
 

@@ -55,7 +55,7 @@ def load_examples(file: str) -> list[Any]:
     """Reads the token file; examples that begin alike are a task, their common beginning its prefix."""
     import numpy as np
 
-    from datamodules.tokenization import Example
+    from datamodules.tokenization.chat_format import Example
 
     with np.load(file) as arrays:
         flat, prompts, completions = arrays["flat"].astype(np.int32), arrays["lp"], arrays["lc"]

@@ -1,6 +1,6 @@
 """Callbacks: speed and memory, progress, run record, adapters, evaluation, stopping by signal."""
 
-from callbacks.adapter import AdapterExport
+from callbacks.adapter_checkpoint import AdapterExport
 from callbacks.evaluation import Evaluation
 from callbacks.preemption import Interrupted, Preemption
 from callbacks.progress import ConsoleProgress

@@ -19,16 +19,16 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from rich.console import Console
 
-from callbacks.exam import Exam, read_exams, write_exams
-from callbacks.folders import run_folder
-from callbacks.gauge import Gauge
-from callbacks.pictures import pictures
-from callbacks.report_table import by_category, comparison, markdown, sample
+from callbacks.paths import run_folder
+from callbacks.reporting.figures import pictures
+from callbacks.reporting.tables import by_category, comparison, markdown, sample
+from callbacks.task_progress import Gauge
 from datamodules.errors import UserError
-from lightning_modules.backend import backend_of
-from lightning_modules.baselines import MajorityClass, TitleLookup, told_categories
-from lightning_modules.evaluation import Outcome, answer_pairs, forced_severities, token_limit
-from lightning_modules.tree_baseline import BoostedTrees
+from lightning_modules.evaluation.baselines import MajorityClass, TitleLookup, told_categories
+from lightning_modules.evaluation.boosted_trees import BoostedTrees
+from lightning_modules.evaluation.evaluate import Outcome, answer_pairs, forced_severities, token_limit
+from lightning_modules.evaluation.results import Exam, read_exams, write_exams
+from lightning_modules.models.backend import backend_of
 
 BASELINES = (MajorityClass, TitleLookup, BoostedTrees)  #: of the risk task
 
@@ -241,7 +241,7 @@ class Evaluation(Callback):
     def _grammar(self, chat: Any, task: Any) -> Any:
         if self.constrained is False or (self.constrained is None and find_spec("llguidance") is None):
             return None
-        from lightning_modules.grammar import JsonGrammar
+        from lightning_modules.generation.constrained_decoding import JsonGrammar
 
         return JsonGrammar(chat.tokenizer, chat.eos_id, task.answer_schema)
 

@@ -21,9 +21,9 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from rich.console import Console
 
-from callbacks.folders import checkpoint_folder, run_folder
+from callbacks.paths import checkpoint_folder, run_folder
 from callbacks.preemption import Interrupted
-from callbacks.run_report import FILE, write_report
+from callbacks.reporting.html_report import FILE, write_report
 
 REPOSITORY = Path(__file__).parents[1]
 PACKAGES = (

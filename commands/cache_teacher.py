@@ -24,25 +24,25 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from commands.inspect_data import InspectCLI
-from commands.inspect_plan import Plan, model_config
+from commands.inspect.command import InspectCLI
+from commands.inspect.plan import Plan, model_config
 from datamodules.errors import UserError
 from datamodules.findings import FindingsDataModule
 from datamodules.packing import Packing, Row, pack, to_batch
 from datamodules.stream.dedup import KeySet
-from lightning_modules.backbone import out_of_memory_advice
-from lightning_modules.backend import supervised_positions
 from lightning_modules.causal_lm import CausalLMModule
-from lightning_modules.objectives import Distillation
-from lightning_modules.teacher import Teacher, check_same_tokenizer
-from lightning_modules.teacher_cache import TeacherCache, cache_key, check_key, digest, read_record, student_base
-from lightning_modules.teacher_shards import CHUNK, BrokenShard, Shard, id_type, save_shard, summarize
+from lightning_modules.losses.objectives import Distillation
+from lightning_modules.losses.teacher import Teacher, check_same_tokenizer
+from lightning_modules.losses.teacher_cache import TeacherCache, cache_key, check_key, digest, read_record, student_base
+from lightning_modules.losses.teacher_shards import CHUNK, BrokenShard, Shard, id_type, save_shard, summarize
+from lightning_modules.models.backbone import out_of_memory_advice
+from lightning_modules.models.backend import supervised_positions
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from datamodules.stream.splits import Split
-    from datamodules.tokenization import Example
+    from datamodules.tokenization.chat_format import Example
 
 RANK, RANKS = "SYS_SCAN_CACHE_RANK", "SYS_SCAN_CACHE_RANKS"  #: which of how many processes this is
 

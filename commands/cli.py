@@ -13,10 +13,10 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningDataModule, LightningModule
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
-from commands.compose import DEFAULT_CONFIG, compose
-from commands.runs import newest_checkpoint, resolve_checkpoint, run_of
+from commands.config_merge import DEFAULT_CONFIG, compose
+from commands.run_directory import newest_checkpoint, resolve_checkpoint, run_of
 from datamodules.errors import UserError
-from lightning_modules.backend import check_sharding
+from lightning_modules.models.backend import check_sharding
 
 TRAINER_COMMANDS = ("fit", "validate", "test")
 #: warnings that say nothing to a user of this program
@@ -33,7 +33,7 @@ class FinetuneCLI(LightningCLI):
 
     Args:
         args: the command line without the program's name; its ``--config`` files are merged by
-            :func:`commands.compose.compose`, and ``configs/default.yaml`` stands in where there is none.
+            :func:`commands.config_merge.compose`, and ``configs/default.yaml`` stands in where there is none.
         run: True runs the subcommand that ``args`` begins with; False only builds model, data and trainer.
     """
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from jsonargparse import ArgumentError, ArgumentParser
 
-from callbacks.run_report import EVALUATIONS, write_report
+from callbacks.reporting.html_report import EVALUATIONS, write_report
 from commands.cli import one_line
 from datamodules.errors import UserError
 

@@ -12,22 +12,22 @@ import torch
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
-from datamodules.checks import check_options, check_prefixes, nothing_to_train
 from datamodules.errors import UserError
 from datamodules.packing import Packing, Row, to_batch
-from datamodules.pairs import first_pairs
 from datamodules.stream.blocks import BalanceBy, Block, BlockStart, Recipe, blocks
-from datamodules.stream.cache import TokenCache
-from datamodules.stream.ledger import Ledger
+from datamodules.stream.counters import Ledger
+from datamodules.stream.epoch_order import epoch_order
 from datamodules.stream.loading import Cursor, DocumentStream, Restartable, Share, deal, prefetch, read_documents
-from datamodules.stream.order import epoch_order
-from datamodules.stream.prepare import Conflicts, Preparer
+from datamodules.stream.pairs import first_pairs
+from datamodules.stream.preprocessing import Conflicts, Preparer
+from datamodules.stream.token_cache import TokenCache
+from datamodules.validation import check_options, check_prefixes, nothing_to_train
 
 if TYPE_CHECKING:
     from datamodules.batch import Batch
     from datamodules.stream.splits import Split
     from datamodules.tasks import Pair, Task
-    from datamodules.tokenization import ChatFormat
+    from datamodules.tokenization.chat_format import ChatFormat
 
 FIRST_BLOCK = 512  #: examples that the first training batch waits for: a quarter of a second
 FIRST_EVAL_BLOCK = 128  #: held-out examples are few; the sanity check waits for these
@@ -135,7 +135,7 @@ class FindingsDataModule(LightningDataModule):
 
     @property
     def counts(self) -> dict[str, int]:
-        """Counters of the training epoch that was read last; see :class:`datamodules.stream.ledger.Ledger`."""
+        """Counters of the training epoch that was read last; see :class:`datamodules.stream.counters.Ledger`."""
         return dict(self._ledger.counts)
 
     def setup(self, stage: str | None = None) -> None:

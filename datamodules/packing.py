@@ -21,7 +21,7 @@ import torch
 from datamodules.batch import IGNORE_INDEX, PADDING, PREFIX, Batch
 
 if TYPE_CHECKING:
-    from datamodules.tokenization import Example
+    from datamodules.tokenization.chat_format import Example
 
 Packing = Literal["none", "packed", "shared_prefix"]
 

@@ -1,9 +1,9 @@
 """From batches to a loss, and from a model to answers."""
 
-from lightning_modules.backbone import Backbone, LoRA
 from lightning_modules.causal_lm import CausalLMModule
-from lightning_modules.objectives import CompletionCrossEntropy, Distillation, HiddenMatch, Objective
-from lightning_modules.teacher_cache import TeacherCache
+from lightning_modules.losses.objectives import CompletionCrossEntropy, Distillation, HiddenMatch, Objective
+from lightning_modules.losses.teacher_cache import TeacherCache
+from lightning_modules.models.backbone import Backbone, LoRA
 
 __all__ = [
     "Backbone", "CausalLMModule", "CompletionCrossEntropy", "Distillation", "HiddenMatch", "LoRA", "Objective",

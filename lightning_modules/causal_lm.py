@@ -28,15 +28,15 @@ from torch.optim.lr_scheduler import LRScheduler
 from datamodules.batch import IGNORE_INDEX, Batch
 from datamodules.errors import UserError
 from datamodules.findings import FindingsDataModule
-from lightning_modules.backbone import Backbone, out_of_memory_advice
-from lightning_modules.backend import Backend, backend_of, check_sharding, take
-from lightning_modules.decoder import Predictions
-from lightning_modules.fast_decoder import FastDecoder, decoder_for
 from lightning_modules.hyperparameters import INSTANTIATOR, to_plain
-from lightning_modules.objectives import Objective
-from lightning_modules.teacher import Teacher, build_teacher, widths
-from lightning_modules.teacher_cache import CachedTeacher, targets_of
-from lightning_modules.teacher_shards import Targets
+from lightning_modules.losses.objectives import Objective
+from lightning_modules.losses.teacher import Teacher, build_teacher, widths
+from lightning_modules.losses.teacher_cache import CachedTeacher, targets_of
+from lightning_modules.losses.teacher_shards import Targets
+from lightning_modules.models.backbone import Backbone, out_of_memory_advice
+from lightning_modules.models.backend import Backend, backend_of, check_sharding, take
+from lightning_modules.models.decoder import Predictions
+from lightning_modules.models.fused_decoder import FastDecoder, decoder_for
 
 
 class CausalLMModule(LightningModule):

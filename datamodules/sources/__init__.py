@@ -5,6 +5,6 @@
 ``fields`` let records in, repaired where their meaning is clear.
 """
 
-from datamodules.sources.opening import Parsed, Quarantined, RawDocument, Source, open_source, parse
+from datamodules.sources.factory import Parsed, Quarantined, RawDocument, Source, open_source, parse
 
 __all__ = ["Parsed", "Quarantined", "RawDocument", "Source", "open_source", "parse"]

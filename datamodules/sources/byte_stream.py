@@ -12,8 +12,8 @@ import indexed_gzip
 import zstandard
 from isal import isal_zlib
 
-from datamodules.sources.fields import Refused
-from datamodules.sources.unpack import GZIP_ERROR, GZIP_MAGIC, LIMITS, ZSTD_MAGIC, Limits, check_size
+from datamodules.sources.decompression import GZIP_ERROR, GZIP_MAGIC, LIMITS, ZSTD_MAGIC, Limits, check_size
+from datamodules.sources.field_coercion import Refused
 
 if TYPE_CHECKING:
     from collections.abc import Callable

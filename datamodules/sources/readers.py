@@ -15,17 +15,17 @@ from typing import IO, TYPE_CHECKING, Any
 import pyarrow as pa
 from pyarrow import parquet
 
-from datamodules.sources.archive import CHUNK_RECORDS, line_chunks, tar_members
 from datamodules.sources.byte_stream import ByteStream, Window, compression_of, read_all
-from datamodules.sources.fields import Refused
-from datamodules.sources.locations import PACKINGS, File, Location, fingerprint, is_record_file, record_kind
+from datamodules.sources.decompression import LIMITS, Limits
+from datamodules.sources.field_coercion import Refused
+from datamodules.sources.filesystem import PACKINGS, File, Location, fingerprint, is_record_file, record_kind
 from datamodules.sources.seek_index import SeekIndex
-from datamodules.sources.unpack import LIMITS, Limits
+from datamodules.sources.tar_reader import CHUNK_RECORDS, line_chunks, tar_members
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from datamodules.sources.archive import TarMember
+    from datamodules.sources.tar_reader import TarMember
 
 SAVE_EVERY = 256 << 20  #: uncompressed bytes between two writes of a growing index
 
@@ -40,7 +40,7 @@ class RawDocument:
         member_index: number of the member in file order.
         position: number of the document's first record in the member.
         payload: bytes of a document (packed or not); a list of lines or of rows; a table of rows; a function that
-            reads the bytes; or the :class:`~datamodules.sources.fields.Refused` that says why there are none.
+            reads the bytes; or the :class:`~datamodules.sources.field_coercion.Refused` that says why there are none.
     """
 
     source: str

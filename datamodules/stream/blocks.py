@@ -16,15 +16,15 @@ import numpy as np
 
 from datamodules.errors import UserError
 from datamodules.packing import Packing, Row, pack
-from datamodules.stream.columns import Columns, to_tensor
+from datamodules.stream.counters import Ledger
 from datamodules.stream.dedup import Deduplicator
-from datamodules.stream.ledger import Ledger
-from datamodules.stream.order import Place
+from datamodules.stream.epoch_order import Place
+from datamodules.stream.example_columns import Columns, to_tensor
 from datamodules.stream.sampling import balance_copies, mixture_copies
 
 if TYPE_CHECKING:
-    from datamodules.stream.prepare import PreparedDocument
-    from datamodules.tokenization import Example
+    from datamodules.stream.preprocessing import PreparedDocument
+    from datamodules.tokenization.chat_format import Example
 
 BalanceBy = Literal["severity", "category", "both"]
 

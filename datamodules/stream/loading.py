@@ -23,14 +23,14 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from datamodules.errors import UserError
 from datamodules.stream.blocks import BlockStart
-from datamodules.stream.order import Place, Unit, walk
+from datamodules.stream.epoch_order import Place, Unit, walk
 
 if TYPE_CHECKING:
     from datamodules.packing import Row
     from datamodules.stream.blocks import Block
-    from datamodules.stream.cache import TokenCache
-    from datamodules.stream.prepare import PreparedDocument, Preparer
+    from datamodules.stream.preprocessing import PreparedDocument, Preparer
     from datamodules.stream.splits import Split
+    from datamodules.stream.token_cache import TokenCache
 
 T = TypeVar("T")
 U = TypeVar("U")
@@ -42,7 +42,7 @@ class DocumentStream(IterableDataset["PreparedDocument | UserError"]):
     Args:
         preparer: makes them.
         split: which.
-        order: of :func:`datamodules.stream.order.epoch_order`.
+        order: of :func:`datamodules.stream.epoch_order.epoch_order`.
         start: where to begin.
         cache: keeps prepared documents, or None.
     """

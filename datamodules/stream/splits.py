@@ -14,7 +14,7 @@ import orjson
 
 from datamodules.errors import UserError
 from datamodules.records import Document
-from datamodules.tasks.prompts import mended
+from datamodules.tasks.base import mended
 
 if TYPE_CHECKING:
     from datamodules.records import Correlation, Finding

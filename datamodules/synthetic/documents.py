@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from datamodules.records import SEVERITIES, SUBSCORES
-from datamodules.synthetic.rules import TABLES, Correlated
+from datamodules.synthetic.labeling_rules import TABLES, Correlated
 
 Json = dict[str, Any]
 _TOP = 10  #: findings named in reductions, and referred to by an action

@@ -1,7 +1,7 @@
 """Generates findings in the archive's real wire format, at any scale: same seed, same bytes.
 
-How each target is made, in short (:mod:`datamodules.synthetic.rules` has the formulas and the noiseless answer,
-:func:`truth`):
+How each target is made, in short (:mod:`datamodules.synthetic.labeling_rules` has the formulas and the noiseless
+answer, :func:`truth`):
 
 - A finding's grounds are drawn: its evidence (expected, unusual, tampered, known-bad), whether it runs or is owned as
   root, whether it is open to anyone (0.0.0.0, /tmp, a public address), whether something mitigates it. The description
@@ -39,9 +39,9 @@ from isal import igzip, igzip_lib
 from datamodules.errors import UserError
 from datamodules.records import SEVERITIES
 from datamodules.synthetic.documents import batch_document, ground_truth_document, write_correlations
-from datamodules.synthetic.draws import Stream, draw_rows
-from datamodules.synthetic.findings import write_findings
-from datamodules.synthetic.rules import SEVERITY_STEP, correlate, truth
+from datamodules.synthetic.finding_text import write_findings
+from datamodules.synthetic.labeling_rules import SEVERITY_STEP, correlate, truth
+from datamodules.synthetic.sampling import Stream, draw_rows
 
 __all__ = ["GENERATOR_VERSION", "SynthesisReport", "correlate", "iter_documents", "synthesize", "truth"]
 

@@ -1,6 +1,6 @@
 """Documents to (prompt, completion) pairs: one class a task, its texts, its answer's schema, its pairs."""
 
-from datamodules.tasks.builtin import (
+from datamodules.tasks.registry import (
     TASKS,
     CorrelationTask,
     Pair,

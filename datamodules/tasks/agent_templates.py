@@ -20,7 +20,7 @@ import orjson
 from datamodules.errors import UserError
 from datamodules.records import SEVERITIES
 from datamodules.tasks import schemas
-from datamodules.tasks.prompts import Pair, clip, compact, number
+from datamodules.tasks.base import Pair, clip, compact, number
 from datamodules.tasks.remediation import PRIORITIES, remediate, texts
 from datamodules.tasks.windows import (
     URGENT,
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from datamodules.records import Document
-    from datamodules.tasks.prompts import Schema
+    from datamodules.tasks.base import Schema
 
 _VERSION = re.compile(r"_v(\d+)$")
 _ASKED = re.compile(r"\b(?:keys:|with:|containing:)\s*([^.\n]+)\.?\s*$")

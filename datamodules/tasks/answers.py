@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from datamodules.records import SUBSCORES
-from datamodules.tasks.prompts import clip, number
+from datamodules.tasks.base import clip, number
 from datamodules.tasks.schemas import MAX_RATIONALE, MAX_TAG, MAX_TAGS, MAX_TITLE
 
 if TYPE_CHECKING:

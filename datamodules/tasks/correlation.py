@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from datamodules.records import SEVERITIES
 from datamodules.tasks import schemas
 from datamodules.tasks.answers import correlation_answer
-from datamodules.tasks.prompts import SYSTEM, Pair, clip, compact, cut_values, number
+from datamodules.tasks.base import SYSTEM, Pair, clip, compact, cut_values, number
 from datamodules.tasks.windows import shown_ids
 
 if TYPE_CHECKING:

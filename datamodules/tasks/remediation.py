@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import orjson
 
-from datamodules.tasks.prompts import clip, compact
+from datamodules.tasks.base import clip, compact
 
 if TYPE_CHECKING:
     from datamodules.records import Finding

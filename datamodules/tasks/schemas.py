@@ -11,7 +11,7 @@ from datamodules.records import SEVERITIES, SUBSCORES
 from datamodules.tasks.remediation import MAX_STEP_LENGTH, MAX_STEPS, PRIORITIES
 
 if TYPE_CHECKING:
-    from datamodules.tasks.prompts import Schema
+    from datamodules.tasks.base import Schema
 
 MAX_TAGS = 16
 MAX_TAG = 64

@@ -15,7 +15,7 @@ from operator import not_
 from typing import TYPE_CHECKING, Any
 
 from datamodules.records import SEVERITIES
-from datamodules.tasks.prompts import clip, number
+from datamodules.tasks.base import clip, number
 from datamodules.tasks.schemas import MAX_ID, MAX_SUMMARY, MAX_TITLE, MAX_TOP
 
 if TYPE_CHECKING:

@@ -14,19 +14,19 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from datamodules.errors import UserError
-from lightning_modules.backend import Backend
-from lightning_modules.decoder import Decoder
+from lightning_modules.models.backend import Backend
+from lightning_modules.models.decoder import Decoder
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
-    from lightning_modules.backbone import Backbone
+    from lightning_modules.models.backbone import Backbone
 
 ANOTHER_STRATEGY = "or trainer.strategy ddp, which keeps the base whole on every GPU"
 
 
 class FSDP2Backend(Backend):
-    """See :class:`lightning_modules.backend.Backend`.
+    """See :class:`lightning_modules.models.backend.Backend`.
 
     Each decoder layer is a group of its own: its weights are whole on a GPU while the layer is computed, forward and
     backward, and divided over all GPUs otherwise, with the adapter's gradients and optimizer state. Embeddings, final

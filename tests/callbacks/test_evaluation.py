@@ -21,14 +21,14 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from transformers import AutoModelForCausalLM
 
 from callbacks.evaluation import Evaluation
-from callbacks.gauge import Gauge
-from callbacks.pictures import pictures
-from callbacks.report_table import comparison, markdown
+from callbacks.reporting.figures import pictures
+from callbacks.reporting.tables import comparison, markdown
+from callbacks.task_progress import Gauge
 from datamodules.errors import UserError
 from datamodules.tasks import RiskTask, SummaryTask
-from datamodules.tasks.prompts import Pair, compact
-from datamodules.tokenization import ChatFormat
-from lightning_modules.evaluation import Outcome, answer_pairs, differences, score, token_limit
+from datamodules.tasks.base import Pair, compact
+from datamodules.tokenization.chat_format import ChatFormat
+from lightning_modules.evaluation.evaluate import Outcome, answer_pairs, differences, score, token_limit
 
 BASELINES = ["majority class", "title look-up", "boosted trees"]
 
@@ -280,7 +280,7 @@ def test_constrained_answers_stand_beside_the_free_ones(tmp_path, tiny_llama, ch
 
 def test_two_processes_measure_what_one_does(tmp_path, tiny_llama, chatml_tokenizer):
     """Lightning starts two ranks of a script, which talk by gloo; metrics updated on each are those of all answers."""
-    script = Path(__file__).with_name("evaluation_on_ranks.py")
+    script = Path(__file__).parents[1] / "helpers/evaluation_on_ranks.py"
     results = []
     for ranks in (1, 2):
         folder = tmp_path / str(ranks)

@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
-from tiny_run import TinyData, TinyModule, best_and_last, make_trainer
 
 from callbacks import AdapterExport, Interrupted, Preemption, RunRecord
+from tests.helpers.tiny_run import TinyData, TinyModule, best_and_last, make_trainer
 
-SCRIPT = Path(__file__).with_name("tiny_run.py")
+SCRIPT = Path(__file__).parents[1] / "helpers/tiny_run.py"
 
 
 def send(signum, stage, index, times=1):

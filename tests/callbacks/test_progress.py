@@ -3,10 +3,10 @@ import re
 
 import pytest
 from rich.console import Console
-from test_throughput import Clock, CountReads
-from tiny_run import TinyData, TinyModule, make_batch, make_trainer
 
 from callbacks import ConsoleProgress, progress, throughput
+from tests.callbacks.test_throughput import Clock, CountReads
+from tests.helpers.tiny_run import TinyData, TinyModule, make_batch, make_trainer
 
 
 def make(terminal, **options):

@@ -5,10 +5,10 @@ import sys
 
 import pytest
 import torch
-from tiny_run import TinyData, TinyModule, best_and_last, make_trainer
 
 from callbacks import AdapterExport, RunRecord
 from callbacks.run_record import closing_words, device_names, git_state
+from tests.helpers.tiny_run import TinyData, TinyModule, best_and_last, make_trainer
 
 
 def fit(folder, module=None, callbacks=(), **options):

@@ -1,12 +1,12 @@
 import pytest
 import torch
 from lightning.pytorch.loggers import CSVLogger
-from tiny_run import FINDINGS, PADDED, ROW, SUPERVISED, TinyData, TinyModule, make_batch, make_trainer
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from callbacks import Throughput, throughput
 from callbacks.throughput import Meter, flop_per_token, peak_memory
+from tests.helpers.tiny_run import FINDINGS, PADDED, ROW, SUPERVISED, TinyData, TinyModule, make_batch, make_trainer
 
 
 class Clock:

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 import commands.cache_teacher as command
 from commands.cli import FinetuneCLI
-from lightning_modules.teacher_shards import Shard
+from lightning_modules.losses.teacher_shards import Shard
 from main import main
 
 SHARDS = 4  #: of training

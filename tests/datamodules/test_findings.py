@@ -8,7 +8,6 @@ import time
 
 import pytest
 import torch
-from findings_data import document, finding, row_ids, write_archive, write_folder
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 
@@ -17,6 +16,7 @@ from datamodules.errors import UserError
 from datamodules.sources.byte_stream import ByteStream
 from datamodules.sources.seek_index import SeekIndex
 from datamodules.stream.loading import Share
+from tests.helpers.findings_data import document, finding, row_ids, write_archive, write_folder
 
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create", "ignore:Consider setting `persistent")
 

@@ -12,8 +12,8 @@ from transformers import AutoModelForCausalLM
 
 from datamodules import FindingsDataModule
 from datamodules.packing import Row, _best_fit_decreasing, _subset_sums, pack, to_batch
-from datamodules.tasks.prompts import Pair
-from datamodules.tokenization import ChatFormat, Example
+from datamodules.tasks.base import Pair
+from datamodules.tokenization.chat_format import ChatFormat, Example
 
 
 def example(prompt, completion, prefix=0, task="risk", key=0):

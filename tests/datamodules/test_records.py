@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from datamodules.records import CATEGORIES, SEVERITIES, SUBSCORES
-from datamodules.sources.fields import Ambiguous, Refused, flaw, measure
-from datamodules.sources.gate import read_correlation, read_finding
+from datamodules.sources.field_coercion import Ambiguous, Refused, flaw, measure
+from datamodules.sources.record_validation import read_correlation, read_finding
 
 GOOD = {
     "id": "suid_1",

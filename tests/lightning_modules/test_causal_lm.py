@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM
 from datamodules.batch import IGNORE_INDEX, Batch
 from datamodules.errors import UserError
 from lightning_modules import Backbone, CausalLMModule, CompletionCrossEntropy, Distillation, LoRA
-from lightning_modules.backend import check_sharding, supervised_positions
+from lightning_modules.models.backend import check_sharding, supervised_positions
 from optimizers import WarmupCosine
 
 SGD = partial(torch.optim.SGD, lr=0.1)

@@ -1,0 +1,1 @@
+"""Reports of a run: HTML page, tables, figures and training curves."""

@@ -1,0 +1,86 @@
+"""Pictures of a column of the evaluation: confusion matrix, calibration, error by category."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from datamodules.records import SEVERITIES
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from lightning_modules.evaluation.evaluate import Scores
+
+SIZE = (4.6, 3.6)  #: inches
+
+
+def pictures(scores: Scores) -> dict[str, Figure]:
+    """Draws what a task has to show, by name; nothing for a task without severity, probability or categories."""
+    drawn: dict[str, Figure] = {}
+    if scores.confusion is not None and any(map(any, scores.confusion)):
+        drawn["confusion"] = confusion(scores.confusion)
+    if scores.reliability:
+        drawn["calibration"] = calibration(scores.reliability)
+    categories = scores.groups["category"]
+    if len(categories) > 1 and any("severity_accuracy" in figures for figures in categories.values()):
+        drawn["error_by_category"] = error_by_category(categories)
+    return drawn
+
+
+def confusion(matrix: list[list[int]]) -> Figure:
+    """Expected against answered severity, in counts; the last column is answers without one."""
+    figure, axes = blank()
+    axes.imshow([[count / max(sum(row), 1) for count in row] for row in matrix], cmap="Blues", vmin=0, vmax=1)
+    for y, row in enumerate(matrix):
+        for x, count in enumerate(row):
+            if count:
+                axes.text(
+                    x, y, str(count), ha="center", va="center", color="white" if 2 * count > sum(row) else "black"
+                )
+    axes.set_xticks(range(len(SEVERITIES) + 1), [*SEVERITIES, "none"], rotation=30, ha="right")
+    axes.set_yticks(range(len(SEVERITIES)), SEVERITIES)
+    axes.set_xlabel("answered")
+    axes.set_ylabel("expected")
+    axes.set_title("severity")
+    return figure
+
+
+def calibration(bins: list[tuple[float, float, float]]) -> Figure:
+    """Mean expected against mean answered probability; the area of a dot is its number of answers."""
+    figure, axes = blank()
+    total = sum(count for count, _, _ in bins)
+    axes.plot([0, 1], [0, 1], color="grey", linewidth=1, linestyle="--")
+    axes.scatter(
+        [p for _, p, _ in bins], [q for _, _, q in bins], s=[20 + 380 * n / total for n, _, _ in bins], alpha=0.7
+    )
+    axes.set_xlim(-0.04, 1.04)
+    axes.set_ylim(-0.04, 1.04)
+    axes.set_xlabel("answered probability")
+    axes.set_ylabel("expected")
+    axes.set_title("probability_actionable")
+    return figure
+
+
+def error_by_category(categories: dict[str, dict[str, float]]) -> Figure:
+    """Share of wrong severities and, where there is one, mean error of the risk score in each category."""
+    figure, axes = blank()
+    names = [f"{name} ({int(figures['answers'])})" for name, figures in categories.items()][::-1]
+    wrong = [100 * (1 - figures.get("severity_accuracy", float("nan"))) for figures in categories.values()][::-1]
+    errors = [figures.get("risk_error", float("nan")) for figures in categories.values()][::-1]
+    places = range(len(names))
+    axes.barh([place + 0.2 for place in places], wrong, height=0.4, label="wrong severity, %")
+    axes.barh([place - 0.2 for place in places], errors, height=0.4, label="risk error, points of 100")
+    axes.set_yticks(list(places), names)
+    axes.legend(fontsize=8)
+    axes.set_title("error by category")
+    return figure
+
+
+def blank() -> tuple[Figure, Any]:
+    """A figure and its axes, of no global state: nothing to close, no display is opened."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=SIZE, layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure, figure.subplots()

@@ -1,0 +1,130 @@
+"""The parts of a ``ground_truth_v1`` document, made from scored findings and correlations."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import orjson
+
+from datamodules.records import SEVERITIES, SUBSCORES, Finding
+from datamodules.tasks.answers import bounded_tags
+from datamodules.tasks.base import compact
+
+if TYPE_CHECKING:
+    from datamodules.records import Correlation
+
+BY_MODEL, BY_RULE = "model", "rule"  #: where a value is from
+
+
+@dataclass(slots=True)
+class Scored(Finding):
+    """A finding after scoring.
+
+    Attributes:
+        scanner_severity: what the scanner said.
+        answered_by: model or rule.
+    """
+
+    scanner_severity: str = ""
+    answered_by: str = BY_RULE
+
+
+def score(finding: Finding, answer: dict[str, Any] | None) -> Scored:
+    """Puts an answer's values into a finding; by rule the scanner's severity and score stand, and 0..1 follow them."""
+    said = answer or {}
+    risk = float(said.get("risk_score", finding.risk_score))
+    share = round(risk / 100, 2)
+    subscores = {**dict.fromkeys(SUBSCORES, share), **finding.risk_subscores, **said.get("risk_subscores", {})}
+    probability = said.get("probability_actionable", finding.probability_actionable)
+    values = {name: getattr(finding, name) for name in Finding.__slots__}
+    values |= {
+        "severity": said.get("severity", finding.severity),
+        "risk_score": risk,
+        "risk_subscores": {name: subscores[name] for name in SUBSCORES},
+        "probability_actionable": share if probability is None else probability,
+        "tags": bounded_tags(said.get("tags") or finding.tags or [finding.category]),
+    }
+    source = BY_MODEL if answer is not None else BY_RULE
+    return Scored(**values, scanner_severity=finding.severity, answered_by=source)
+
+
+def enriched(findings: Sequence[Scored], correlations: Sequence[Correlation]) -> list[dict[str, Any]]:
+    """The part ``enriched_findings``; each finding refers to the correlations that name it."""
+    refs: dict[str, list[str]] = defaultdict(list)
+    for correlation in correlations:
+        for name in correlation.finding_ids:
+            refs[name].append(correlation.id)
+    return [_finding_record(finding, refs[finding.id]) for finding in findings]
+
+
+def _finding_record(finding: Scored, refs: list[str]) -> dict[str, Any]:
+    record: dict[str, Any] = {
+        "id": finding.id,
+        "title": finding.title,
+        "severity": finding.severity,
+        "risk_score": whole_number(finding.risk_score),
+        "base_severity_score": whole_number(finding.base_severity_score),
+        "description": finding.description,
+        "metadata": orjson.loads(compact(finding.metadata)),
+        "category": finding.category,
+        "tags": finding.tags,
+        "risk_subscores": finding.risk_subscores,
+        "correlation_refs": refs or finding.correlation_refs,
+        "baseline_status": finding.baseline_status,
+        "severity_source": finding.answered_by,
+        "scanner_severity": finding.scanner_severity,
+        "probability_actionable": finding.probability_actionable,
+        "graph_degree": len(refs),
+        "risk_total": whole_number(finding.risk_score),
+    }
+    return record | ({"rationale": " ".join(finding.rationale)} if finding.rationale else {})
+
+
+def correlation_record(correlation: Correlation) -> dict[str, Any]:
+    """One entry of ``correlations``."""
+    record: dict[str, Any] = {
+        "id": correlation.id,
+        "title": correlation.title,
+        "rationale": correlation.insight or correlation.description,
+        "related_finding_ids": correlation.finding_ids,
+        "tags": correlation.tags,
+        "severity": correlation.severity,
+        "correlation_type": correlation.type,
+    }
+    if correlation.risk_score is not None:
+        record["risk_score"] = whole_number(correlation.risk_score)
+    if correlation.risk_score_delta is not None:
+        record["risk_score_delta"] = round(correlation.risk_score_delta)
+    return record
+
+
+def reductions(findings: Sequence[Finding]) -> dict[str, Any]:
+    """Counts of the categories that the schema has a place for, and of all."""
+    parts = {"module_summary": "modules", "suid_summary": "suid", "network_summary": "network"}
+    summaries = {name: [f for f in findings if f.category == category] for name, category in parts.items()}
+    reductions: dict[str, Any] = {name: severity_metrics(inside) for name, inside in summaries.items() if inside}
+    risks: dict[str, int] = {}
+    for finding in findings:
+        risks[finding.category] = max(risks.get(finding.category, 0), whole_number(finding.risk_score))
+    highest = dict(sorted(risks.items(), key=lambda item: (-item[1], item[0])))
+    return reductions | {"top_risks": {"highest_by_category": highest}}
+
+
+def severity_metrics(findings: Sequence[Finding]) -> dict[str, Any]:
+    """How many findings there are, and how many of each severity."""
+    counts = Counter(finding.severity for finding in findings)
+    return {"findings": len(findings), "by_severity": {name: counts[name] for name in SEVERITIES if counts[name]}}
+
+
+def severity_counts(findings: Sequence[Finding]) -> str:
+    """Counts by severity in words: "1 critical, 3 low"."""
+    counts = Counter(finding.severity for finding in findings)
+    return ", ".join(f"{counts[name]} {name}" for name in reversed(SEVERITIES) if counts[name])
+
+
+def whole_number(value: float) -> int:
+    """A score as the schema has it: an integer of 0..100."""
+    return min(max(round(value), 0), 100)

@@ -1,0 +1,247 @@
+"""The report of ``inspect`` as text: tables, and one example in colour."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console, Group
+from rich.table import Table
+from rich.text import Text
+
+if TYPE_CHECKING:
+    from datamodules.tokenization.chat_format import Example
+
+STYLES = {"prefix": "dim cyan", "prompt": "dim", "completion": "bold green"}
+SHOWN = 1500  #: characters of each part of the example
+JOIN = 4  #: tokens on each side of a join
+
+
+@dataclass(frozen=True)
+class Sample:
+    """An example with its texts.
+
+    Attributes:
+        task: of the example.
+        lengths: tokens of ``prefix``, ``prompt`` (behind the prefix) and ``completion``.
+        texts: of the same parts, control tokens written out.
+        joins: name of a join -> (id, token) around it.
+    """
+
+    task: str
+    lengths: dict[str, int]
+    texts: dict[str, str]
+    joins: dict[str, list[tuple[int, str]]]
+
+    @classmethod
+    def of(cls, example: Example, tokenizer: Any) -> Sample:
+        """Decodes an example.
+
+        Args:
+            example: the example.
+            tokenizer: of Hugging Face.
+        """
+        prefix = example.prefix_length
+        prompt, completion = example.prompt_ids.tolist(), example.completion_ids.tolist()
+        parts = {"prefix": prompt[:prefix], "prompt": prompt[prefix:], "completion": completion}
+        ends = {
+            "start": prompt[: 2 * JOIN],
+            "prefix | prompt": prompt[max(prefix - JOIN, 0) : prefix + JOIN],
+            "prompt | completion": prompt[-JOIN:] + completion[:JOIN],
+            "end": completion[-JOIN:],
+        }
+        return cls(
+            task=example.task,
+            lengths={part: len(ids) for part, ids in parts.items()},
+            texts={part: tokenizer.decode(ids, skip_special_tokens=False) for part, ids in parts.items()},
+            joins={
+                join: list(zip(ids, tokenizer.convert_ids_to_tokens(ids), strict=True)) for join, ids in ends.items()
+            },
+        )
+
+    def summary(self) -> dict[str, Any]:
+        """What the JSON report says of it."""
+        return {"task": self.task, "lengths": self.lengths, "joins": self.joins}
+
+    def render(self) -> Group:
+        """The example in colour, and the ids at its joins."""
+        text = Text()
+        for part, style in STYLES.items():
+            text.append(_printable(_shorten(self.texts[part])), style)
+        legend = Text("mask: ")
+        for part, style in STYLES.items():
+            label = "labels" if part == "completion" else part
+            legend.append(f"{label} {self.lengths[part]} tokens", style).append("  ")
+        joins = Table(box=None, show_header=False, padding=(0, 1))
+        for join, ids in self.joins.items():
+            joins.add_row(join, Text("  ".join(f"{number} {_printable(token)!r}" for number, token in ids)))
+        return Group(legend, text, Text(), joins)
+
+
+def _shorten(text: str) -> str:
+    if len(text) <= SHOWN:
+        return text
+    return f"{text[: SHOWN // 2]} [... {len(text) - SHOWN} characters ...] {text[-SHOWN // 2 :]}"
+
+
+def _printable(text: str) -> str:
+    """Escapes control characters: text from data must not steer the terminal."""
+    return "".join(
+        char if char.isprintable() or char == "\n" else char.encode("unicode_escape").decode() for char in text
+    )
+
+
+def print_report(report: dict[str, Any], sample: Sample | None, console: Console | None = None) -> None:
+    """Prints a report of :func:`commands.inspect.command.inspect_run`."""
+    console = console or Console(highlight=False)
+    for title, body in _sections(report):
+        console.print(Text(f"\n{title}", "bold"))
+        console.print(body)
+    if sample:
+        console.print(Text(f"\nOne example of task {sample.task}", "bold"))
+        console.print(sample.render())
+    for warning in report["warnings"]:
+        console.print(Text(f"\nWARNING: {warning}", "bold yellow"))
+    console.print(Text(f"\nread in {report['seconds']} s", "dim"))
+
+
+def _sections(report: dict[str, Any]) -> list[tuple[str, Any]]:
+    packing = report["packing"]
+    return [
+        ("Records", _records(report)),
+        ("Examples (distinct, all splits)", _examples(report)),
+        ("Tokens an example", _lengths(report)),
+        (f"Packing of the training epoch in rows of {packing['row_tokens']:,} tokens", _packing(packing)),
+        ("Run", _run(report)),
+    ]
+
+
+def _lines(rows: list[tuple[str, str]]) -> Table:
+    table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
+    table.add_column(no_wrap=True)
+    for name, value in rows:
+        table.add_row(Text(name), Text(_printable(value)))
+    return table
+
+
+def _grid(header: list[str], rows: list[list[str]]) -> Table:
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    for index, name in enumerate(header):
+        table.add_column(name, justify="left" if index == 0 else "right", header_style="dim", no_wrap=index == 0)
+    for row in rows:
+        table.add_row(*(Text(_printable(cell)) for cell in row))
+    return table
+
+
+def _tally(total: int, reasons: dict[str, int]) -> str:
+    listed = ", ".join(f"{reason} {count:,}" for reason, count in reasons.items())
+    return f"{total:,}" + (f"  ({listed})" if listed else "")
+
+
+def _records(report: dict[str, Any]) -> Table:
+    records, near = report["records"], report["near_duplicates"]
+    whole = "" if records["complete"] else "  (a part: --limit)"
+    rows = [
+        ("sources", ", ".join(report["sources"]) + whole),
+        ("documents", f"{records['documents']:,}"),
+        ("findings", f"{records['findings']:,}"),
+        ("correlations", f"{records['correlations']:,}"),
+        ("repaired", _tally(report["repaired"], report["repairs"])),
+        ("quarantined", _tally(report["quarantined"], report["quarantine"])),
+        ("without an example", _tally(sum(records["skipped"].values()), records["skipped"])),
+        ("duplicates", f"{report['duplicates']:,} examples (input and answer)"),
+        ("conflicts", f"{report['conflicts']:,} examples (same input, another answer), {report['merged']:,} merged"),
+        ("too long", _tally(sum(report["overflow"].values()), {k: n for k, n in report["overflow"].items() if n})),
+        ("without a label", f"{report['unsupervised_examples']:,}"),
+    ]
+    if near:
+        leaked = ", ".join(f"{count:,} of {split}" for split, count in near["leaked"].items())
+        rows.append(
+            (
+                "near duplicates",
+                f"{near['near']:,} of {near['looked_at']:,} distinct findings (Jaccard index {near['threshold']} or "
+                f"more); near to a training finding: {leaked}"
+                + ("" if near["complete"] else "; the rest not compared"),
+            )
+        )
+    return _lines(rows)
+
+
+def _examples(report: dict[str, Any]) -> Group:
+    splits = [
+        [split, *(f"{counts[name]:,}" for name in ("findings", "correlations", "examples"))]
+        for split, counts in report["splits"].items()
+    ]
+    tasks = [
+        [task, f"{count:,}", *(_shares(report[name].get(task, {}), count) for name in ("severities", "categories"))]
+        for task, count in report["examples"].items()
+    ]
+    by_task = _grid(["task", "examples", "severity", "category"], tasks)
+    for column in by_task.columns[2:]:
+        column.justify = "left"
+    return Group(_grid(["split", "findings", "correlations", "examples"], splits), Text(), by_task)
+
+
+def _shares(counts: dict[str, int], total: int) -> str:
+    return ", ".join(f"{name} {count / max(total, 1):.1%}" for name, count in counts.items())
+
+
+def _lengths(report: dict[str, Any]) -> Table:
+    rows = [
+        [task if part == "prompt" else "", part, *(f"{value:,}" for value in values.values())]
+        for task, parts in report["lengths"].items()
+        for part, values in parts.items()
+    ]
+    header = list(next(iter(report["lengths"].values()))["total"]) if report["lengths"] else []
+    return _grid(["task", "", *header], rows)
+
+
+def _packing(packing: dict[str, Any]) -> Table:
+    rows = [
+        [
+            f"{mode}{' *' if mode == packing['mode'] else ''}", f"{sums['rows']:,}", f"{sums['efficiency']:.2%}",
+            f"{sums['padding']:.2%}", f"{sums['supervised']:.1%}",
+            f"{sums['prefix_saved']:,} ({sums['prefix_saved_share']:.1%})",
+        ]
+        for mode, sums in packing["modes"].items()
+    ]  # fmt: skip
+    return _grid(["mode (* configured)", "rows", "filled", "padding", "supervised", "prefix tokens saved"], rows)
+
+
+def _run(report: dict[str, Any]) -> Table:
+    epoch, memory, device = report["epoch"], report["memory"], report["device"]
+    of = f" (max_steps {epoch['max_steps']:,})" if epoch["max_steps"] else ""
+    rows = [
+        ("epoch", f"{epoch['examples']:,} examples in {epoch['rows']:,} rows"),
+        (
+            "steps",
+            f"{epoch['steps']:,} an epoch{of}: {epoch['batch_rows']} rows x {epoch['accumulate']} micro-batches x "
+            f"{epoch['devices']} devices",
+        ),
+    ]
+    if memory:
+        parts = ", ".join(f"{part} {value:.2f}" for part, value in memory["parts_gib"].items())
+        worst = max(memory["moments_gib"], key=memory["moments_gib"].__getitem__)
+        rows.append(("peak memory", f"{memory['peak_gib']:.2f} GiB a device, at the {worst} ({memory['basis']})"))
+        rows.append(("its parts", f"{parts} GiB, each at its largest; kernels: {memory['kernels']}"))
+    else:
+        rows.append(("peak memory", f"no estimate: {report['no_estimate']}"))
+    if cache := report["teacher_cache"]:
+        where = f" in {cache['folder']}" if cache["folder"] else ", with objective.cache.folder"
+        rows.append(
+            (
+                "cached teacher",
+                f"{cache['bytes_finding']:,.0f} bytes a finding (k {cache['k']}, {cache['bytes_token']} a supervised "
+                f"token), {cache['epoch_gib']:,.2f} GiB an epoch{where}",
+            )
+        )
+    if device:
+        run = f", the run {_hours(device['hours_run'])}" if device["hours_run"] else ""
+        rows.append((f"time on {device['name']}", f"an epoch {_hours(device['hours_epoch'])}{run} ({device['basis']})"))
+    elif memory:
+        rows.append(("time", "name a device: --device h100"))
+    return _lines(rows)
+
+
+def _hours(hours: float) -> str:
+    return f"{hours:,.1f} h" if hours >= 1 else f"{hours * 60:.1f} min"

@@ -1,0 +1,155 @@
+"""``inspect --compile TPU``: what a step of the configured run needs on a TPU's core, by the TPU's own compiler."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from jsonargparse import Namespace
+from rich.console import Console
+from rich.table import Table
+
+from datamodules.errors import UserError
+from datamodules.findings import FindingsDataModule
+from lightning_modules.causal_lm import CausalLMModule
+from lightning_modules.models.backbone import RANDOM
+from lightning_modules.strategies.xla.accelerator import check_torch_xla
+from lightning_modules.strategies.xla.aot_compile import TPUS
+
+if TYPE_CHECKING:
+    from commands.inspect.command import InspectCLI
+
+GIB = 2**30
+PARTS = {
+    "argument": "weights, gradients, optimizer state, rows",
+    "temporary": "activations and gathered weights",
+    "peak": "peak",
+}
+
+
+def check_compile(tpu: str) -> None:
+    """Refuses a TPU that is not known, and a machine without the compiler.
+
+    Raises:
+        UserError: says what to name or to install.
+    """
+    if tpu not in TPUS:
+        raise UserError(f"inspect: --compile {tpu}: no such TPU; there are {', '.join(TPUS)}")
+    check_torch_xla()
+    missing = [package for package in ("jax", "libtpu") if find_spec(package) is None]
+    if missing:
+        raise UserError(
+            f"inspect: --compile {tpu}: {' and '.join(missing)} not installed; `pip install -e '.[tpu,tpu_compile]'`"
+        )
+
+
+def compile_run(cli: InspectCLI, tpu: str) -> dict[str, Any]:
+    """Traces a step of the configured module over tensors without content and compiles it for a TPU.
+
+    Args:
+        cli: holds model, data and the trainer's settings.
+        tpu: one of :data:`lightning_modules.strategies.xla.aot_compile.TPUS`.
+
+    Returns:
+        JSON-ready: settings, bytes a core, seconds, and whether it fits.
+
+    Raises:
+        UserError: the config's classes are not this project's, or the compiler refuses.
+    """
+    data, module, cores = cli.datamodule, cli.model, TPUS[tpu].cores
+    if not isinstance(data, FindingsDataModule) or not isinstance(module, CausalLMModule):
+        raise UserError("inspect --compile reads configs of FindingsDataModule and CausalLMModule")
+    if data.batch_rows % cores:
+        raise UserError(f"data.init_args.batch_rows {data.batch_rows}: no multiple of the {cores} cores of a {tpu}")
+    steps = _trainer_options(cli.trainer_config)
+    console = Console(stderr=True)
+    console.print(f"tracing a step of {module.backbone.model.removeprefix(RANDOM)}, without weights ...")
+    began = time.monotonic()
+    graph = _trace(module, data, cores, _mesh_data(cli.trainer_config), steps)
+    traced = time.monotonic() - began
+    console.print(f"traced in {traced:.0f} s; libtpu compiles it for a {tpu} (minutes for a 7B model) ...")
+    cost = _compile(graph, tpu)
+    cost["peak"] = max(cost["peak"], cost["argument"] + cost["temporary"])  # its own leaves gaps out
+    memory = TPUS[tpu].memory_gib
+    return {
+        "tpu": tpu, "cores": cores, "memory_gib": memory, "rows": data.batch_rows, "row_tokens": data.row_tokens,
+        "tokens_a_core": data.batch_rows * data.row_tokens // cores, **steps,
+        "gib_a_core": {part: cost[part] / GIB for part in ("argument", "output", "temporary", "peak", "code")},
+        "seconds": {"trace": round(traced, 1), "compile": round(cost["seconds"], 1)},
+        "fits": cost["peak"] <= memory * GIB,
+    }  # fmt: skip
+
+
+def _trace(module: CausalLMModule, data: FindingsDataModule, cores: int, groups: int, steps: dict[str, Any]) -> str:
+    from lightning_modules.strategies.xla.tracing import trace_step
+
+    return trace_step(module, data.batch_rows, data.row_tokens, cores, data=groups, max_steps=1, **steps)
+
+
+def _trainer_options(trainer: Namespace) -> dict[str, Any]:
+    """What of the trainer's settings changes a step. A window of many micro-batches has the graph of one of two."""
+    accumulate = int(trainer.get("accumulate_grad_batches") or 1)
+    options: dict[str, Any] = {"accumulate_grad_batches": min(accumulate, 2)}
+    for name in ("gradient_clip_val", "gradient_clip_algorithm"):
+        if trainer.get(name) is not None:
+            options[name] = trainer.get(name)
+    return options
+
+
+def _mesh_data(trainer: Namespace) -> int:
+    strategy = trainer.get("strategy")
+    arguments = strategy.get("init_args") if isinstance(strategy, Namespace) else None
+    return int((arguments or {}).get("data") or 1)
+
+
+def _compile(graph: str, tpu: str) -> dict[str, float]:
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "step.mlir"
+        file.write_text(graph, encoding="utf-8")
+        command = [sys.executable, "-m", "lightning_modules.strategies.xla.aot_compile", str(file), tpu]
+        done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=Path(__file__).parents[1])  # noqa: S603
+    if done.returncode in (-9, 137):
+        raise UserError(
+            f"inspect: --compile {tpu}: the host's memory ended; a 7B model takes 6 GB, and more than 20 where its "
+            "layers are no loop (backbone.lora.dropout, lora.layers): set those to 0 and null, or use a larger host"
+        )
+    if done.returncode:
+        said = [line for line in done.stderr.splitlines() if line.strip()]
+        reason = next((line for line in reversed(said) if "RESOURCE_EXHAUSTED" in line), said[-1] if said else "")
+        raise UserError(
+            f"inspect: --compile {tpu}: the compiler refused ({reason[:400]}); where memory ran out, lower "
+            "data.init_args.batch_rows or row_tokens"
+        )
+    cost: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    return cost
+
+
+def print_compiled(report: dict[str, Any]) -> None:
+    """Shows the report."""
+    table = Table(title=f"{report['tpu']}: {report['rows']} rows of {report['row_tokens']} tokens, a core")
+    table.add_column("memory")
+    table.add_column("GiB", justify="right")
+    for part, name in PARTS.items():
+        table.add_row(name, f"{report['gib_a_core'][part]:.2f}")
+    table.add_row("the core has", f"{report['memory_gib']:.2f}")
+    Console().print(table)
+    print(f"traced in {report['seconds']['trace']:.0f} s, compiled in {report['seconds']['compile']:.0f} s")
+
+
+def check_fits(report: dict[str, Any]) -> None:
+    """Ends in an error where the step needs more than a core has.
+
+    Raises:
+        UserError: it does.
+    """
+    if not report["fits"]:
+        raise UserError(
+            f"a step needs {report['gib_a_core']['peak']:.1f} GiB of the {report['memory_gib']} of a {report['tpu']}'s "
+            "core: lower data.init_args.batch_rows or row_tokens (and raise trainer.accumulate_grad_batches)"
+        )

@@ -1,0 +1,150 @@
+"""What ``--model`` and ``--run`` name: a run folder, an export, or a plain adapter or model folder."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+from commands.config_merge import load_config
+from datamodules.errors import UserError
+from lightning_modules.models.backbone import Backbone, LoRA
+
+CERTIFICATE = "certificate.json"
+ADAPTER, MODEL = "adapter_config.json", "config.json"  #: which of them a folder holds says what it is
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A trained model that lies on disk, not loaded yet.
+
+    Attributes:
+        folder: adapter or whole model.
+        backbone: what to build: base, storage, and the adapter where there is one.
+        tokenizer: folder or name to load it from.
+        tasks: the tasks it was trained on; None where nobody wrote it down.
+        run: the run folder, None for an export.
+        config: the run's config, empty for an export.
+    """
+
+    folder: Path
+    backbone: Backbone
+    tokenizer: str
+    tasks: tuple[str, ...] | None
+    run: Path | None
+    config: dict[str, Any]
+
+    @property
+    def name(self) -> str:
+        """Base and adapter for people; of a folder only its name."""
+        base = Path(self.backbone.model).name if Path(self.backbone.model).is_dir() else self.backbone.model
+        return f"{base} with an adapter" if self.backbone.adapter else base
+
+    def digest(self) -> str:
+        """Digest of the weights' files (the adapter's content; of whole models names, sizes and times) and the base."""
+        state = hashlib.blake2b(json.dumps(recipe(self.backbone), sort_keys=True).encode(), digest_size=16)
+        for file in sorted(self.folder.glob("*.safetensors")):
+            stat = file.stat()
+            state.update(file.read_bytes() if self.backbone.adapter else f"{stat.st_size} {stat.st_mtime_ns}".encode())
+        return state.hexdigest()
+
+
+def open_trained(path: str, option: str) -> Trained:
+    """Finds the trained model that a folder holds.
+
+    Args:
+        path: a run folder (config.yaml and adapter/best or adapter/last), a folder written by ``export``, or a PEFT
+            adapter's or model's folder.
+        option: the option's name, for messages.
+
+    Raises:
+        UserError: it is none of them.
+    """
+    folder = Path(path).expanduser()
+    if not folder.is_dir():
+        raise UserError(f"{option} {path}: no such folder; give a run folder (runs/NAME/version_N) or an export")
+    if (folder / "config.yaml").is_file():
+        return _open_run(folder, option)
+    if (folder / ADAPTER).is_file():
+        return _open_adapter(folder, option)
+    if (folder / MODEL).is_file():
+        record = _certificate(folder)
+        backbone = Backbone(model=str(folder))
+        return Trained(folder, backbone, str(folder), _tasks(record.get("tasks")), None, {})
+    if any(folder.glob("*.gguf")):
+        raise UserError(f"{option} {path}: a GGUF export is for llama.cpp and Ollama; give the run, or --format merged")
+    raise UserError(
+        f"{option} {path}: neither a run folder (config.yaml), an adapter ({ADAPTER}) nor a model ({MODEL}); "
+        "fit makes runs/NAME/version_N"
+    )
+
+
+def recipe(backbone: Backbone) -> dict[str, Any]:
+    """The base of a trained model as plain data: what its adapter was trained on."""
+    names = ("model", "revision", "quantization", "dtype")
+    return {name: getattr(backbone, name) for name in names}
+
+
+def _open_run(run: Path, option: str) -> Trained:
+    config = load_config(str(run / "config.yaml"))
+    backbone = _backbone(config, run, option)
+    found = [run / "adapter" / name for name in ("best", "last")]
+    folder = next((f for f in found if (f / ADAPTER).is_file() or (f / MODEL).is_file()), None)
+    if folder is None:
+        raise UserError(f"{option} {run}: no adapter/best or adapter/last yet; train it further (fit), or wait")
+    whole = not (folder / ADAPTER).is_file()
+    backbone = replace(
+        backbone,
+        model=str(folder) if whole else backbone.model,
+        adapter=None if whole else str(folder),
+        lora=None,
+        attention="sdpa",
+        gradient_checkpointing=False,
+    )
+    tokenizer = str(folder) if (folder / "tokenizer.json").is_file() else backbone.model
+    tasks = config.get("data", {}).get("init_args", {}).get("tasks") or {"risk": 1.0}
+    return Trained(folder, backbone, tokenizer, _tasks([n for n, s in tasks.items() if s]), run, config)
+
+
+def _open_adapter(folder: Path, option: str) -> Trained:
+    record = _certificate(folder)
+    base = record.get("base")
+    if not isinstance(base, dict):
+        try:
+            name = json.loads((folder / ADAPTER).read_text(encoding="utf-8"))["base_model_name_or_path"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{option} {folder}: {ADAPTER} names no base model; export the adapter again") from error
+        base = {"model": name}
+    known = {field.name for field in fields(Backbone)}
+    backbone = Backbone(**{k: v for k, v in base.items() if k in known}, adapter=str(folder))
+    tokenizer = str(folder) if (folder / "tokenizer.json").is_file() else backbone.model
+    return Trained(folder, backbone, tokenizer, _tasks(record.get("tasks")), None, {})
+
+
+def _backbone(config: dict[str, Any], run: Path, option: str) -> Backbone:
+    try:
+        values = dict(config["model"]["init_args"]["backbone"])
+        lora = values.pop("lora", None)
+        return Backbone(**values, lora=None if lora is None else LoRA(**lora))
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{option} {run}: config.yaml has no model.init_args.backbone that fits ({error})") from error
+
+
+def _certificate(folder: Path) -> dict[str, Any]:
+    try:
+        record = json.loads((folder / CERTIFICATE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return record if isinstance(record, dict) else {}
+
+
+def _tasks(names: Any) -> tuple[str, ...] | None:
+    return tuple(map(str, names)) if isinstance(names, list) else None
+
+
+def lora_settings(trained: Trained) -> dict[str, Any]:
+    """The run's LoRA settings as written in its config; empty where every weight was trained."""
+    lora = trained.config.get("model", {}).get("init_args", {}).get("backbone", {}).get("lora")
+    return asdict(LoRA(**lora)) if lora else {}

@@ -1,0 +1,1 @@
+"""Location and conversion of pretrained models."""

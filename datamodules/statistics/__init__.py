@@ -1,0 +1,1 @@
+"""Statistics of a data set: counts, lengths, packing and near duplicates."""

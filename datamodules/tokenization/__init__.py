@@ -1,0 +1,1 @@
+"""Chat format of a model: prompts and completions as token ids."""

@@ -1,0 +1,1 @@
+"""Metrics of generated answers, baselines and comparisons of models."""

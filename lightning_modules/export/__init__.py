@@ -1,0 +1,1 @@
+"""Conversion of a trained model to merged weights, GGUF and Ollama files."""

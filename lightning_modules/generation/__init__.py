@@ -1,0 +1,1 @@
+"""Batched greedy generation, constrained decoding and log-likelihoods."""

@@ -1,0 +1,91 @@
+"""Cross-entropy and forward KL of logits, with the logits' gradient made in the same pass.
+
+Plain torch in the logits' own precision, for any device; on CUDA the Triton kernel of
+:mod:`lightning_modules.kernels.cross_entropy_kl_triton`, which reads the logits twice and writes once where autograd
+over torch's own functions moves them some ten times (cross-entropy) or forty (KL).
+
+Shapes in names: N tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from datamodules.batch import IGNORE_INDEX
+
+
+def token_loss(
+    logits_NV: Tensor, labels_N: Tensor, teacher_NV: Tensor | None, ce_weight: float, kl_weight: float, t: float
+) -> tuple[Tensor, Tensor]:
+    """Computes ``ce_weight CE + kl_weight KL(teacher || student)`` of each token, apart, and its gradient.
+
+    Args:
+        logits_NV: of the student, float32 or float64.
+        labels_N: -100 counts nothing.
+        teacher_NV: logits of the teacher, None for no KL; columns that only one of both has are no tokens to the KL.
+        ce_weight: of the cross-entropy.
+        kl_weight: of the KL between the softmaxes of logits divided by ``t``.
+        t: temperature.
+
+    Returns:
+        Cross-entropy, KL and whether the label has the highest logit [N, 3]; the weighted sum's gradient [N, V].
+    """
+    if logits_NV.is_cuda and logits_NV.dtype == torch.float32:
+        from lightning_modules.kernels import cross_entropy_kl_triton
+
+        return cross_entropy_kl_triton.token_loss(logits_NV, labels_N, teacher_NV, ce_weight, kl_weight, t)
+    return token_loss_reference(logits_NV, labels_N, teacher_NV, ce_weight, kl_weight, t)
+
+
+def token_loss_reference(
+    logits_NV: Tensor, labels_N: Tensor, teacher_NV: Tensor | None, ce_weight: float, kl_weight: float, t: float
+) -> tuple[Tensor, Tensor]:
+    """See :func:`token_loss`."""
+    counts_N1 = (labels_N != IGNORE_INDEX)[:, None]
+    labels_N1 = labels_N.clamp(min=0)[:, None]
+    log_probs_NV = logits_NV.log_softmax(dim=-1)
+    ce_N1 = -log_probs_NV.gather(1, labels_N1)
+    grad_NV = log_probs_NV.exp_().scatter_add_(1, labels_N1, -torch.ones_like(ce_N1)).mul_(ce_weight)
+    kl_N1 = torch.zeros_like(ce_N1)
+    if teacher_NV is not None:
+        width = min(logits_NV.shape[1], teacher_NV.shape[1])
+        student, teacher = ((x[:, :width] / t).log_softmax(dim=-1) for x in (logits_NV, teacher_NV.to(logits_NV)))
+        probs = teacher.exp()
+        kl_N1 = (probs * (teacher - student)).sum(dim=-1, keepdim=True)
+        grad_NV[:, :width] += (student.exp_() - probs) * (kl_weight / t)
+    correct_N1 = logits_NV.argmax(dim=-1, keepdim=True) == labels_N[:, None]
+    figures_N3 = torch.cat([ce_N1, kl_N1, correct_N1.to(ce_N1)], dim=1)
+    return torch.where(counts_N1, figures_N3, 0), torch.where(counts_N1, grad_NV, 0)
+
+
+class TokenLoss(torch.autograd.Function):
+    """:func:`token_loss` summed over tokens: the weighted loss, whether labels are right, cross-entropy, KL."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        logits_NV: Tensor,
+        labels_N: Tensor,
+        teacher_NV: Tensor | None,
+        ce_weight: float,
+        kl_weight: float,
+        t: float,
+    ) -> tuple[Tensor, ...]:
+        """Takes what :func:`token_loss` does."""
+        figures_N3, grad_NV = token_loss(logits_NV, labels_N, teacher_NV, ce_weight, kl_weight, t)
+        ctx.save_for_backward(grad_NV)
+        ce, kl, correct = figures_N3.sum(dim=0).unbind()
+        loss = ce_weight * ce + kl_weight * kl
+        ctx.mark_non_differentiable(correct, ce, kl)
+        return loss, correct, ce, kl
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor, None, None, None, None, None]:
+        """Scales the gradient that is there already."""
+        (grad_NV,) = ctx.saved_tensors
+        return grad_NV * grad, None, None, None, None, None

@@ -1,0 +1,1 @@
+"""Base models with adapters, and the forward passes over packed rows."""

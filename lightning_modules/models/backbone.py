@@ -1,0 +1,305 @@
+"""The recipe of a model: which base, how it is stored, and what of it is trained."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from datamodules.errors import UserError
+from datamodules.pretrained.locate import loading_error, resolve
+from lightning_modules.models.attention_masks import Attention, register_attention
+
+Quantization = Literal["nf4", "int8", "none"]
+ActivationMemory = Literal["full", "balanced", "low"]
+RANDOM = "random:"  #: prefix of a model name: the architecture of a folder's config.json with random weights
+PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+@dataclass(frozen=True)
+class LoRA:
+    """Low-rank adapters beside frozen weights, built by PEFT (Hu et al., arXiv 2106.09685)."""
+
+    rank: int = 16
+    """Inner width r of the update B A."""
+    alpha: float = 32
+    """The update is scaled by alpha / rank (with rslora by alpha / sqrt(rank))."""
+    dropout: float = 0.0
+    """Share of the adapter's inputs that are dropped in training."""
+    targets: tuple[str, ...] | Literal["all-linear"] = PROJECTIONS
+    """Names of the linear layers that get one, or all-linear: every one but the head, whatever they are called."""
+    layers: int | None = None
+    """Only the top so many layers; the backward pass stops below them. None for all."""
+    dora: bool = False
+    """Trains each column's magnitude apart from its direction (DoRA, arXiv 2402.09353)."""
+    rslora: bool = False
+    """Scales by alpha / sqrt(rank), so that large ranks learn as fast (rsLoRA, arXiv 2312.03732)."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Type of the adapter's weights; products use the base's type all the same. A step of Lion, 5e-5, is lost on a
+    bfloat16 weight of 0.02: 3.9 % more held-out loss on SmolLM2-135M, none with the optimizer's ``master_weights``."""
+
+
+@dataclass(frozen=True)
+class Backbone:
+    """A causal language model, to be trained or to teach."""
+
+    model: str
+    """Local folder, name on the Hugging Face hub, embedded:smollm2-135m-instruct, or random:FOLDER (the architecture of
+    the folder's config.json with seeded random weights, for benchmarks)."""
+    quantization: Quantization = "none"
+    """How the frozen linear layers are stored: nf4 (4 bits, double quantisation), int8, or none."""
+    dtype: Literal["bfloat16", "float32", "float16", "auto"] = "auto"
+    """Type of all other weights and of the products; auto takes the checkpoint's."""
+    attention: Attention = "sdpa"
+    """Attention implementation: flex_attention skips empty blocks of packed rows, on GPUs; blockwise needs no T x T
+    scores anywhere, for long rows on TPUs; pallas is torch_xla's flash attention, on TPUs, without a shared prefix."""
+    lora: LoRA | None = None
+    """Adapters to train; null trains every weight (of an unquantised model)."""
+    gradient_checkpointing: bool = False
+    """Computes each layer twice instead of keeping its activations: a third slower, far less memory."""
+    kernels: Literal["auto", "fast", "plain"] = "auto"
+    """Forward and backward pass in training: fast are the fused functions for Llama and Mistral, plain is transformers'
+    and PEFT's own modules, for everything; auto takes fast where it can."""
+    activation_memory: ActivationMemory = "full"
+    """What the fast path keeps for the backward pass: full, balanced (computes the MLP's inner products twice), or low
+    (whole layers twice, their inputs in host memory)."""
+    fp8: bool = False
+    """Products with the frozen base in FP8 on the fast path (Ada, Hopper and newer): 1.4 times as fast on an H100, 2
+    bytes a weight more memory, 1.4 % more held-out loss after 300 steps of SmolLM2-135M: off by default."""
+    revision: str | None = None
+    """Branch, tag or commit on the hub."""
+    adapter: str | None = None
+    """Folder (or hub name) of a PEFT adapter to start from, or to teach with."""
+
+    def build(self, device: torch.device | str | None = None) -> Any:
+        """Loads the weights and wraps them by PEFT.
+
+        Args:
+            device: where the weights go; the CPU if None.
+
+        Returns:
+            A PeftModel, or without ``lora`` and ``adapter`` the transformers model itself, frozen if quantised.
+
+        Raises:
+            UserError: no such model or adapter, no access, or a setting that this machine or model can't serve.
+        """
+        target = torch.device(device) if device is not None else torch.device("cpu")
+        with _float32_default(), out_of_memory_advice():
+            model = self._load(target)
+            if self.gradient_checkpointing:
+                _enable_checkpointing(model)
+            if self.quantization != "none":
+                model.requires_grad_(False)
+            return self.wrap(model)
+
+    def wrap(self, model: Any) -> Any:
+        """Adds the adapter to a base that is loaded already; see :meth:`build`."""
+        if self.adapter is not None:
+            return self._with_adapter(model)
+        return model if self.lora is None else self._with_lora(model, self.lora)
+
+    @property
+    def location(self) -> str:
+        """What ``from_pretrained`` takes: a local folder or a hub name."""
+        return self.model.removeprefix(RANDOM) if self.model.startswith(RANDOM) else resolve(self.model)
+
+    def shares_weights_with(self, other: Backbone) -> bool:
+        """Whether both describe the same stored base, whatever their adapters are."""
+        ours, theirs = ((b.model, b.revision, b.quantization, b.dtype) for b in (self, other))
+        return ours == theirs
+
+    def _load(self, device: torch.device) -> Any:
+        from transformers import AutoConfig, AutoModelForCausalLM
+
+        if self.quantization != "none":
+            _check_bitsandbytes(self.quantization, device)
+        register_attention(self.attention)
+        location = self.location
+        options: dict[str, Any] = {"trust_remote_code": False}
+        if self.revision is not None:
+            options["revision"] = self.revision
+        try:
+            config = AutoConfig.from_pretrained(location, **options)
+            dtype = self._dtype(config)
+            if self.model.startswith(RANDOM) or device.type == "meta":  # shapes only: nothing is loaded
+                from lightning_modules.models.random_init import random_model
+
+                return random_model(
+                    config, quantization=self.quantization, dtype=dtype, device=device, attention=self.attention
+                )
+            return AutoModelForCausalLM.from_pretrained(
+                location,
+                dtype=dtype,
+                quantization_config=_quantization_config(self.quantization, dtype),
+                device_map={"": device},  # pinned: "auto" would put layers of a rank on its neighbour's GPU
+                attn_implementation=self.attention,
+                use_safetensors=True,  # no pickles
+                **options,
+            )
+        except (OSError, ValueError, ImportError) as error:
+            if isinstance(error, OSError) or "trust_remote_code" in str(error):
+                raise loading_error("model", self.model, error) from error
+            settings = f"quantization {self.quantization}, dtype {self.dtype}, attention {self.attention}"
+            raise UserError(f"model {self.model} can't be built with {settings}: {_cause(error)}") from error
+
+    def _dtype(self, config: Any) -> torch.dtype:
+        if self.dtype != "auto":
+            return _torch_dtype(self.dtype)
+        stored = getattr(config, "dtype", None) or "float32"
+        return _torch_dtype(str(stored).removeprefix("torch."))
+
+    def _with_lora(self, model: Any, lora: LoRA) -> Any:
+        from peft import LoraConfig, get_peft_model
+
+        if lora.dora and self.quantization == "int8":
+            raise UserError("backbone.lora.dora true with backbone.quantization int8 is not served; use nf4 or none")
+        config = LoraConfig(
+            task_type="CAUSAL_LM",
+            r=lora.rank,
+            lora_alpha=lora.alpha,
+            lora_dropout=lora.dropout,
+            target_modules=_target_modules(model, lora),
+            layers_to_transform=_top_layers(model, lora.layers),
+            use_dora=lora.dora,
+            use_rslora=lora.rslora,
+        )
+        try:
+            wrapped = get_peft_model(model, config)
+        except ValueError as error:
+            raise UserError(_adapter_message(f"backbone.lora.targets {_text(lora.targets)}", model, error)) from error
+        return self._finish(wrapped, lora.dtype)
+
+    def _with_adapter(self, model: Any) -> Any:
+        from peft import PeftConfig, PeftModel
+
+        adapter = str(self.adapter)
+        try:
+            config = PeftConfig.from_pretrained(adapter)
+        except (OSError, ValueError) as error:
+            message = f"backbone.adapter {adapter}: no PEFT adapter there ({_cause(error)}); give a folder with one"
+            raise UserError(message) from error
+        if self.lora is not None:
+            _check_same_shape(self.lora, config, adapter)
+            config.lora_dropout = self.lora.dropout
+        try:
+            wrapped = PeftModel.from_pretrained(model, adapter, config=config, is_trainable=True)
+        except (OSError, ValueError, RuntimeError) as error:
+            raise UserError(_adapter_message(f"backbone.adapter {adapter}", model, error)) from error
+        return self._finish(wrapped, self.lora.dtype if self.lora is not None else "float32")
+
+    def _finish(self, wrapped: Any, dtype: str) -> Any:
+        """Gives the adapter its type, and the name under which plain PEFT finds the base again."""
+        for parameter in wrapped.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.to(_torch_dtype(dtype))
+        for config in wrapped.peft_config.values():
+            config.base_model_name_or_path = self.location
+            config.revision = self.revision
+        return wrapped
+
+
+@contextmanager
+def out_of_memory_advice(rows: str = "data.init_args.row_tokens or batch_rows") -> Iterator[None]:
+    """Turns an accelerator's out-of-memory error into a UserError that says what to set.
+
+    Args:
+        rows: what to lower, with the values where they are known.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise UserError(
+            f"out of memory on the accelerator: lower {rows} (and raise trainer.accumulate_grad_batches as much), or "
+            "set model.init_args.backbone.gradient_checkpointing true, or backbone.quantization nf4 "
+            f"({str(error).split('. ')[0]})"
+        ) from error
+
+
+@contextmanager
+def _float32_default() -> Iterator[None]:
+    """Undoes a strategy's bf16 default type: bitsandbytes' look-up tables would be rounded to it."""
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(default)
+
+
+def _enable_checkpointing(model: Any) -> None:
+    # the method's name is activation_checkpointing_enable in the newest transformers, which deprecate the old one
+    name = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
+    getattr(model, f"{name}_checkpointing_enable")({"use_reentrant": False})
+
+
+def _check_bitsandbytes(quantization: str, device: torch.device) -> None:
+    way_out = f"backbone.quantization {quantization}: %s; set backbone.quantization none (and dtype bfloat16)"
+    if device.type == "xla":
+        raise UserError(way_out % "bitsandbytes does not run on a TPU")
+    try:
+        import bitsandbytes  # noqa: F401
+    except (ImportError, OSError, RuntimeError) as error:
+        raise UserError(way_out % f"bitsandbytes can't be used, pip install -e '.[gpu]' ({_cause(error)})") from error
+
+
+def _quantization_config(quantization: str, dtype: torch.dtype) -> Any:
+    if quantization == "none":
+        return None
+    from transformers import BitsAndBytesConfig
+
+    if quantization == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
+    )
+
+
+def _target_modules(model: Any, lora: LoRA) -> list[str] | str:
+    """PEFT takes no number of layers beside all-linear, so that the names are looked up here then."""
+    if lora.targets != "all-linear":
+        return list(lora.targets)
+    if lora.layers is None:
+        return "all-linear"
+    linear = {name for name, module in model.get_decoder().named_modules() if isinstance(module, nn.Linear)}
+    return sorted({name.rpartition(".")[2] for name in linear})
+
+
+def _top_layers(model: Any, layers: int | None) -> list[int] | None:
+    if layers is None:
+        return None
+    count = model.config.get_text_config().num_hidden_layers
+    if not 1 <= layers <= count:
+        raise UserError(
+            f"backbone.lora.layers {layers}: the model has {count} layers; set 1 to {count}, or null for all"
+        )
+    return list(range(count - layers, count))
+
+
+def _check_same_shape(lora: LoRA, config: Any, adapter: str) -> None:
+    for name, ours, theirs in (("rank", lora.rank, config.r), ("alpha", lora.alpha, config.lora_alpha)):
+        if ours != theirs:
+            raise UserError(
+                f"backbone.lora.{name} {ours}, but the adapter {adapter} has {theirs}; set it so, or backbone.lora null"
+            )
+
+
+def _adapter_message(setting: str, model: Any, error: Exception) -> str:
+    names = {name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    return f"{setting} does not fit the model; its linear layers are {', '.join(sorted(names))} ({_cause(error)})"
+
+
+def _cause(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]
+
+
+def _torch_dtype(name: str) -> torch.dtype:
+    dtype: torch.dtype = getattr(torch, name)
+    return dtype
+
+
+def _text(targets: tuple[str, ...] | str) -> str:
+    return targets if isinstance(targets, str) else ", ".join(targets)

@@ -1,0 +1,1 @@
+"""XLA devices: accelerator, precision, SPMD strategy and ahead-of-time compilation."""

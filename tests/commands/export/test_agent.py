@@ -1,0 +1,72 @@
+"""sys-scan-graph's agent takes our adapter folder as any other: its loading, its templates, its way to find JSON."""
+
+import json
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+
+from datamodules.records import Document, Finding
+from datamodules.tasks import build_tasks
+from lightning_modules.models.backbone import Backbone
+from tests.commands.export.test_command import export
+from tests.helpers.trained_run import make_run, write_evaluation
+
+
+def load_as_the_agent_does(base, adapter):
+    """A base in NF4 with double quantisation and float16 products, the adapter beside it, the base's tokenizer."""
+    config = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float16,
+        bnb_4bit_use_double_quant=True,
+    )  # fmt: skip
+    model = AutoModelForCausalLM.from_pretrained(base, quantization_config=config, device_map="cpu")
+    return PeftModel.from_pretrained(model, adapter), AutoTokenizer.from_pretrained(base)
+
+
+def cut_out(answer):
+    """The agent's parser: from the first brace to the last."""
+    return json.loads(answer[answer.find("{") : answer.rfind("}") + 1])
+
+
+@pytest.fixture(scope="module")
+def nf4_run(tmp_path_factory, tiny_llama, chatml_tokenizer):
+    pytest.importorskip("bitsandbytes")
+    folder = tmp_path_factory.mktemp("runs") / "version_0"
+    return write_evaluation(make_run(folder, tiny_llama, chatml_tokenizer, quantization="nf4", dtype="float32"))
+
+
+def test_the_agent_loads_the_folder_and_gets_the_trained_model(nf4_run, tiny_llama, tmp_path):
+    assert export(nf4_run, tmp_path / "out", "--golden", "0")[0] == 0
+    model, tokenizer = load_as_the_agent_does(tiny_llama, tmp_path / "out")
+    ids = tokenizer("Analyze the following security scan results", return_tensors="pt")["input_ids"]
+    trained = Backbone(str(tiny_llama), "nf4", "float32", adapter=str(nf4_run / "adapter" / "best")).build()
+    with torch.no_grad():
+        difference = (model(ids).logits.float() - trained.eval()(ids).logits).norm()
+        with model.disable_adapter():
+            untuned = (model(ids).logits.float() - trained(ids).logits).norm()
+    assert difference < 0.02 * untuned  # what float16 products round
+    assert model.generate(input_ids=ids, max_new_tokens=3, do_sample=False).shape[1] == ids.shape[1] + 3
+
+
+def test_the_certificate_measures_what_the_agent_loads(nf4_run, tmp_path):
+    status, certificate = export(nf4_run, tmp_path / "out", "--golden", "3", "--load_as", "agent")
+    assert (status, certificate["state"], certificate["load_as"]) == (0, "passed", "agent")
+    assert 0 < certificate["golden"]["kl_mean"] < 1e-3
+
+
+def test_the_agents_parser_finds_every_answer(shared_data):
+    names = ["risk", "correlation", "summary", "triage", "remediation", "agent_summarize", "agent_triage"]
+    tasks = build_tasks(names, agent_templates=str(shared_data / "agent_prompt_templates"))
+    findings = [
+        Finding(f"id{n}", "Text {with} braces }", '{"severity": "x"} }{', "network", "high", 70.0, 70.0)
+        for n in range(3)
+    ]
+    document = Document("source", "", 0, findings=findings)
+    found = {name: [pair.completion for pair in task.pairs(document)] for name, task in tasks.items()}
+    assert found["risk"]
+    assert found["agent_summarize"]
+    assert found["agent_triage"]
+    for completion in (text for texts in found.values() for text in texts):
+        assert cut_out(completion) == json.loads(completion)
+        assert cut_out(f" {completion}</s>") == json.loads(completion)

@@ -1,0 +1,279 @@
+"""The whole command on a tiny model: what it writes loads with plain PEFT and transformers, and is certified."""
+
+import hashlib
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from gguf import GGUFReader
+from gguf.quants import dequantize
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from commands.export.certificate import Bounds
+from main import main
+from tests.helpers.trained_run import REPORT, analyze, make_run, short, write_evaluation
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, tiny_llama, chatml_tokenizer):
+    folder = make_run(tmp_path_factory.mktemp("runs") / "version_0", tiny_llama, chatml_tokenizer)
+    return write_evaluation(folder)
+
+
+def export(run, output, *options):
+    """Runs the command and returns exit status and certificate."""
+    status = main(["export", "--run", str(run), "--output", str(output), *options])
+    file = output / "certificate.json"
+    return status, json.loads(file.read_text()) if file.exists() else None
+
+
+def logits(model):
+    with torch.no_grad():
+        return model.eval()(torch.arange(3, 40)[None]).logits
+
+
+def trained_model(run, tiny_llama):
+    base = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32)
+    return PeftModel.from_pretrained(base, run / "adapter" / "best")
+
+
+def test_an_adapter_loads_with_plain_peft(run, tiny_llama, chatml_tokenizer, tmp_path):
+    status, certificate = export(run, tmp_path / "out", "--format", "adapter", "--golden", "4")
+    assert (status, certificate["state"]) == (0, "passed")
+    base = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32)
+    loaded = PeftModel.from_pretrained(base, tmp_path / "out")
+    assert torch.equal(logits(loaded), logits(trained_model(run, tiny_llama)))
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
+    turn = [{"role": "user", "content": "a"}]
+    assert tokenizer.apply_chat_template(turn) == chatml_tokenizer.apply_chat_template(turn)
+    assert certificate["golden"]["kl_mean"] < 1e-9
+    assert certificate["golden"]["same_answers"] == 1
+    assert certificate["golden"]["origin"] == "evaluation.json (val)"
+    assert certificate["golden"]["trained"] == certificate["golden"]["exported"]
+
+
+@pytest.mark.parametrize("dtype", ["auto", "float16"])
+def test_a_merged_model_is_base_and_adapter_in_16_bits(run, tiny_llama, tmp_path, dtype):
+    options = ("--format", "merged", "--golden", "4", "--dtype", dtype)
+    status, certificate = export(run, tmp_path / "out", *options)
+    assert (status, certificate["state"]) == (0, "passed")
+    assert 0 < certificate["golden"]["kl_mean"] < 1e-3
+    stored = torch.float16 if dtype == "float16" else torch.bfloat16
+    base, adapter = (
+        load_file(tiny_llama / "model.safetensors"),
+        load_file(run / "adapter/best/adapter_model.safetensors"),
+    )
+    merged = load_file(tmp_path / "out" / "model.safetensors")
+    assert merged.keys() == base.keys()
+    assert {tensor.dtype for tensor in merged.values()} == {stored}
+    for name, weight in base.items():
+        stem = "base_model.model." + name.removesuffix(".weight")
+        if f"{stem}.lora_A.weight" in adapter:
+            update = adapter[f"{stem}.lora_B.weight"] @ adapter[f"{stem}.lora_A.weight"]
+            weight = weight + 2.0 * update  # alpha 8 over rank 4
+        assert torch.equal(merged[name], weight.to(stored)), name
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    torch.testing.assert_close(logits(plain), logits(trained_model(run, tiny_llama)), atol=0.05, rtol=0.05)
+    assert (tmp_path / "out" / "generation_config.json").exists()
+
+
+def test_an_nf4_base_is_dequantised_for_the_merge(tmp_path, tiny_llama, chatml_tokenizer):
+    functional = pytest.importorskip("bitsandbytes").functional
+    run = make_run(tmp_path / "version_0", tiny_llama, chatml_tokenizer, quantization="nf4", dtype="float32")
+    write_evaluation(run)
+    status, certificate = export(run, tmp_path / "out", "--format", "merged", "--golden", "4", "--device", "cpu")
+    assert (status, certificate["state"]) == (0, "passed")
+    name = "model.layers.0.mlp.gate_proj.weight"  # no adapter here: the dequantised base itself
+    weight = load_file(tiny_llama / "model.safetensors")[name]
+    packed, state = functional.quantize_4bit(weight, quant_type="nf4", compress_statistics=True)
+    expected = functional.dequantize_4bit(packed, state).to(torch.bfloat16)
+    merged = load_file(tmp_path / "out" / "model.safetensors")[name]
+    assert torch.equal(merged, expected)
+    assert "quantization_config" not in json.loads((tmp_path / "out" / "config.json").read_text())
+    other = export(run, tmp_path / "other", "--format", "merged", "--merge_base", "16bit", "--golden", "4")[1]
+    assert other["golden"]["kl_mean"] > 10 * certificate["golden"]["kl_mean"]
+    assert torch.equal(load_file(tmp_path / "other" / "model.safetensors")[name], weight.to(torch.bfloat16))
+
+
+def test_a_gguf_file_holds_the_merged_model(tmp_path, tiny_mistral, mistral_tokenizer, capsys):
+    base = tmp_path / "base"
+    shutil.copytree(tiny_mistral, base)
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(config | {"sliding_window": None}))  # as Mistral v0.3
+    run = write_evaluation(make_run(tmp_path / "version_0", base, mistral_tokenizer))
+    status, certificate = export(run, tmp_path / "out", "--format", "gguf", "--golden", "4")
+    assert (status, certificate["state"]) == (0, "passed")
+    assert certificate["golden"]["kl_mean"] < 1e-4
+    assert {"model.gguf", "Modelfile", "README.md"} <= certificate["files"].keys()
+    assert "ollama create" in capsys.readouterr().out
+    few = export(run, tmp_path / "few", "--format", "gguf", "--gguf-type", "q4_1", "--golden", "4", "--max_kl", "0.5")
+    assert (few[0], few[1]["gguf_type"]) == (0, "q4_1")
+    assert few[1]["golden"]["kl_mean"] > 10 * certificate["golden"]["kl_mean"]
+    # the base alone is in 4 bits: what llama.cpp adds is the trained adapter, its rows in llama.cpp's order
+    base = load_file(base / "model.safetensors")["model.layers.0.mlp.up_proj.weight"]
+    reader = GGUFReader(tmp_path / "few" / "model.gguf")
+    stored = next(dequantize(t.data, t.tensor_type) for t in reader.tensors if t.name == "blk.0.ffn_up.weight")
+    assert np.abs(stored - base.numpy()).max() <= 0.5 * (base.max() - base.min()) / 15 + 1e-4
+    adapter = GGUFReader(tmp_path / "few" / "adapter.gguf")
+    assert adapter.fields["adapter.lora.alpha"].contents() == 8
+    assert adapter.fields["general.type"].contents() == "adapter"
+    held = {t.name: t.data for t in adapter.tensors}
+    trained = load_file(run / "adapter" / "best" / "adapter_model.safetensors")
+    stem = "base_model.model.model.layers.1"
+    assert np.array_equal(held["blk.1.ffn_down.weight.lora_b"], trained[f"{stem}.mlp.down_proj.lora_B.weight"])
+    assert np.array_equal(held["blk.1.attn_q.weight.lora_a"], trained[f"{stem}.self_attn.q_proj.lora_A.weight"])
+    queries = trained[f"{stem}.self_attn.q_proj.lora_B.weight"].view(4, 2, 8, 4)  # 4 heads of 16, rank 4
+    assert np.array_equal(held["blk.1.attn_q.weight.lora_b"], queries.transpose(1, 2).reshape(64, 4))
+    assert "ADAPTER ./adapter.gguf" in (tmp_path / "few" / "Modelfile").read_text()
+    assert few[1]["files"]["model.gguf"]["bytes"] < 0.6 * certificate["files"]["model.gguf"]["bytes"]
+    assert main(["analyze", "--model", str(tmp_path / "out"), "--report", str(run / "run.json"),
+                 "--output", str(tmp_path / "e.json")]) == 2  # fmt: skip
+
+
+def test_the_certificate_holds_what_it_says(run, tmp_path):
+    _, certificate = export(run, tmp_path / "out", "--golden", "2")
+    files = {path.name for path in (tmp_path / "out").iterdir()} - {"certificate.json"}
+    assert certificate["files"].keys() == files
+    for name, entry in certificate["files"].items():
+        content = (tmp_path / "out" / name).read_bytes()
+        assert entry == {"sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content)}
+    config = (run / "config.yaml").read_bytes()
+    assert certificate["config_sha256"] == hashlib.sha256(config).hexdigest()
+    assert certificate["packages"]["torch"]
+    assert certificate["run"]["step"] == 3
+    backbone = certificate["config"]["model"]["init_args"]["backbone"]
+    assert (backbone["lora"]["rank"], backbone["model"]) == (4, Path(backbone["model"]).name)  # no folder of this host
+    assert certificate["golden"]["n"] == 2
+
+
+def test_an_export_that_is_too_far_fails_with_the_numbers(run, tmp_path, capsys):
+    status, certificate = export(run, tmp_path / "out", "--format", "merged", "--golden", "4", "--max_kl", "1e-12")
+    assert (status, certificate["state"]) == (1, "failed")
+    assert certificate["golden"]["max_kl"] == 1e-12
+    assert (tmp_path / "out" / "model.safetensors").exists()
+    printed, kl = capsys.readouterr().out, certificate["golden"]["kl_mean"]
+    assert f"FAILED: divergence {kl:.2g} nats" in printed
+    assert f"{kl:.3g} nats a token is {kl - 1e-12:.3g} above --max_kl 1e-12" in printed
+    assert "certificate: failed" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_bounds_say_what_is_beyond_them_and_by_how_much():
+    bounds = Bounds(max_kl=0.02, max_drop=0.05)
+    before = {"schema_valid": 1.0, "severity_accuracy": 0.8}
+
+    def exceeded(kl, valid, accuracy):
+        exported = {"schema_valid": valid, "severity_accuracy": accuracy}
+        return bounds.exceeded({"kl_mean": kl, "trained": before, "exported": exported})
+
+    assert exceeded(0.02, 0.95, 0.75) == []
+    assert exceeded(0.0, 1.0, 0.9) == []  # better is no fault
+    assert exceeded(0.05, 1.0, 0.8) == ["divergence 0.05 nats a token is 0.03 above --max_kl 0.02"]
+    words = exceeded(None, 0.9, 0.5)
+    assert words == [
+        "divergence is not a number",
+        "schema_valid fell from 1 to 0.9, 0.05 more than --max_drop 0.05",
+        "severity_accuracy fell from 0.8 to 0.5, 0.25 more than --max_drop 0.05",
+    ]
+
+
+def test_a_damaged_adapter_is_found_out(run, tmp_path, monkeypatch):
+    from commands.export import command
+
+    copy = command.copy_adapter
+
+    def damaged(source, target):
+        copy(source, target)
+        tensors = load_file(target / "adapter_model.safetensors")
+        negated = {name: -tensor if "lora_B" in name else tensor for name, tensor in tensors.items()}
+        save_file(negated, target / "adapter_model.safetensors")
+
+    assert export(run, tmp_path / "good", "--golden", "4", "--max_kl", "1e-6")[0] == 0
+    monkeypatch.setattr(command, "copy_adapter", damaged)
+    status, certificate = export(run, tmp_path / "bad", "--golden", "4", "--max_kl", "1e-6")
+    assert (status, certificate["state"]) == (1, "failed")
+
+
+def test_without_golden_findings_the_certificate_says_so(run, tmp_path, capsys):
+    status, certificate = export(run, tmp_path / "out", "--golden", "0")
+    assert (status, certificate["state"]) == (0, "not measured")
+    assert "not measured" in capsys.readouterr().out
+    assert "not measured" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_the_card_is_filled_from_the_run(run, tmp_path):
+    export(run, tmp_path / "out", "--golden", "2")
+    card = (tmp_path / "out" / "README.md").read_text()
+    matter = yaml.safe_load(card.split("---")[1])
+    assert matter["library_name"] == "peft"
+    assert "- LoRA: rank 4, alpha 8.0" in card
+    assert "- sources: synthetic://?findings=60&seed=7" in card
+    assert "| schema_valid | 0.99 [0.95, 1] |" in card
+    assert "- steps: 3" in card
+    assert "nats a token" in card
+    assert "## Limits" in card
+    assert str(run) not in card
+
+
+def test_golden_findings_come_from_the_data_where_nothing_was_evaluated(tmp_path, tiny_llama, chatml_tokenizer):
+    run = make_run(tmp_path / "version_0", tiny_llama, chatml_tokenizer, tasks=("risk",))
+    status, certificate = export(run, tmp_path / "out", "--golden", "3")
+    assert (status, certificate["golden"]["origin"], certificate["golden"]["n"]) == (0, "data (val)", 3)
+
+
+@pytest.mark.parametrize("kind", ["adapter", "merged"])
+def test_analyze_reads_an_export_without_the_run(run, tmp_path, kind):
+    assert export(run, tmp_path / "out", "--format", kind, "--golden", "2")[0] == 0
+    status, document = analyze(tmp_path / "out", REPORT, tmp_path / "e.json", *short())
+    assert status == 0
+    assert document["enrichment_results"]["model_report"]["tasks"] == [
+        "risk", "correlation", "summary", "triage", "remediation"
+    ]  # fmt: skip
+
+
+def test_overwrite_replaces_an_export_and_nothing_else(run, tmp_path, capsys):
+    output = tmp_path / "out"
+    assert export(run, output, "--golden", "0", "--format", "merged")[0] == 0
+    (output / "notes.txt").write_text("mine")
+    assert export(run, output, "--golden", "0")[0] == 2
+    assert "is not empty: add --overwrite" in capsys.readouterr().err
+    assert export(run, output, "--golden", "0", "--overwrite")[0] == 0
+    names = {path.name for path in output.iterdir()}
+    assert {"notes.txt", "adapter_config.json"} <= names
+    assert not {"config.json", "model.safetensors"} & names
+
+
+MISTAKES = {
+    "no run": ({"--run": "nowhere"}, "--run nowhere: no such folder"),
+    "an export as run": ({"--run": "adapter"}, "--run adapter: a run folder has config.yaml"),
+    "no such format": ({"--format": "onnx"}, "format"),
+    "an agent that loads a merged model": ({"--format": "merged", "--load_as": "agent"}, "the agent loads adapters"),
+    "negative golden": ({"--golden": "-1"}, "--golden -1"),
+    "a folder of something else": ({"--output": "full", "--overwrite": "true"}, "holds no earlier export"),
+    "a file": ({"--output": "file"}, "--output file is a file"),
+    "more golden findings than there are data": ({"--run": "dataless", "--golden": "3"}, "give --golden 0"),
+}
+
+
+@pytest.mark.parametrize(("options", "message"), MISTAKES.values(), ids=MISTAKES.keys())
+def test_a_mistake_is_one_line_and_exit_status_2(
+    run, tiny_llama, chatml_tokenizer, tmp_path, monkeypatch, capsys, options, message
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "config.json").write_text("{}")
+    (tmp_path / "file").write_text("")
+    (tmp_path / "adapter").symlink_to(run / "adapter" / "best")
+    make_run(tmp_path / "dataless", tiny_llama, chatml_tokenizer, sources=("gone.tar.gz",))
+    given = {"--run": str(run), "--output": "out", "--golden": "0"} | options
+    assert main(["export", *(part for pair in given.items() for part in pair)]) == 2
+    error = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(error) == 1
+    assert message in error[0]
+    assert not (tmp_path / "out").exists()
+    assert (tmp_path / "full" / "config.json").exists()

@@ -1,0 +1,113 @@
+import pytest
+import yaml
+
+from commands.config_merge import compose, merge
+from datamodules.errors import UserError
+
+LION = {"optimizer": {"class_path": "optimizers.Lion", "init_args": {"lr": 1e-4, "betas": [0.9, 0.99]}}}
+ADAMW = {"optimizer": {"class_path": "torch.optim.AdamW", "init_args": {"lr": 1e-3, "betas": [0.9, 0.999]}}}
+
+
+def write(tmp_path, name, content):
+    path = tmp_path / name
+    path.write_text(yaml.safe_dump(content))
+    return str(path)
+
+
+def merged(args):
+    assert args[0] == "--config"
+    return yaml.safe_load(args[1])
+
+
+def test_a_later_class_takes_nothing_from_the_earlier_one():
+    bare = {"optimizer": {"class_path": "optimizers.Lion", "init_args": {"lr": 1e-4}}}
+    assert merge(ADAMW, bare) == bare
+
+
+def test_arguments_of_one_class_are_merged():
+    update = {"optimizer": {"class_path": "optimizers.Lion", "init_args": {"lr": 3e-5}}}
+    assert merge(LION, update)["optimizer"]["init_args"] == {"lr": 3e-5, "betas": [0.9, 0.99]}
+    assert merge(LION, {"optimizer": {"init_args": {"lr": 2e-5}}})["optimizer"]["init_args"]["betas"] == [0.9, 0.99]
+
+
+def test_plus_appends_to_a_list():
+    assert merge({"callbacks": [1]}, {"callbacks+": [2]}) == {"callbacks": [1, 2]}
+
+
+FORMS = [
+    ["--model.optimizer=torch.optim.AdamW"],
+    ["--model.optimizer", "AdamW"],
+    ["--model.optimizer.class_path", "torch.optim.AdamW"],
+]
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_another_class_on_the_command_line_drops_the_files_arguments(tmp_path, form):
+    args = compose(["--config", write(tmp_path, "a.yaml", {"model": LION}), *form])
+    assert "init_args" not in merged(args)["model"]["optimizer"]
+    assert args[2:] == form
+
+
+def test_the_word_init_args_may_be_left_out(tmp_path):
+    model = {"class_path": "Module", "init_args": LION}
+    args = compose(["--config", write(tmp_path, "a.yaml", {"model": model}), "--model.optimizer=torch.optim.AdamW"])
+    assert merged(args)["model"]["init_args"] == {"optimizer": {"class_path": "torch.optim.AdamW"}}
+
+
+@pytest.mark.parametrize("form", [["--{}=null"], ["--{}", "null"], ["--{}=~"]])
+@pytest.mark.parametrize(
+    ("key", "expected"),
+    [
+        ("model.init_args.lora.layers", {"lora": {"rank": 4, "layers": None}, **LION}),
+        ("model.lora.layers", {"lora": {"rank": 4, "layers": None}, **LION}),
+        ("model.init_args.lora", {"lora": None, **LION}),
+        ("model.init_args.optimizer", {"lora": {"rank": 4, "layers": 3}, "optimizer": None}),
+        ("model.init_args.adapter.name", {"lora": {"rank": 4, "layers": 3}, **LION, "adapter": {"name": None}}),
+    ],
+)
+def test_null_on_the_command_line_is_null(tmp_path, form, key, expected):
+    content = {"model": {"class_path": "Module", "init_args": {"lora": {"rank": 4, "layers": 3}, **LION}}}
+    words = [word.format(key) for word in form]
+    args = compose(["--config", write(tmp_path, "a.yaml", content), "--print_config", *words, "--seed", "1"])
+    assert merged(args)["model"]["init_args"] == expected
+    assert args[2:] == ["--print_config", "--seed", "1"]
+
+
+def test_null_for_an_argument_of_nothing_is_refused(tmp_path):
+    content = {"trainer": {"logger": False}}
+    with pytest.raises(UserError, match=r"trainer\.logger is False, which has no save_dir"):
+        compose(["--config", write(tmp_path, "a.yaml", content), "--trainer.logger.save_dir=null"])
+
+
+def test_a_strategy_is_named_by_its_class_path(tmp_path):
+    file = write(tmp_path, "a.yaml", {"trainer": {"strategy": "ddp"}})
+    args = compose(["--config", file, "--trainer.strategy=lightning_modules.strategies.FSDP2Strategy"])
+    assert args[2:] == ["--trainer.strategy.class_path=lightning_modules.strategies.FSDP2Strategy"]
+    assert compose(["--config", file, "--trainer.strategy=ddp_spawn"])[2:] == ["--trainer.strategy=ddp_spawn"]
+
+
+def test_the_same_class_on_the_command_line_keeps_them(tmp_path):
+    args = compose(["--config", write(tmp_path, "a.yaml", LION), "--optimizer=optimizers.Lion"])
+    assert merged(args)["optimizer"]["init_args"]["betas"] == [0.9, 0.99]
+
+
+def test_the_default_stands_in_but_is_never_merged_underneath(tmp_path):
+    default = tmp_path / "default.yaml"
+    default.write_text("a: 1\nb: 2\n")
+    assert merged(compose([], default)) == {"a": 1, "b": 2}
+    assert merged(compose(["-c", write(tmp_path, "mine.yaml", {"a": 3})], default)) == {"a": 3}
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(None, "no such file"), ("- 1\n", "expected a mapping"), ("a: [1\n", "not valid YAML")],
+)
+def test_a_broken_file_is_named_on_one_line(tmp_path, content, message):
+    path = tmp_path / "x.yaml"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(UserError, match=message) as caught:
+        compose(["--config", str(path)])
+    assert "\n" not in str(caught.value)
+    with pytest.raises(UserError, match="needs a file"):
+        compose(["--config"])

@@ -1,0 +1,29 @@
+"""A script: validates with Evaluation on some processes, and updates the metrics on each with its share of answers."""
+
+import json
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+import torch
+from transformers import AutoTokenizer
+
+from lightning_modules.evaluation.answer_parsing import judge
+from lightning_modules.evaluation.metrics import AnswerMetrics
+from tests.callbacks.test_evaluation import Data, Evaluation, Module, make_pair, make_trainer, short_task
+
+if __name__ == "__main__":
+    folder, model, ranks = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
+    torch.manual_seed(0)
+    trainer = make_trainer(folder, Evaluation(max_new_tokens=5, constrained=False), ranks=ranks)
+    trainer.validate(Module(model), datamodule=Data(AutoTokenizer.from_pretrained(model)))
+    judged = []
+    for index in range(17):
+        pair = make_pair(index)
+        judged.append(judge(short_task(), pair, make_pair(index + index % 4).completion if index % 5 else "nonsense"))
+    metrics = AnswerMetrics(short_task()).to(trainer.strategy.root_device)
+    for start in range(trainer.global_rank, len(judged), 3 * ranks):  # several updates on each rank
+        metrics.update(judged[start : start + 3 * ranks : ranks])
+    figures = metrics.results()
+    if trainer.is_global_zero:
+        (folder / "metrics.json").write_text(json.dumps(figures))

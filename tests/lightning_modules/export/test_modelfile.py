@@ -1,0 +1,43 @@
+"""Ollama's template against the tokenizer's own: filled in by Go's rules, both give the same text and the same ids."""
+
+import re
+
+import pytest
+
+from datamodules.errors import UserError
+from datamodules.tasks import RiskTask
+from datamodules.tokenization.chat_format import ChatFormat
+from lightning_modules.export.modelfile import go_template, modelfile
+
+
+def filled(template, system, prompt):
+    """What Go's text/template makes of the little that is used: one condition and two values."""
+    pattern = r"\{\{ if \.System \}\}(.*?)\{\{ else \}\}(.*?)\{\{ end \}\}"
+    chosen = re.sub(pattern, lambda match: match[1] if system else match[2], template, flags=re.DOTALL)
+    return chosen.replace("{{ .System }}", system).replace("{{ .Prompt }}", prompt)
+
+
+@pytest.mark.parametrize("name", ["mistral_tokenizer", "chatml_tokenizer", "real_mistral_tokenizer"])
+@pytest.mark.parametrize("system", ["You are an analyst.", ""])
+def test_a_prompt_is_the_one_of_training(request, name, system):
+    tokenizer = request.getfixturevalue(name)
+    chat, task = ChatFormat(tokenizer), RiskTask()
+    task.system = system
+    content = '{"title":"Port 4444","metadata":{"pid":77}}'
+    text = filled(go_template(tokenizer), system, task.instruction + content)
+    assert tokenizer(text)["input_ids"] == chat.prompt_ids(task, [content])[0]
+
+
+def test_the_recipe_is_greedy_and_bounded(mistral_tokenizer):
+    lines = modelfile(mistral_tokenizer, "You are.", 4096).splitlines()
+    assert lines[0] == "FROM ./model.gguf"
+    assert {"PARAMETER temperature 0", "PARAMETER repeat_penalty 1", "PARAMETER num_ctx 4096"} <= set(lines)
+    assert lines[-1] == 'SYSTEM """You are."""'
+    assert "PARAMETER num_ctx 8192" in modelfile(mistral_tokenizer, "", 1 << 20)
+
+
+def test_a_template_that_go_would_read_itself_is_refused(chatml_tokenizer, monkeypatch):
+    template = chatml_tokenizer.chat_template
+    monkeypatch.setattr(chatml_tokenizer, "chat_template", "{{ '{{ x }}' }}" + template)
+    with pytest.raises(UserError, match="can't be quoted"):
+        go_template(chatml_tokenizer)
