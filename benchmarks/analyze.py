@@ -40,7 +40,7 @@ from datamodules.tasks import TASKS  # noqa: E402
 from datamodules.tokenization.chat_format import ChatFormat, load_tokenizer  # noqa: E402
 from lightning_modules import Backbone, LoRA  # noqa: E402
 from lightning_modules.generation.merged_weights import merged  # noqa: E402
-from lightning_modules.generation.response_cache import Inquiry  # noqa: E402
+from lightning_modules.generation.response_cache import CachedGenerator  # noqa: E402
 
 SOURCE = "synthetic://?findings=600&seed=7"  #: answers of usual length, and findings where no report is given
 
@@ -77,13 +77,13 @@ class Forced:
         return bits_BW
 
 
-class ForcedInquiry(Inquiry):
+class ForcedInquiry(CachedGenerator):
     """Asks as ``analyze`` does, and gets answers of usual length.
 
     Args:
         answers: token ids of one answer a task.
         seconds: filled with the time that tasks took which were asked together.
-        **options: as of :class:`~lightning_modules.generation.response_cache.Inquiry`.
+        **options: as of :class:`~lightning_modules.generation.response_cache.CachedGenerator`.
     """
 
     def __init__(self, answers: dict[str, list[int]], seconds: dict[str, float], **options: Any) -> None:
@@ -169,7 +169,9 @@ def main() -> None:
     args = parser.parse_args()
     device = pick_device(args.device)
     shares = dict.fromkeys(TASKS, 1.0)
-    data = FindingsDataModule([SOURCE], tokenizer=args.tokenizer, tasks=shares, row_tokens=8192, val=0.05)
+    data = FindingsDataModule(
+        [SOURCE], tokenizer=args.tokenizer, task_weights=shares, sequence_length=8192, val_fraction=0.05
+    )
     data.setup()
     answers = usual_answers(data)
     print("forced answers:", {task: f"{len(ids)} tokens" for task, ids in answers.items()}, flush=True)

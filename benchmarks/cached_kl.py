@@ -65,17 +65,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="embedded:smollm2-135m-instruct")
     parser.add_argument("--steps", type=int, default=24)
-    parser.add_argument("--row_tokens", type=int, default=1024)
+    parser.add_argument("--sequence_length", type=int, default=1024)
     parser.add_argument("--rows", type=int, default=4, help="held-out rows that are compared")
     parser.add_argument("--device", default="cpu")
     options = parser.parse_args()
     torch.manual_seed(0)
     device = torch.device(options.device)
     source = ["synthetic://?findings=2000&seed=7"]
-    data = FindingsDataModule(source, options.model, row_tokens=options.row_tokens, packing="shared_prefix", val=0.2)
+    data = FindingsDataModule(
+        source, options.model, sequence_length=options.sequence_length, packing="shared_prefix", val_fraction=0.2
+    )
     data.num_workers = 0
     data.setup()
-    backbone = Backbone(options.model, dtype="float32", lora=LoRA(16, 32, layers=15), kernels="plain")
+    backbone = Backbone(options.model, dtype="float32", lora=LoRA(16, 32, num_top_layers=15), kernels="eager")
     module = CausalLMModule(backbone, CompletionCrossEntropy(), partial(torch.optim.AdamW, lr=1e-3))
     with torch.device(device):
         module.configure_model()
@@ -87,7 +89,7 @@ def main() -> None:
         for _, batch in zip(range(options.rows), data.eval_batches("val"), strict=False):
             batch = module.transfer_batch_to_device(batch, device, 0)
             positions_N = supervised_positions(batch)
-            tuned = Predictions(module._decoder.hidden_at(batch, positions_N), module._decoder.head)
+            tuned = Predictions(module._decoder.hidden_states_at(batch, positions_N), module._decoder.head)
             pairs.append((base.predict(batch, positions_N), tuned, batch.labels_BT.flatten()[positions_N]))
     labels_N = torch.cat([labels for *_, labels in pairs])
     models = [

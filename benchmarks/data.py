@@ -120,15 +120,15 @@ def _pairs(archive: Path) -> Iterator[list[Pair]]:
 
     task = build_tasks(["risk"])["risk"]
     for raw in open_source(str(archive)).raw_documents():
-        for part in split_document(parse(raw).document, val=0.01, test=0.01, seed=0).values():
+        for part in split_document(parse(raw).document, val_fraction=0.01, test_fraction=0.01, seed=0).values():
             yield list(task.pairs(part))
 
 
 def _data(archive: Path, model: str, **options: Any) -> FindingsDataModule:
     from datamodules import FindingsDataModule
 
-    rows: dict[str, Any] = {"row_tokens": ROW_TOKENS, "packing": "shared_prefix"}
-    return FindingsDataModule([str(archive)], model, val=0.01, test=0.01, **rows, **options)
+    rows: dict[str, Any] = {"sequence_length": ROW_TOKENS, "packing": "shared_prefix"}
+    return FindingsDataModule([str(archive)], model, val_fraction=0.01, test_fraction=0.01, **rows, **options)
 
 
 def main() -> None:

@@ -45,7 +45,7 @@ from datamodules.packing import pack, to_batch  # noqa: E402
 from datamodules.tokenization.chat_format import Example  # noqa: E402
 from lightning_modules import Backbone, CausalLMModule, CompletionCrossEntropy, Distillation, LoRA  # noqa: E402
 from lightning_modules.losses.objectives import Objective  # noqa: E402
-from lightning_modules.losses.teacher import Teacher, base_of, build_teacher  # noqa: E402
+from lightning_modules.losses.teacher import Teacher, base_model_view, build_teacher  # noqa: E402
 from lightning_modules.losses.teacher_cache import CachedTeacher, TeacherCache, digest  # noqa: E402
 from lightning_modules.losses.teacher_shards import id_type, save_shard  # noqa: E402
 from lightning_modules.models.backbone import _enable_checkpointing  # noqa: E402
@@ -140,9 +140,9 @@ class Bench:
         self.vocabulary = self.module.model.get_output_embeddings().weight.shape[0]
         self.parameters = [p for p in self.module.parameters() if p.requires_grad]
         self.optimizer = Lion(self.parameters, lr=5e-5)
-        scale = min(options.row_tokens / 8192, 1.0)
+        scale = min(options.sequence_length / 8192, 1.0)
         examples = load_examples(options.tokens) if options.tokens else usual_examples(3000, scale, self.vocabulary)
-        rows = pack(examples, row_tokens=options.row_tokens, mode="shared_prefix")
+        rows = pack(examples, sequence_length=options.sequence_length, mode="shared_prefix")
         np.random.default_rng(0).shuffle(rows)
         self.rows = rows[: options.steps + options.warmup]
         self.examples = [example for row in self.rows for example in row.examples]
@@ -160,7 +160,7 @@ class Bench:
             if step == self.options.warmup:
                 self._wait()
                 start = time.perf_counter()
-            batch = to_batch([row], self.options.row_tokens)
+            batch = to_batch([row], self.options.sequence_length)
             batch.extras = variant.cached([row]) if variant.cached else None
             batch = module.transfer_batch_to_device(batch.pin_memory() if cuda else batch, self.device, 0)
             if step_loss is None:
@@ -192,7 +192,7 @@ class Bench:
 
         def on_transformers() -> Loss:
             _enable_checkpointing(self.module.model.get_base_model())
-            return full_logits(Decoder(self.module.model), Decoder(base_of(self.module.model).eval()), 0.5, 2.0)
+            return full_logits(Decoder(self.module.model), Decoder(base_model_view(self.module.model).eval()), 0.5, 2.0)
 
         found = {
             "plain": Variant(CompletionCrossEntropy()),
@@ -239,7 +239,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--rank", type=int, default=64)
-    parser.add_argument("--row_tokens", type=int, default=8192)
+    parser.add_argument("--sequence_length", type=int, default=8192)
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--warmup", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=2)

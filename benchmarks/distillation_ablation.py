@@ -44,12 +44,12 @@ class Ablation:
         # answers held to the schema as well would take half of the time
         callbacks = [
             {"class_path": "callbacks.RunRecord"},
-            {"class_path": "callbacks.AdapterExport"},
+            {"class_path": "callbacks.AdapterCheckpoint"},
             {"class_path": "callbacks.Throughput"},
             {
                 "class_path": "callbacks.Evaluation",
                 "init_args": {
-                    "samples": o.samples,
+                    "num_samples": o.samples,
                     "batch_size": o.samples,
                     "before": False,
                     "constrained": False,
@@ -63,7 +63,7 @@ class Ablation:
         ]
         settings = {
             "seed_everything": self.seed,
-            "model.init_args.backbone.model": o.model,
+            "model.init_args.backbone.model_name_or_path": o.model,
             "model.init_args.backbone.quantization": "none",
             "model.init_args.backbone.dtype": o.dtype,
             "model.init_args.backbone.lora.rank": rank,
@@ -71,11 +71,11 @@ class Ablation:
             "model.init_args.optimizer.init_args.lr": o.lr,
             "model.init_args.lr_scheduler.init_args.warmup_steps": max(steps // 10, 1),
             "data.init_args.sources": [f"synthetic://?findings={findings}&seed={source_seed}"],
-            "data.init_args.tasks": {"risk": 1.0},
-            "data.init_args.row_tokens": o.row_tokens,
-            "data.init_args.balance": 0.3,
-            "data.init_args.val": 0.25,
-            "data.init_args.test": 0,
+            "data.init_args.task_weights": {"risk": 1.0},
+            "data.init_args.sequence_length": o.sequence_length,
+            "data.init_args.severity_balance": 0.3,
+            "data.init_args.val_fraction": 0.25,
+            "data.init_args.test_fraction": 0,
             "data.init_args.seed": self.seed,
             "trainer.accelerator": o.accelerator,
             "trainer.precision": "bf16-true" if o.dtype == "bfloat16" else "32-true",
@@ -112,9 +112,9 @@ class Ablation:
         self.run("teacher", "fit", *big, plain, "--trainer.limit_val_batches=4")
         exam = self.settings("teacher", **small)
         self.run("teacher", "validate", *exam, plain, f"--ckpt_path={run / 'checkpoints' / 'last.ckpt'}")
-        adapter = {"model": o.model, "dtype": o.dtype, "adapter": str(run / "adapter" / "last")}
+        adapter = {"model_name_or_path": o.model, "dtype": o.dtype, "adapter": str(run / "adapter" / "last")}
         teach = [f"{OBJECTIVE}.init_args.teacher={json.dumps(adapter)}", f"{OBJECTIVE}.init_args.alpha={o.alpha}"]
-        cache = f"{OBJECTIVE}.init_args.cache.folder={self.folder / 'cache'}"
+        cache = f"{OBJECTIVE}.init_args.cache.dir={self.folder / 'cache'}"
         self.run("student alone", "fit", *self.student("alone"), plain)
         self.run("online teacher", "fit", *self.student("online"), *teach)
         self.run("cached, k 32", "cache-teacher", *self.student("cached"), *teach, cache)
@@ -156,7 +156,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--teacher_steps", type=int, default=250)
     parser.add_argument("--samples", type=int, default=100, help="held-out findings that are answered")
-    parser.add_argument("--row_tokens", type=int, default=8192)
+    parser.add_argument("--sequence_length", type=int, default=8192)
     parser.add_argument("--alpha", type=float, default=0.5)
     parser.add_argument("--lr", type=float, default=2e-4)
     parser.add_argument("--seeds", type=int, default=1)
@@ -171,7 +171,7 @@ def main() -> None:
             "samples": 4,
             "findings": 60,
             "teacher_findings": 120,
-            "row_tokens": 4096,
+            "sequence_length": 4096,
         }
         vars(options).update(tiny, model=options.tiny, accelerator="cpu", dtype="float32")
     for seed in range(options.seeds):

@@ -75,7 +75,7 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
     one_copy, graphs, grammar = VARIANTS[name]
     merged_weights.MEMORY_SHARE = merged_weights.MEMORY_SHARE if one_copy else 0.0
     kv_cache.EAGER = kv_cache.EAGER if graphs else 1 << 30
-    steps = _count_steps(kv_cache.Slots)
+    steps = _count_steps(kv_cache.SlotKVCache)
     lora = LoRA(options.rank, 2 * options.rank) if options.rank else None
     recipe = Backbone(options.model, options.quantization, options.dtype, lora=lora)
     model = recipe.build(options.device).requires_grad_(False)

@@ -25,7 +25,7 @@ from triton.testing import do_bench
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from lightning_modules.kernels import pointwise, pointwise_triton, prefix_attention
-from lightning_modules.kernels.attention_plan import plan_segments
+from lightning_modules.kernels.attention_plan import build_attention_plan
 from lightning_modules.kernels.fp8 import Fp8Weight
 from optimizers import Lion
 
@@ -63,7 +63,7 @@ def attention(tokens: int) -> None:
     flex = torch.compile(flex_attention, dynamic=False)
     for prefix, example in ((165, 220), (0, 545)):
         ids = row(tokens, prefix, example)
-        plan, segments = plan_segments(ids, HEADS // SHARED).to("cuda"), ids[0].cuda()
+        plan, segments = build_attention_plan(ids, HEADS // SHARED).to("cuda"), ids[0].cuda()
 
         def allowed(b: Any, h: Any, q: Tensor, k: Tensor, segments: Tensor = segments) -> Tensor:
             behind = (segments[k] == 0) & (segments[q] > 0)

@@ -53,7 +53,7 @@ PEERS = {"TRL, float32": "ours", "TRL": "ours, bf16"}
 
 def examples(options: argparse.Namespace) -> tuple[list[Any], list[Any]]:
     """Training examples in the order of the run, and held-out ones."""
-    data = FindingsDataModule([options.sources], options.model, {"risk": 1.0}, val=0.06, test=0.0)
+    data = FindingsDataModule([options.sources], options.model, {"risk": 1.0}, val_fraction=0.06, test_fraction=0.0)
     task = data.tasks["risk"]
     found = {}
     for split, count in (("train", options.steps * BATCH), ("val", HELD_OUT)):
@@ -85,10 +85,10 @@ def module_of(recipe: Backbone, device: str, optimizer: Any = ADAMW) -> CausalLM
 
 def held_out_loss(adapter: Path, examples: list[Any], options: argparse.Namespace) -> float:
     """Mean loss a token of an adapter, by the plain path in rows of one example's kind, for either trainer."""
-    module = module_of(backbone(options, str(adapter), kernels="plain"), options.device).eval()
+    module = module_of(backbone(options, str(adapter), kernels="eager"), options.device).eval()
     total = count = 0.0
     with torch.no_grad():
-        for row in pack(examples, row_tokens=2048, mode="packed"):
+        for row in pack(examples, sequence_length=2048, mode="packed"):
             sums = module._step(to_batch([row], 2048).to(options.device))
             total, count = total + float(sums["loss"]), count + float(sums["count"])
     return total / count

@@ -29,11 +29,11 @@ def point(settings: dict[str, int], tokens: str, steps: int) -> dict[str, float]
     from lightning_modules import Backbone, LoRA
 
     config = json.loads((ROOT / "benchmarks" / "mistral-7b" / "config.json").read_text())
-    memory = "balanced" if settings["rows"] * settings["layers"] > 16384 * 36 else "full"
+    memory = "selective" if settings["rows"] * settings["layers"] > 16384 * 36 else "none"
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "config.json").write_text(json.dumps(config | {"num_hidden_layers": settings["layers"]}))
         lora = LoRA(settings["ranks"], 2 * settings["ranks"])
-        backbone = Backbone(f"random:{folder}", "nf4", "bfloat16", lora=lora, activation_memory=memory)
+        backbone = Backbone(f"random:{folder}", "nf4", "bfloat16", lora=lora, activation_checkpointing=memory)
         figures = train(backbone, tokens, settings["rows"], "shared_prefix", steps, 3)
     return {**settings, "memory": memory, **figures}
 

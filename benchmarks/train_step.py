@@ -33,16 +33,17 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
 WEIGHTS, PEAK_FLOPS = 7.11e9, 989e12
-#: name -> (row_tokens, packing, kernels, activation memory, FP8 products)
+#: name -> (sequence_length, packing, kernels, activation memory, FP8 products)
 OURS = {
-    "full, shared prefix, 16384": (16384, "shared_prefix", "fast", "full", False),
-    "full, shared prefix, 8192": (8192, "shared_prefix", "fast", "full", False),
-    "full, packed, 8192": (8192, "packed", "fast", "full", False),
-    "balanced, shared prefix, 16384": (16384, "shared_prefix", "fast", "balanced", False),
-    "low, shared prefix, 16384": (16384, "shared_prefix", "fast", "low", False),
-    "FP8, shared prefix, 16384": (16384, "shared_prefix", "fast", "full", True),
-    "plain path, packed, 4096": (4096, "packed", "plain", "full", False),
-    "plain path, shared prefix, 4096": (4096, "shared_prefix", "plain", "full", False),
+    "none, shared prefix, 16384": (16384, "shared_prefix", "fused", "none", False),
+    "none, shared prefix, 8192": (8192, "shared_prefix", "fused", "none", False),
+    "none, packed, 8192": (8192, "packed", "fused", "none", False),
+    "selective, shared prefix, 16384": (16384, "shared_prefix", "fused", "selective", False),
+    "full, shared prefix, 16384": (16384, "shared_prefix", "fused", "full", False),
+    "offload, shared prefix, 16384": (16384, "shared_prefix", "fused", "offload", False),
+    "FP8, shared prefix, 16384": (16384, "shared_prefix", "fused", "none", True),
+    "eager, packed, 4096": (4096, "packed", "eager", "full", False),
+    "eager, shared prefix, 4096": (4096, "shared_prefix", "eager", "full", False),
 }
 PEERS = {
     "TRL, original settings": ("peer_trl.py", "seed"),
@@ -79,16 +80,16 @@ def measure(name: str, tokens: str, steps: int, warmup: int, profile: bool) -> d
     """Trains ``steps`` steps of a variant of ours and returns its figures."""
     from lightning_modules import Backbone, LoRA
 
-    row_tokens, packing, kernels, memory, fp8 = OURS[name]
+    sequence_length, packing, kernels, memory, fp8 = OURS[name]
     backbone = Backbone(
         f"random:{ROOT / 'benchmarks' / 'mistral-7b'}", "nf4", "bfloat16", lora=LoRA(64, 128),
-        gradient_checkpointing=kernels == "plain", kernels=kernels, activation_memory=memory, fp8=fp8,
+        kernels=kernels, activation_checkpointing=memory, fp8=fp8,
     )  # fmt: skip
-    return {"variant": name, **train(backbone, tokens, row_tokens, packing, steps, warmup, profile)}
+    return {"variant": name, **train(backbone, tokens, sequence_length, packing, steps, warmup, profile)}
 
 
 def train(
-    backbone: Any, tokens: str, row_tokens: int, packing: Any, steps: int, warmup: int, profile: bool = False
+    backbone: Any, tokens: str, sequence_length: int, packing: Any, steps: int, warmup: int, profile: bool = False
 ) -> dict[str, Any]:
     """Trains a model on rows of the token file and returns its figures."""
     import numpy as np
@@ -98,7 +99,7 @@ def train(
     from lightning_modules import CausalLMModule, CompletionCrossEntropy
     from optimizers import Lion
 
-    rows = pack(load_examples(tokens), row_tokens=row_tokens, mode=packing)
+    rows = pack(load_examples(tokens), sequence_length=sequence_length, mode=packing)
     per_finding = sum(row.tokens for row in rows) / sum(len(row.examples) for row in rows)
     np.random.default_rng(0).shuffle(rows)
     module = CausalLMModule(backbone, CompletionCrossEntropy(), partial(Lion, lr=5e-5))
@@ -110,7 +111,7 @@ def train(
     torch.cuda.reset_peak_memory_stats()
     marks, losses, kept = [], [], []
     for row in rows[: steps + warmup]:
-        batch = module.transfer_batch_to_device(to_batch([row], row_tokens), torch.device("cuda"), 0)
+        batch = module.transfer_batch_to_device(to_batch([row], sequence_length), torch.device("cuda"), 0)
         sums = module._step(batch)
         sums["loss"].backward()
         torch._foreach_mul_([p.grad for p in parameters], 1 / sums["count"])

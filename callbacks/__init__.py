@@ -1,6 +1,6 @@
 """Callbacks: speed and memory, progress, run record, adapters, evaluation, stopping by signal."""
 
-from callbacks.adapter_checkpoint import AdapterExport
+from callbacks.adapter_checkpoint import AdapterCheckpoint
 from callbacks.evaluation import Evaluation
 from callbacks.preemption import Interrupted, Preemption
 from callbacks.progress import ConsoleProgress
@@ -9,7 +9,7 @@ from callbacks.throughput import Throughput
 from callbacks.xla_monitor import XLAMonitor
 
 __all__ = [
-    "AdapterExport",
+    "AdapterCheckpoint",
     "ConsoleProgress",
     "Evaluation",
     "Interrupted",

@@ -12,7 +12,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from callbacks.paths import run_folder
 
 
-class AdapterExport(Callback):
+class AdapterCheckpoint(Callback):
     """Writes ``<run>/adapter/last`` and ``<run>/adapter/best``, each with the tokenizer.
 
     Both follow the checkpoints: ``last`` is written with every checkpoint that is saved (an interrupted run's too) and

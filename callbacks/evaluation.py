@@ -22,12 +22,12 @@ from rich.console import Console
 from callbacks.paths import run_folder
 from callbacks.reporting.figures import pictures
 from callbacks.reporting.tables import by_category, comparison, markdown, sample
-from callbacks.task_progress import Gauge
+from callbacks.task_progress import TaskProgress
 from datamodules.errors import UserError
-from lightning_modules.evaluation.baselines import MajorityClass, TitleLookup, told_categories
+from lightning_modules.evaluation.baselines import MajorityClass, TitleLookup, input_determined_categories
 from lightning_modules.evaluation.boosted_trees import BoostedTrees
-from lightning_modules.evaluation.evaluate import Outcome, answer_pairs, forced_severities, token_limit
-from lightning_modules.evaluation.results import Exam, read_exams, write_exams
+from lightning_modules.evaluation.evaluate import PredictionResult, answer_pairs, forced_severities, token_limit
+from lightning_modules.evaluation.results import TaskResults, read_results, write_results
 from lightning_modules.models.backend import backend_of
 
 BASELINES = (MajorityClass, TitleLookup, BoostedTrees)  #: of the risk task
@@ -50,20 +50,20 @@ class Evaluation(Callback):
 
     Args:
         tasks: which tasks of the data module to ask about; None is all.
-        samples: questions a task.
+        num_samples: questions a task.
         split: where they come from in a fit; ``validate`` and ``test`` take their own.
-        reference: training pairs that the baselines are fitted on.
+        baseline_train_size: training pairs that the baselines are fitted on.
         max_new_tokens: limit of an answer; None is one and a half times the longest expected one.
         batch_size: rows at once; more are faster until memory or (on a CPU, at about 25) arithmetic runs out.
-        before: whether to measure the untuned model.
+        evaluate_untuned: whether to measure the untuned model.
         every_n_validations: also measure within a fit, after every so many validations; None is never.
         forced_choice: whether to measure also which severity is most likely behind the expected answer's beginning,
             without generation; and to log this cheap figure after every validation of a fit.
         constrained: whether to measure grammar-held answers of the tuned model too; None is where llguidance is
             installed.
-        give_up: an answer that has no ``{`` after so many tokens is ended there and counts as cut; None waits for the
-            limit. It saves most of the untuned model's time.
-        show: analysed findings to print.
+        max_preamble_tokens: an answer that has no ``{`` after so many tokens is ended there and counts as cut; None
+            waits for the limit. It saves most of the untuned model's time.
+        num_printed: analysed findings to print.
         balanced: whether the questions hold equally many of each severity; the figures then say nothing of the
             frequencies that real scans have.
     """
@@ -71,32 +71,38 @@ class Evaluation(Callback):
     def __init__(
         self,
         tasks: Sequence[str] | None = None,
-        samples: int = 50,
+        num_samples: int = 50,
         split: Literal["val", "test"] = "val",
-        reference: int = 2000,
+        baseline_train_size: int = 2000,
         max_new_tokens: int | None = None,
         batch_size: int = 25,
-        before: bool = True,
+        evaluate_untuned: bool = True,
         every_n_validations: int | None = None,
         forced_choice: bool = False,
         constrained: bool | None = None,
-        give_up: int | None = None,
-        show: int = 1,
+        max_preamble_tokens: int | None = None,
+        num_printed: int = 1,
         balanced: bool = False,
     ) -> None:
         for name, value in (
-            ("samples", samples), ("batch_size", batch_size), ("reference", reference),
-            ("max_new_tokens", max_new_tokens), ("give_up", give_up), ("every_n_validations", every_n_validations),
+            ("num_samples", num_samples), ("batch_size", batch_size), ("baseline_train_size", baseline_train_size),
+            ("max_new_tokens", max_new_tokens), ("max_preamble_tokens", max_preamble_tokens), ("every_n_validations",
+            every_n_validations),
         ):  # fmt: skip
             if value is not None and value < 1:
                 raise ValueError(f"{name} {value} is less than 1")
-        self.tasks, self.samples, self.split, self.reference = tasks, samples, split, reference
-        self.max_new_tokens, self.batch_size, self.before = max_new_tokens, batch_size, before
-        self.every_n_validations, self.forced_choice, self.show = every_n_validations, forced_choice, show
-        self.constrained, self.give_up, self.balanced = constrained, give_up, balanced
+        self.tasks, self.num_samples, self.split, self.baseline_train_size = (
+            tasks,
+            num_samples,
+            split,
+            baseline_train_size,
+        )
+        self.max_new_tokens, self.batch_size, self.evaluate_untuned = max_new_tokens, batch_size, evaluate_untuned
+        self.every_n_validations, self.forced_choice, self.num_printed = every_n_validations, forced_choice, num_printed
+        self.constrained, self.max_preamble_tokens, self.balanced = constrained, max_preamble_tokens, balanced
         self.console = Console(width=None if sys.stdout.isatty() else 150)  # a log is not cut at 80 columns
         self._run = Path()
-        self._exams: list[Exam] = []
+        self._exams: list[TaskResults] = []
         self._validations = 0
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -111,7 +117,7 @@ class Evaluation(Callback):
         self._exams = self._questions(trainer, self.split)
         if trainer.ckpt_path is not None:
             self._remember()
-        elif self.before:
+        elif self.evaluate_untuned:
             self._measure(trainer, pl_module, "untuned", {"step": 0})
             self._write(trainer, "evaluation.json")
 
@@ -153,7 +159,7 @@ class Evaluation(Callback):
     def _skipped(self, trainer: Trainer, pl_module: LightningModule) -> bool:
         return bool(trainer.fast_dev_run)  # type: ignore[attr-defined]
 
-    def _questions(self, trainer: Trainer, split: str) -> list[Exam]:
+    def _questions(self, trainer: Trainer, split: str) -> list[TaskResults]:
         """Reads the questions, and lets the baselines answer those of the risk task.
 
         Raises:
@@ -164,21 +170,21 @@ class Evaluation(Callback):
             raise UserError(
                 "callbacks.Evaluation: needs a data module with pairs (FindingsDataModule); leave it out here"
             )
-        exams: list[Exam] = []
+        exams: list[TaskResults] = []
         for name in data.tasks if self.tasks is None else self.tasks:
             if name not in data.tasks:
                 raise UserError(
                     f"callbacks.Evaluation tasks: {name!r} is none of {', '.join(data.tasks)}; add it to data"
                 )
-            pairs = data.pairs(split, name, self.samples, balanced=self.balanced)
+            pairs = data.pairs(split, name, self.num_samples, balanced=self.balanced)
             if not pairs and self.tasks is None and exams:
                 rank_zero_warn(f"callbacks.Evaluation: the {split} split holds no pair of {name}; it is left out")
                 continue
             if not pairs:
                 raise UserError(f"callbacks.Evaluation: the {split} split holds no pair of {name}; raise data.{split}")
-            exam = Exam(data.tasks[name], split, pairs)
+            exam = TaskResults(data.tasks[name], split, pairs)
             if name == "risk":
-                _add_baselines(exam, data.pairs("train", name, self.reference))
+                _add_baselines(exam, data.pairs("train", name, self.baseline_train_size))
             exams.append(exam)
         return exams
 
@@ -191,13 +197,13 @@ class Evaluation(Callback):
             rank_zero_info("answers held to the schema are not measured: pip install llguidance")
         console = self.console if trainer.is_global_zero else None
         backend = backend_of(trainer)
-        model = backend.for_generation(pl_module.model)  # type: ignore[arg-type]
+        model = backend.generation_model(pl_module.model)  # type: ignore[arg-type]
         for exam in self._exams:
             started, data = time.monotonic(), trainer.datamodule  # type: ignore[attr-defined]
             limit = self.max_new_tokens or token_limit(data.chat, exam.task, exam.pairs)  # the same on all ranks
             with (
-                Gauge(f"{heading}: {len(exam.pairs)} {exam.task.name} answers", console) as gauge,
-                backend.unevenly_called(model),
+                TaskProgress(f"{heading}: {len(exam.pairs)} {exam.task.name} answers", console) as gauge,
+                backend.uneven_forward_context(model),
                 trainer.precision_plugin.forward_context(),
             ):
                 outcomes = answer_pairs(
@@ -209,7 +215,7 @@ class Evaluation(Callback):
                     batch_size=self.batch_size,
                     forced=self.forced_choice,
                     constraint=self._grammar(data.chat, exam.task) if held else None,
-                    give_up=self.give_up,
+                    max_preamble_tokens=self.max_preamble_tokens,
                     progress=gauge,
                 )
             outcomes = _gather(outcomes, rank, ranks)
@@ -229,9 +235,9 @@ class Evaluation(Callback):
         for exam in self._exams:
             pairs: list[Any] = exam.pairs[rank::ranks]
             model: Any = pl_module.model
-            with backend_of(trainer).unevenly_called(model), trainer.precision_plugin.forward_context():
+            with backend_of(trainer).uneven_forward_context(model), trainer.precision_plugin.forward_context():
                 mine = forced_severities(model, chat, exam.task, pairs, batch_size=self.batch_size)
-            said = _gather([Outcome("", forced=severity) for severity in mine], rank, ranks)
+            said = _gather([PredictionResult("", forced=severity) for severity in mine], rank, ranks)
             right = [item.forced == p.severity for item, p in zip(said, exam.pairs, strict=True) if item.forced]
             if right:
                 figures = {f"evaluation_{exam.task.name}/forced_severity_accuracy": sum(right) / len(right)}
@@ -245,7 +251,7 @@ class Evaluation(Callback):
 
         return JsonGrammar(chat.tokenizer, chat.eos_id, task.answer_schema)
 
-    def _log(self, trainer: Trainer, exam: Exam, heading: str) -> None:
+    def _log(self, trainer: Trainer, exam: TaskResults, heading: str) -> None:
         prefix, scores = f"evaluation_{exam.task.name}", exam.columns[heading]
         figures = {f"{prefix}/{name}": value for name, value in scores.figures.items() if not math.isnan(value)}
         for logger in trainer.loggers:
@@ -265,18 +271,18 @@ class Evaluation(Callback):
             title = f"{exam.task.name}: {len(exam.pairs)} held-out pairs ({exam.split}, {kind}), greedy generation"
             self.console.print(comparison(title, exam.columns, exam.about))
             if exam.task.name == "risk":
-                self.console.print(by_category(exam.columns, exam.told))
-            for index in range(min(self.show, len(exam.pairs))):
+                self.console.print(by_category(exam.columns, exam.input_determined))
+            for index in range(min(self.num_printed, len(exam.pairs))):
                 texts = {name: scores.outcomes[index].text for name, scores in exam.models.items()}
                 self.console.print(sample(exam.pairs[index], texts), soft_wrap=True)
 
     def _write(self, trainer: Trainer, file: str) -> None:
         if trainer.is_global_zero:
-            write_exams(self._run / file, self._exams, step=trainer.global_step)
+            write_results(self._run / file, self._exams, step=trainer.global_step)
 
     def _remember(self) -> None:
         """Takes the untuned model's answers from the fit's evaluation of the same questions."""
-        records = read_exams(self._run / "evaluation.json")
+        records = read_results(self._run / "evaluation.json")
         for exam in self._exams:
             exam.remember(records.get(exam.task.name, {}), "untuned")
 
@@ -307,22 +313,22 @@ def best_weights(trainer: Trainer, pl_module: LightningModule) -> Iterator[dict[
         trainer.strategy.load_model_state_dict({"state_dict": last}, strict=False)
 
 
-def _add_baselines(exam: Exam, training: list[Any]) -> None:
-    exam.told = told_categories(training)
+def _add_baselines(exam: TaskResults, training: list[Any]) -> None:
+    exam.input_determined = input_determined_categories(training)
     for kind in BASELINES:
         try:
             baseline = kind(training)
         except UserError as error:  # a package is missing
             rank_zero_warn(f"{error}; it is left out")
             continue
-        exam.add(baseline.name, [Outcome(baseline(pair.content)) for pair in exam.pairs], baseline=True)
+        exam.add(baseline.name, [PredictionResult(baseline(pair.content)) for pair in exam.pairs], baseline=True)
 
 
-def _gather(mine: list[Outcome], rank: int, ranks: int) -> list[Outcome]:
+def _gather(mine: list[PredictionResult], rank: int, ranks: int) -> list[PredictionResult]:
     """Brings every rank's outcomes together on all ranks, in the questions' order."""
     if ranks == 1:
         return mine
-    everybody: list[list[Outcome]] = [[] for _ in range(ranks)]
+    everybody: list[list[PredictionResult]] = [[] for _ in range(ranks)]
     torch.distributed.all_gather_object(everybody, mine)
     total = sum(map(len, everybody))
     return [everybody[index % ranks][index // ranks] for index in range(total)]

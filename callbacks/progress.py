@@ -95,13 +95,13 @@ class _Lines:
 class ConsoleProgress(ProgressBar):
     """Shows step, loss, tokens/s, findings/s, learning rate and time left for fit, and batches for the other stages.
 
-    On a terminal it is a bar, elsewhere (CI, nohup, a pipe) a plain line every ``line_seconds``. The loss is
+    On a terminal it is a bar, elsewhere (CI, nohup, a pipe) a plain line every ``log_interval_seconds``. The loss is
     read from the device only when it is shown. The module logs its loss without
     ``prog_bar=True``: Lightning reads such a metric back at every batch.
 
     Args:
         refresh_seconds: time between two readings on a terminal.
-        line_seconds: time between two lines elsewhere.
+        log_interval_seconds: time between two lines elsewhere.
         plain: True for lines on a terminal too, False for bars everywhere; by default the terminal decides.
         loss: the logged metric shown as loss.
     """
@@ -109,12 +109,17 @@ class ConsoleProgress(ProgressBar):
     def __init__(
         self,
         refresh_seconds: float = 1.0,
-        line_seconds: float = 10.0,
+        log_interval_seconds: float = 10.0,
         plain: bool | None = None,
         loss: str = "train/loss",
     ) -> None:
         super().__init__()
-        self.refresh_seconds, self.line_seconds, self.plain, self.loss = refresh_seconds, line_seconds, plain, loss
+        self.refresh_seconds, self.log_interval_seconds, self.plain, self.loss = (
+            refresh_seconds,
+            log_interval_seconds,
+            plain,
+            loss,
+        )
         self.console = Console()
         self._enabled = True
         self._display: _Bars | _Lines | None = None
@@ -210,7 +215,7 @@ class ConsoleProgress(ProgressBar):
         if self._display is None:
             plain = not self.console.is_terminal if self.plain is None else self.plain
             self._display = (
-                _Lines(self.console, self.line_seconds) if plain else _Bars(self.console, self.refresh_seconds)
+                _Lines(self.console, self.log_interval_seconds) if plain else _Bars(self.console, self.refresh_seconds)
             )
         stage = _Stage(name, total, done)
         self._display.open(stage)

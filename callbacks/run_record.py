@@ -92,7 +92,7 @@ class RunRecord(Callback):
                     logger.experiment.flush()
             write_report(self._run)
             console = Console()
-            console.print(closing_words(self._run, checkpoint_folder(trainer, self._run), self.config, self._record),
+            console.print(format_summary(self._run, checkpoint_folder(trainer, self._run), self.config, self._record),
                           highlight=False, soft_wrap=True, markup=False)  # fmt: skip
         self._record = {}
 
@@ -172,7 +172,7 @@ def device_names(device: torch.device, ranks: int) -> list[str]:
     return [device.type] * ranks
 
 
-def closing_words(run: Path, checkpoints: Path, config: str, record: dict[str, Any]) -> str:
+def format_summary(run: Path, checkpoints: Path, config: str, record: dict[str, Any]) -> str:
     """The block that ends a fit: where the adapter lies, and the commands that go on from here."""
     name = "best" if (run / "adapter" / "best").is_dir() else "last"
     adapter = run / "adapter" / name

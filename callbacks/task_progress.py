@@ -13,17 +13,17 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from callbacks.progress import clock
 
 
-class Gauge:
+class TaskProgress:
     """Shows how much of a piece of work is done and the time left; a context manager, called with the share done.
 
     Args:
         name: what is being done.
         console: where to show it; None shows nothing (ranks other than zero).
-        line_seconds: time between two lines where the console is no terminal.
+        log_interval_seconds: time between two lines where the console is no terminal.
     """
 
-    def __init__(self, name: str, console: Console | None, line_seconds: float = 10.0) -> None:
-        self.name, self.console, self.line_seconds = name, console, line_seconds
+    def __init__(self, name: str, console: Console | None, log_interval_seconds: float = 10.0) -> None:
+        self.name, self.console, self.log_interval_seconds = name, console, log_interval_seconds
         self._bar: Progress | None = None
         self._started = self._shown = time.monotonic()
 
@@ -45,7 +45,7 @@ class Gauge:
             return
         if self._bar is not None:
             self._bar.update(self._bar.task_ids[0], completed=share, left=self._left(share, now))
-        elif now - self._shown >= self.line_seconds:
+        elif now - self._shown >= self.log_interval_seconds:
             self._shown = now
             self.console.print(f"{self.name} {share:.0%}  {self._left(share, now)}", highlight=False)
 

@@ -29,7 +29,7 @@ from commands.inspect.plan import Plan, model_config
 from datamodules.errors import UserError
 from datamodules.findings import FindingsDataModule
 from datamodules.packing import Packing, Row, pack, to_batch
-from datamodules.stream.dedup import KeySet
+from datamodules.stream.dedup import HashSet
 from lightning_modules.causal_lm import CausalLMModule
 from lightning_modules.losses.objectives import Distillation
 from lightning_modules.losses.teacher import Teacher, check_same_tokenizer
@@ -68,7 +68,7 @@ def _parse(args: list[str]) -> tuple[argparse.Namespace, list[str]]:
         prog="main.py cache-teacher",
         description=__doc__,
         epilog="Every other option is the config's, as in fit: --config configs/distill.yaml, "
-        "--model.init_args.objective.init_args.cache.folder=runs/teacher, ...",
+        "--model.init_args.objective.init_args.cache.dir=runs/teacher, ...",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
         exit_on_error=False,
@@ -143,7 +143,7 @@ class CacheWriter:
         if not isinstance(objective, Distillation) or objective.cache is None or objective.alpha == 0:
             raise UserError(
                 "cache-teacher: model.init_args.objective has no teacher to cache; take configs/distill.yaml and set "
-                "model.init_args.objective.init_args.cache.folder"
+                "model.init_args.objective.init_args.cache.dir"
             )
         data.setup("cache-teacher")
         plan = Plan.of(cli.trainer_config, module.optimizer)
@@ -157,12 +157,12 @@ class CacheWriter:
     def rows(self) -> int | None:
         """Rows that the run will train on; None where it ends by epochs."""
         batches = self.plan.max_steps * self.plan.accumulate * self.plan.devices
-        return batches * self.data.batch_rows if self.plan.max_steps > 0 else None
+        return batches * self.data.batch_size if self.plan.max_steps > 0 else None
 
     @property
     def exhaustive(self) -> bool:
         """Whether one epoch uses every example, so that any further one brings nothing new."""
-        return self.data.balance == 0 and all(share >= 1 for share in self.data.shares.values() if share)
+        return self.data.severity_balance == 0 and all(share >= 1 for share in self.data.task_weights.values() if share)
 
     def run(self, rank: int = 0, ranks: int = 1) -> None:
         """Writes this process' shards that are not there yet; who finishes last notes that all is done.
@@ -170,7 +170,7 @@ class CacheWriter:
         Raises:
             UserError: the folder holds a cache of another key, or there is no example.
         """
-        record, folder = self._record(), Path(self.cache.folder)
+        record, folder = self._record(), Path(self.cache.dir)
         _open(folder, record)
         key, found, made = digest(record), _Found(), 0
         with _progress(rank) as show:
@@ -182,7 +182,7 @@ class CacheWriter:
                         save_shard(path, self._targets(examples, record), key)
                         made += 1
         if not found.examples:
-            raise UserError(f"data.init_args.sources: {self.data._preparer.specs} hold no example to cache")
+            raise UserError(f"data.init_args.sources: {self.data.document_processor.specs} hold no example to cache")
         there = [path for name in found.shards if (path := folder / name).is_file()]
         print(f"cache-teacher: {made} shards written, {len(there)} of {len(found.shards)} there", file=sys.stderr)
         if len(there) == len(found.shards):
@@ -198,7 +198,7 @@ class CacheWriter:
 
     def _splits(self) -> list[Split]:
         held_out: list[Split] = ["val", "test"]
-        return ["train", *(split for split in held_out if getattr(self.data, split))]
+        return ["train", *(split for split in held_out if getattr(self.data, f"{split}_fraction"))]
 
     def _record(self) -> dict[str, Any]:
         """The run's key, and what else shards depend on."""
@@ -211,8 +211,10 @@ class CacheWriter:
             if config is None:
                 raise UserError(f"cache-teacher: {reason}")
             sizes.append(int(config.get_text_config().vocab_size))
-        if self.cache.k >= min(sizes):
-            raise UserError(f"objective.cache.k {self.cache.k}: the vocabulary has {min(sizes)} tokens; lower it")
+        if self.cache.top_k >= min(sizes):
+            raise UserError(
+                f"objective.cache.top_k {self.cache.top_k}: the vocabulary has {min(sizes)} tokens; lower it"
+            )
         temperatures = sorted({float(self.objective.temperature), *map(float, self.cache.temperatures)})
         key = cache_key(self.data, self.objective.teacher, student, self.cache)
         return {**key, "vocabulary": min(sizes), "temperatures": temperatures}
@@ -228,7 +230,7 @@ class CacheWriter:
     def _shards(self, split: Split, found: _Found, show: Callable[..., None]) -> Iterator[list[Example]]:
         """Distinct examples in the order of their first use, so many at a time."""
         waiting: list[Example] = []
-        seen = KeySet(None)
+        seen = HashSet(None)
         for rows, share in self._blocks(split, found):
             examples = [example for row in rows for example in row.examples]
             new = seen.add(np.array([example.key for example in examples], np.uint64))
@@ -262,10 +264,10 @@ class CacheWriter:
     def _targets(self, examples: list[Example], record: dict[str, Any]) -> dict[str, Any]:
         """Runs the teacher over examples and returns a shard's arrays."""
         mode: Packing = "shared_prefix" if self.data.packing == "shared_prefix" else "packed"
-        rows = pack(examples, row_tokens=self.data.row_tokens, mode=mode)
+        rows = pack(examples, sequence_length=self.data.sequence_length, mode=mode)
         by_key: dict[int, list[Any]] = {}
-        for first in range(0, len(rows), self.data.batch_rows):
-            some = rows[first : first + self.data.batch_rows]
+        for first in range(0, len(rows), self.data.batch_size):
+            some = rows[first : first + self.data.batch_size]
             parts = self._predict(some, record)
             start = 0
             for example in (example for row in some for example in row.examples):
@@ -282,14 +284,16 @@ class CacheWriter:
     def _predict(self, rows: list[Row], record: dict[str, Any]) -> list[Any]:
         """``ids``, ``log_probs`` and ``tails`` of rows' supervised positions, on the host."""
         device = self._teacher.decoder.model.device
-        batch = to_batch(rows, self.data.row_tokens)
-        with out_of_memory_advice(f"data.init_args.row_tokens {self.data.row_tokens} or batch_rows"):
+        batch = to_batch(rows, self.data.sequence_length)
+        with out_of_memory_advice(f"data.init_args.sequence_length {self.data.sequence_length} or batch_size"):
             batch = batch.to(device)
             predictions = self._teacher.predict(batch, supervised_positions(batch))
             parts: list[list[Any]] = [[], [], []]
             for hidden_NC in predictions.hidden_NC.split(CHUNK):
                 logits_NV = predictions.head(hidden_NC)[:, : record["vocabulary"]]
-                for part, tensor in zip(parts, summarize(logits_NV, self.cache.k, record["temperatures"]), strict=True):
+                for part, tensor in zip(
+                    parts, summarize(logits_NV, self.cache.top_k, record["temperatures"]), strict=True
+                ):
                     part.append(tensor.cpu().numpy())
         types = (id_type(record["vocabulary"]), np.float16, np.float16)
         return [np.concatenate(part).astype(dtype) for part, dtype in zip(parts, types, strict=True)]
@@ -323,7 +327,7 @@ def _open(folder: Path, record: dict[str, Any]) -> None:
         check_key(stored, record, folder)
         return
     if folder.is_dir() and any(folder.glob("*.safetensors")):
-        raise UserError(f"objective.cache.folder {folder}: it has shards but no key.json; give another folder")
+        raise UserError(f"objective.cache.dir {folder}: it has shards but no key.json; give another folder")
     folder.mkdir(parents=True, exist_ok=True)
     _write(folder / "key.json", record)
 

@@ -61,7 +61,7 @@ class FinetuneCLI(LightningCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """The data is tokenised with the tokenizer of the model that is trained, so it is named once."""
-        parser.link_arguments("model.init_args.backbone.model", "data.init_args.tokenizer")
+        parser.link_arguments("model.init_args.backbone.model_name_or_path", "data.init_args.tokenizer")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parses; a broken key or class becomes a :class:`UserError` of one line."""

@@ -39,7 +39,11 @@ class Trained:
     @property
     def name(self) -> str:
         """Base and adapter for people; of a folder only its name."""
-        base = Path(self.backbone.model).name if Path(self.backbone.model).is_dir() else self.backbone.model
+        base = (
+            Path(self.backbone.model_name_or_path).name
+            if Path(self.backbone.model_name_or_path).is_dir()
+            else self.backbone.model_name_or_path
+        )
         return f"{base} with an adapter" if self.backbone.adapter else base
 
     def digest(self) -> str:
@@ -71,7 +75,7 @@ def open_trained(path: str, option: str) -> Trained:
         return _open_adapter(folder, option)
     if (folder / MODEL).is_file():
         record = _certificate(folder)
-        backbone = Backbone(model=str(folder))
+        backbone = Backbone(model_name_or_path=str(folder))
         return Trained(folder, backbone, str(folder), _tasks(record.get("tasks")), None, {})
     if any(folder.glob("*.gguf")):
         raise UserError(f"{option} {path}: a GGUF export is for llama.cpp and Ollama; give the run, or --format merged")
@@ -83,7 +87,7 @@ def open_trained(path: str, option: str) -> Trained:
 
 def recipe(backbone: Backbone) -> dict[str, Any]:
     """The base of a trained model as plain data: what its adapter was trained on."""
-    names = ("model", "revision", "quantization", "dtype")
+    names = ("model_name_or_path", "revision", "quantization", "dtype")
     return {name: getattr(backbone, name) for name in names}
 
 
@@ -97,14 +101,14 @@ def _open_run(run: Path, option: str) -> Trained:
     whole = not (folder / ADAPTER).is_file()
     backbone = replace(
         backbone,
-        model=str(folder) if whole else backbone.model,
+        model_name_or_path=str(folder) if whole else backbone.model_name_or_path,
         adapter=None if whole else str(folder),
         lora=None,
-        attention="sdpa",
-        gradient_checkpointing=False,
+        attn_implementation="sdpa",
+        activation_checkpointing="none",
     )
-    tokenizer = str(folder) if (folder / "tokenizer.json").is_file() else backbone.model
-    tasks = config.get("data", {}).get("init_args", {}).get("tasks") or {"risk": 1.0}
+    tokenizer = str(folder) if (folder / "tokenizer.json").is_file() else backbone.model_name_or_path
+    tasks = config.get("data", {}).get("init_args", {}).get("task_weights") or {"risk": 1.0}
     return Trained(folder, backbone, tokenizer, _tasks([n for n, s in tasks.items() if s]), run, config)
 
 
@@ -116,10 +120,10 @@ def _open_adapter(folder: Path, option: str) -> Trained:
             name = json.loads((folder / ADAPTER).read_text(encoding="utf-8"))["base_model_name_or_path"]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UserError(f"{option} {folder}: {ADAPTER} names no base model; export the adapter again") from error
-        base = {"model": name}
+        base = {"model_name_or_path": name}
     known = {field.name for field in fields(Backbone)}
     backbone = Backbone(**{k: v for k, v in base.items() if k in known}, adapter=str(folder))
-    tokenizer = str(folder) if (folder / "tokenizer.json").is_file() else backbone.model
+    tokenizer = str(folder) if (folder / "tokenizer.json").is_file() else backbone.model_name_or_path
     return Trained(folder, backbone, tokenizer, _tasks(record.get("tasks")), None, {})
 
 

@@ -14,12 +14,20 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from datamodules.errors import UserError
 from datamodules.packing import Packing, Row, to_batch
-from datamodules.stream.blocks import BalanceBy, Block, BlockStart, Recipe, blocks
-from datamodules.stream.counters import Ledger
+from datamodules.stream.blocks import BalanceBy, Block, BlockConfig, BlockStart, blocks
+from datamodules.stream.counters import PipelineCounters
 from datamodules.stream.epoch_order import epoch_order
-from datamodules.stream.loading import Cursor, DocumentStream, Restartable, Share, deal, prefetch, read_documents
+from datamodules.stream.loading import (
+    Cursor,
+    DataShard,
+    DocumentStream,
+    Restartable,
+    prefetch,
+    read_documents,
+    shard_batches,
+)
 from datamodules.stream.pairs import first_pairs
-from datamodules.stream.preprocessing import Conflicts, Preparer
+from datamodules.stream.preprocessing import Conflicts, DocumentProcessor
 from datamodules.stream.token_cache import TokenCache
 from datamodules.validation import check_options, check_prefixes, nothing_to_train
 
@@ -44,16 +52,16 @@ class FindingsDataModule(LightningDataModule):
     Args:
         sources: archives, folders, files, URLs or data set names.
         tokenizer: model name or path that the tokenizer and its chat template come from.
-        tasks: share of each task's examples that an epoch uses (above 1 repeats); risk scoring alone where None.
-        row_tokens: tokens a row, T.
-        batch_rows: rows a batch, B, on each rank.
+        task_weights: share of each task's examples that an epoch uses (above 1 repeats); risk scoring alone where None.
+        sequence_length: tokens a row, T.
+        batch_size: rows a batch, B, on each rank.
         packing: ``none`` (one example a row), ``packed``, or ``shared_prefix`` (rows of one task, whose instruction
             stands once).
-        val: share of findings for validation, by a hash of their content.
-        test: share of findings for test.
+        val_fraction: share of findings for validation, by a hash of their content.
+        test_fraction: share of findings for test.
         seed: of split and order.
-        balance: 0 uses every example once, 1 resamples severities to equal numbers within a block.
-        balance_by: what ``balance`` evens out.
+        severity_balance: 0 uses every example once, 1 resamples severities to equal numbers within a block.
+        balance_by: what ``severity_balance`` evens out.
         conflicts: the same input with another answer: ``keep`` both, ``drop`` all but the first, or ``merge`` by the
             median within a document and drop across documents.
         num_workers: reading processes; 0 reads in the training process.
@@ -72,14 +80,14 @@ class FindingsDataModule(LightningDataModule):
         self,
         sources: list[str],
         tokenizer: str,
-        tasks: dict[str, float] | None = None,
-        row_tokens: int = 2048,
-        batch_rows: int = 1,
+        task_weights: dict[str, float] | None = None,
+        sequence_length: int = 2048,
+        batch_size: int = 1,
         packing: Packing = "packed",
-        val: float = 0.02,
-        test: float = 0.02,
+        val_fraction: float = 0.02,
+        test_fraction: float = 0.02,
         seed: int = 0,
-        balance: float = 0.0,
+        severity_balance: float = 0.0,
         balance_by: BalanceBy = "severity",
         conflicts: Conflicts = "keep",
         num_workers: int = 1,
@@ -94,18 +102,28 @@ class FindingsDataModule(LightningDataModule):
         prefetch_batches: int = 4,
     ) -> None:
         super().__init__()
-        self.shares = dict(tasks) if tasks is not None else {"risk": 1.0}
-        self.row_tokens, self.batch_rows, self.packing, self.val_packing = row_tokens, batch_rows, packing, val_packing
-        self.seed, self.balance, self.balance_by, self.conflicts = seed, balance, balance_by, conflicts
-        self.val, self.test, self.val_rows = val, test, val_rows
+        self.task_weights = dict(task_weights) if task_weights is not None else {"risk": 1.0}
+        self.sequence_length, self.batch_size, self.packing, self.val_packing = (
+            sequence_length,
+            batch_size,
+            packing,
+            val_packing,
+        )
+        self.seed, self.severity_balance, self.balance_by, self.conflicts = (
+            seed,
+            severity_balance,
+            balance_by,
+            conflicts,
+        )
+        self.val_fraction, self.test_fraction, self.val_rows = val_fraction, test_fraction, val_rows
         self.num_workers, self.block_findings, self.prefetch_batches = num_workers, block_findings, prefetch_batches
         self.max_quarantine, self.quarantine_path, self.cache_dir = max_quarantine, quarantine_path, cache_dir
-        self._preparer = Preparer(
+        self.document_processor = DocumentProcessor(
             sources=sources,
             tokenizer=tokenizer,
-            tasks=list(self.shares),
-            val=val,
-            test=test,
+            tasks=list(self.task_weights),
+            val_fraction=val_fraction,
+            test_fraction=test_fraction,
             seed=seed,
             conflicts=conflicts,
             agent_templates=agent_templates,
@@ -116,7 +134,7 @@ class FindingsDataModule(LightningDataModule):
         self.extras: Callable[[Sequence[Row]], dict[str, torch.Tensor]] | None = None
         self._cursor = Cursor(BlockStart())
         self._unfinished: tuple[Cursor, int] | None = None  # cursor before the batch in hand, and that batch's number
-        self._ledger = Ledger(max_quarantine)  # of the training epoch that was read last
+        self._ledger = PipelineCounters(max_quarantine)  # of the training epoch that was read last
         self._kept: dict[str, list[list[Row]]] = {}
         #: batches of a rank in an epoch; None until one was read to its end
         self.steps_per_epoch: int | None = None
@@ -126,16 +144,16 @@ class FindingsDataModule(LightningDataModule):
     @property
     def chat(self) -> ChatFormat:
         """The tokenizer's chat format."""
-        return self._preparer.chat
+        return self.document_processor.chat
 
     @property
     def tasks(self) -> dict[str, Task]:
         """Tasks by name."""
-        return self._preparer.tasks
+        return self.document_processor.tasks
 
     @property
     def counts(self) -> dict[str, int]:
-        """Counters of the training epoch that was read last; see :class:`datamodules.stream.counters.Ledger`."""
+        """Counters of the training epoch that was read last; see ``stream.counters.PipelineCounters``."""
         return dict(self._ledger.counts)
 
     def setup(self, stage: str | None = None) -> None:
@@ -145,7 +163,7 @@ class FindingsDataModule(LightningDataModule):
             UserError: an option can't be served.
         """
         check_options(self)
-        _ = self._preparer.sources
+        _ = self.document_processor.sources
         check_prefixes(self)
         if (
             stage == "fit"
@@ -164,14 +182,14 @@ class FindingsDataModule(LightningDataModule):
         return Restartable(self._train)
 
     def val_dataloader(self) -> Restartable[Batch] | list[Any]:
-        """Validation batches of this rank, each example once; none where ``val`` is 0."""
-        return Restartable(lambda: self.eval_batches("val", self._share)) if self.val else []
+        """Validation batches of this rank, each example once; none where ``val_fraction`` is 0."""
+        return Restartable(lambda: self.eval_batches("val", self._share)) if self.val_fraction else []
 
     def test_dataloader(self) -> Restartable[Batch] | list[Any]:
-        """Test batches of this rank, each example once; none where ``test`` is 0."""
-        return Restartable(lambda: self.eval_batches("test", self._share)) if self.test else []
+        """Test batches of this rank, each example once; none where ``test_fraction`` is 0."""
+        return Restartable(lambda: self.eval_batches("test", self._share)) if self.test_fraction else []
 
-    def train_batches(self, epoch: int = 0, share: Share | None = None) -> Iterator[Batch]:
+    def train_batches(self, epoch: int = 0, share: DataShard | None = None) -> Iterator[Batch]:
         """Training batches of one epoch, without Lightning.
 
         Args:
@@ -181,22 +199,22 @@ class FindingsDataModule(LightningDataModule):
         Raises:
             UserError: the data can't be used, or is less than one batch for every rank.
         """
-        yield from self._epoch(Cursor(BlockStart(epoch)), share or Share())
+        yield from self._epoch(Cursor(BlockStart(epoch)), share or DataShard())
 
-    def eval_batches(self, split: Split, share: Share | None = None) -> Iterator[Batch]:
+    def eval_batches(self, split: Split, share: DataShard | None = None) -> Iterator[Batch]:
         """Batches of a held-out split. The last may hold rows of padding; every rank has equally many.
 
         Raises:
             UserError: the split is empty.
         """
-        share = share or Share()
+        share = share or DataShard()
         key = f"{split}-{share.rank}-{share.ranks}"
         if key in self._kept:
             yield from map(self._lay_out, self._kept[key])
             return
         kept: list[list[Row]] | None = []
         room, empty = KEPT_TOKENS // share.ranks, True
-        dealt = self._deal(split, Cursor(BlockStart()), share, Ledger(self.max_quarantine))
+        dealt = self._shard(split, Cursor(BlockStart()), share, PipelineCounters(self.max_quarantine))
         for rows, batch in prefetch(dealt, self.prefetch_batches, lambda item: (item[0], self._lay_out(item[0]))):
             room -= sum(row.tokens for row in rows)
             if kept is not None and room >= 0:
@@ -207,7 +225,8 @@ class FindingsDataModule(LightningDataModule):
             yield batch
         if empty:
             raise UserError(
-                f"data.init_args.{split}: {getattr(self, split)} leaves no {split} example in this data; raise the "
+                f"data.init_args.{split}_fraction: {getattr(self, split + '_fraction')} leaves no {split} "
+                "example in this data; raise the "
                 f"share, or set it to 0 to do without"
             )
         if kept is not None:
@@ -227,8 +246,8 @@ class FindingsDataModule(LightningDataModule):
             UserError: the task is none of this module's.
         """
         if task not in self.tasks:
-            raise UserError(f"data.init_args.tasks: {task!r} is none of {sorted(self.tasks)}; add it there")
-        return first_pairs(self._preparer, split, task, limit, balanced=balanced, seed=self.seed)
+            raise UserError(f"data.init_args.task_weights: {task!r} is none of {sorted(self.tasks)}; add it there")
+        return first_pairs(self.document_processor, split, task, limit, balanced=balanced, seed=self.seed)
 
     def first_uses(self, split: Split, epoch: int = 0, *, ranks: int = 1) -> Iterator[tuple[list[Row], int]]:
         """The rows of one epoch (of a held-out split: of its evaluation), a block at a time.
@@ -236,26 +255,28 @@ class FindingsDataModule(LightningDataModule):
         Yields:
             A block's rows, and how many of them are dealt to ranks; the others come again in the next block.
         """
-        quantum = self.batch_rows * ranks
-        for block in self._blocks(split, Cursor(BlockStart(epoch)), Ledger(self.max_quarantine), quantum=quantum):
+        rows_multiple = self.batch_size * ranks
+        for block in self._blocks(
+            split, Cursor(BlockStart(epoch)), PipelineCounters(self.max_quarantine), rows_multiple=rows_multiple
+        ):
             yield block.rows, block.emit
 
     def fingerprint(self) -> str:
         """Digest of the sources and of everything that turns them into batches."""
-        sources = [source.fingerprint() for source in self._preparer.sources]
-        facts = [sources, self.chat.fingerprint(), self._settings(), self.batch_rows]
+        sources = [source.fingerprint() for source in self.document_processor.sources]
+        facts = [sources, self.chat.fingerprint(), self._settings(), self.batch_size]
         return hashlib.blake2b(orjson.dumps(facts), digest_size=16).hexdigest()
 
-    def recipe(self, packing: Packing, *, training: bool = True) -> Recipe:
+    def recipe(self, packing: Packing, *, training: bool = True) -> BlockConfig:
         """How this module's blocks are made, packed so."""
-        return Recipe(
-            tasks=self.shares,
-            row_tokens=self.row_tokens,
+        return BlockConfig(
+            tasks=self.task_weights,
+            sequence_length=self.sequence_length,
             packing=packing,
             block_examples=self.block_findings,
             first_block=min(FIRST_BLOCK if training else FIRST_EVAL_BLOCK, self.block_findings),
             seed=self.seed,
-            balance=self.balance,
+            severity_balance=self.severity_balance,
             balance_by=self.balance_by,
             keep_conflicts=self.conflicts == "keep",
             training=training,
@@ -307,28 +328,30 @@ class FindingsDataModule(LightningDataModule):
     def _settings(self) -> dict[str, Any]:
         """What the sequence of examples depends on, beside the data."""
         return {
-            "tasks": self.shares, "row_tokens": self.row_tokens, "packing": self.packing, "val": self.val,
-            "test": self.test, "seed": self.seed, "balance": self.balance, "balance_by": self.balance_by,
+            "task_weights": self.task_weights, "sequence_length": self.sequence_length, "packing": self.packing,
+            "val_fraction": self.val_fraction,
+            "test_fraction": self.test_fraction, "seed": self.seed, "severity_balance": self.severity_balance,
+            "balance_by": self.balance_by,
             "conflicts": self.conflicts, "block_findings": self.block_findings,
         }  # fmt: skip
 
     # ---------------------------------------------------------------- wiring
 
     @property
-    def _share(self) -> Share:
+    def _share(self) -> DataShard:
         kwargs = self.trainer.distributed_sampler_kwargs if self.trainer is not None else None
-        return Share(kwargs["rank"], kwargs["num_replicas"]) if kwargs else Share()
+        return DataShard(kwargs["rank"], kwargs["num_replicas"]) if kwargs else DataShard()
 
     def _train(self) -> Iterator[Batch]:
         overfit = self.trainer is not None and getattr(self.trainer, "overfit_batches", False)
         yield from self._epoch(Cursor(BlockStart()) if overfit else self._cursor, self._share)
 
-    def _epoch(self, start: Cursor, share: Share) -> Iterator[Batch]:
+    def _epoch(self, start: Cursor, share: DataShard) -> Iterator[Batch]:
         """Batches from a cursor to the end of its epoch, or of the next where nothing is left of it."""
         began, count, epoch = time.monotonic(), 0, start.start.epoch
         quarantine = self.quarantine_path if share.rank == 0 and epoch == 0 else None
-        ledger = self._ledger = Ledger(self.max_quarantine, quarantine, start.start.ledger)
-        dealt = self._deal("train", start, share, ledger)
+        ledger = self._ledger = PipelineCounters(self.max_quarantine, quarantine, start.start.ledger)
+        dealt = self._shard("train", start, share, ledger)
         for batch in prefetch(dealt, self.prefetch_batches, lambda item: self._lay_out(*item)):
             if not count and not start.fresh:
                 seconds = time.monotonic() - began
@@ -344,27 +367,29 @@ class FindingsDataModule(LightningDataModule):
             self._cursor = start.next_epoch()
             yield from self._epoch(self._cursor, share)
 
-    def _deal(self, split: Split, start: Cursor, share: Share, ledger: Ledger) -> Iterator[tuple[list[Row], Cursor]]:
+    def _shard(
+        self, split: Split, start: Cursor, share: DataShard, ledger: PipelineCounters
+    ) -> Iterator[tuple[list[Row], Cursor]]:
         """Opens the reading processes, here and now, and returns the pipeline behind them."""
-        made = self._blocks(split, start, ledger, quantum=self.batch_rows * share.ranks)
-        return deal(made, start, share, batch_rows=self.batch_rows, limit=self.limit(split))
+        made = self._blocks(split, start, ledger, rows_multiple=self.batch_size * share.ranks)
+        return shard_batches(made, start, share, batch_size=self.batch_size, limit=self.limit(split))
 
-    def _blocks(self, split: Split, start: Cursor, ledger: Ledger, *, quantum: int) -> Iterator[Block]:
+    def _blocks(self, split: Split, start: Cursor, ledger: PipelineCounters, *, rows_multiple: int) -> Iterator[Block]:
         training = split == "train"
         recipe = self.recipe(self.packing if training else self.val_packing or self.packing, training=training)
-        order = epoch_order(self._preparer.sources, epoch=start.start.epoch, seed=self.seed)
-        cache = TokenCache(self.cache_dir, self._preparer, split) if self.cache_dir else None
+        order = epoch_order(self.document_processor.sources, epoch=start.start.epoch, seed=self.seed)
+        cache = TokenCache(self.cache_dir, self.document_processor, split) if self.cache_dir else None
         documents = read_documents(
-            DocumentStream(self._preparer, split, order, start.start.place, cache), self.num_workers
+            DocumentStream(self.document_processor, split, order, start.start.place, cache), self.num_workers
         )
-        return blocks(documents, recipe, start.start.fresh(), ledger, quantum=quantum, skip=start.rows)
+        return blocks(documents, recipe, start.start.fresh(), ledger, rows_multiple=rows_multiple, skip=start.rows)
 
     def limit(self, split: Split) -> int | None:
         """At most so many rows of a split are used, on all ranks together; None is all."""
         return self.val_rows if split == "val" else None
 
     def _lay_out(self, rows: list[Row], cursor: Cursor | None = None) -> Batch:
-        batch = to_batch(rows, self.row_tokens, batch_rows=self.batch_rows)
+        batch = to_batch(rows, self.sequence_length, batch_size=self.batch_size)
         batch.cursor = cursor
         batch.extras = self.extras(rows) if self.extras is not None else None
         on_gpu = self.trainer is not None and self.trainer.strategy.root_device.type == "cuda"

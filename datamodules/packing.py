@@ -54,12 +54,12 @@ def length(example: Example) -> int:
     return len(example.prompt_ids) + len(example.completion_ids)
 
 
-def pack(examples: Sequence[Example], *, row_tokens: int, mode: Packing) -> list[Row]:
+def pack(examples: Sequence[Example], *, sequence_length: int, mode: Packing) -> list[Row]:
     """Puts examples into few rows.
 
     Args:
         examples: in any order; a shuffled one mixes lengths within a row.
-        row_tokens: tokens a row.
+        sequence_length: tokens a row.
         mode: ``none`` for one example a row; ``packed``; ``shared_prefix`` for rows of one task each.
 
     Raises:
@@ -69,18 +69,18 @@ def pack(examples: Sequence[Example], *, row_tokens: int, mode: Packing) -> list
     if mode not in get_args(Packing):
         raise ValueError(f"packing: {mode!r} is none of {get_args(Packing)}")
     lengths = np.fromiter(map(length, examples), np.int64, len(examples))
-    if len(lengths) and lengths.max() > row_tokens:
-        raise ValueError(f"an example of {lengths.max()} tokens does not fit into a row of {row_tokens}")
+    if len(lengths) and lengths.max() > sequence_length:
+        raise ValueError(f"an example of {lengths.max()} tokens does not fit into a row of {sequence_length}")
     if mode == "none":
         return [Row([example]) for example in examples]
     if mode == "packed":
-        return [Row([examples[i] for i in row]) for row in _fill(lengths, row_tokens)]
+        return [Row([examples[i] for i in row]) for row in _fill(lengths, sequence_length)]
     rows = []
     by_task = sorted(range(len(examples)), key=lambda i: examples[i].task)
     for _, group in groupby(by_task, key=lambda i: examples[i].task):
         indices = list(group)
         prefix = _shared_prefix([examples[i] for i in indices])
-        for row in _fill(lengths[indices] - prefix, row_tokens - prefix):
+        for row in _fill(lengths[indices] - prefix, sequence_length - prefix):
             rows.append(Row([examples[indices[i]] for i in row], prefix))
     return rows
 
@@ -152,18 +152,18 @@ def _best_fit_decreasing(lengths: list[int], capacity: int) -> list[list[int]]:
     return rows
 
 
-def to_batch(rows: Sequence[Row], row_tokens: int, *, batch_rows: int | None = None) -> Batch:
+def to_batch(rows: Sequence[Row], sequence_length: int, *, batch_size: int | None = None) -> Batch:
     """Lays rows out as tensors.
 
     Args:
-        rows: at most ``batch_rows``.
-        row_tokens: T.
-        batch_rows: B; rows that are missing are padding. The number of rows where None.
+        rows: at most ``batch_size``.
+        sequence_length: T.
+        batch_size: B; rows that are missing are padding. The number of rows where None.
 
     Returns:
         int64 tensors of shape [B, T].
     """
-    shape = (len(rows) if batch_rows is None else batch_rows, row_tokens)
+    shape = (len(rows) if batch_size is None else batch_size, sequence_length)
     ids_BT, positions_BT = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
     labels_BT, segments_BT = np.full(shape, IGNORE_INDEX, np.int64), np.full(shape, PADDING, np.int64)
     for b, row in enumerate(rows):

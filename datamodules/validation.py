@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from collections import Counter
 
     from datamodules.findings import FindingsDataModule
-    from datamodules.stream.loading import Share
+    from datamodules.stream.loading import DataShard
 
 
 def check_options(data: FindingsDataModule) -> None:
@@ -19,18 +19,23 @@ def check_options(data: FindingsDataModule) -> None:
     Raises:
         UserError: an option can't be served.
     """
-    for option, value, low in (("row_tokens", data.row_tokens, 2), ("batch_rows", data.batch_rows, 1)):
+    for option, value, low in (("sequence_length", data.sequence_length, 2), ("batch_size", data.batch_size, 1)):
         if value < low:
             raise UserError(f"data.init_args.{option}: {value} is too small; set it to {low} or more")
-    for task, share in data.shares.items():
+    for task, share in data.task_weights.items():
         if share < 0:
-            raise UserError(f"data.init_args.tasks: the share of {task} is {share}; set it to 0 or more")
-    if not any(data.shares.values()):
-        raise UserError(f"data.init_args.tasks: {data.shares} uses no example; give a task a share above 0")
-    if not 0 <= data.balance <= 1:
-        raise UserError(f"data.init_args.balance: {data.balance} is not in 0..1")
-    if data.val < 0 or data.test < 0 or data.val + data.test >= 1:
-        raise UserError(f"data.init_args: val={data.val} and test={data.test} must be shares >= 0 with a sum below 1")
+            raise UserError(f"data.init_args.task_weights: the share of {task} is {share}; set it to 0 or more")
+    if not any(data.task_weights.values()):
+        raise UserError(
+            f"data.init_args.task_weights: {data.task_weights} uses no example; give a task a share above 0"
+        )
+    if not 0 <= data.severity_balance <= 1:
+        raise UserError(f"data.init_args.severity_balance: {data.severity_balance} is not in 0..1")
+    if data.val_fraction < 0 or data.test_fraction < 0 or data.val_fraction + data.test_fraction >= 1:
+        raise UserError(
+            f"data.init_args: val_fraction={data.val_fraction} and test_fraction={data.test_fraction} must be "
+            "shares >= 0 with a sum below 1"
+        )
 
 
 def check_prefixes(data: FindingsDataModule) -> None:
@@ -41,22 +46,23 @@ def check_prefixes(data: FindingsDataModule) -> None:
     """
     for name, built in data.tasks.items():
         prefix = len(data.chat.prefix_ids(built))
-        if prefix >= data.row_tokens:
+        if prefix >= data.sequence_length:
             raise UserError(
-                f"data.init_args.row_tokens: {data.row_tokens} is less than the instruction of task {name} "
+                f"data.init_args.sequence_length: {data.sequence_length} is less than the instruction of task {name} "
                 f"alone, {prefix} tokens; set it to some hundred more"
             )
 
 
-def nothing_to_train(data: FindingsDataModule, share: Share, counts: Counter[str]) -> UserError:
+def nothing_to_train(data: FindingsDataModule, share: DataShard, counts: Counter[str]) -> UserError:
     """Says why an epoch has no batch."""
     examples = sum(n for name, n in counts.items() if name.startswith("examples."))
     if not examples:
         return UserError(
-            f"data.init_args.sources: {data._preparer.specs} hold no training example of tasks {list(data.shares)} "
+            f"data.init_args.sources: {data.document_processor.specs} hold no training example of tasks "
+            f"{list(data.task_weights)} "
             f"({counts['records']} records, {counts['quarantined']} unusable, {counts['overflow']} too long)"
         )
     return UserError(
-        f"data.init_args.batch_rows: {examples} training examples make less than the "
-        f"{data.batch_rows * share.ranks} rows that {share.ranks} ranks need; lower batch_rows or row_tokens"
+        f"data.init_args.batch_size: {examples} training examples make less than the "
+        f"{data.batch_size * share.ranks} rows that {share.ranks} ranks need; lower batch_size or sequence_length"
     )

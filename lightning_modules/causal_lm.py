@@ -34,9 +34,9 @@ from lightning_modules.losses.teacher import Teacher, build_teacher, widths
 from lightning_modules.losses.teacher_cache import CachedTeacher, targets_of
 from lightning_modules.losses.teacher_shards import Targets
 from lightning_modules.models.backbone import Backbone, out_of_memory_advice
-from lightning_modules.models.backend import Backend, backend_of, check_sharding, take
+from lightning_modules.models.backend import Backend, backend_of, check_sharding, gather_positions
 from lightning_modules.models.decoder import Predictions
-from lightning_modules.models.fused_decoder import FastDecoder, decoder_for
+from lightning_modules.models.fused_decoder import FusedDecoder, build_decoder
 
 
 class CausalLMModule(LightningModule):
@@ -94,12 +94,12 @@ class CausalLMModule(LightningModule):
             recipe, backend = self.backbone, self._backend
             if trainer is not None:
                 check_sharding(trainer.strategy, recipe.quantization)
-            backend.check(recipe.quantization, teacher=self.objective.teacher_recipe is not None)
+            backend.check(recipe.quantization, teacher=self.objective.teacher_backbone is not None)
             self.model = backend.build(recipe, device)
             self.model.train(self.training)
-            self._decoder, why = decoder_for(
-                self.model, recipe.kernels, recipe.activation_memory, torch.device(device), recipe.fp8,
-                backend.plain_only,
+            self._decoder, why = build_decoder(
+                self.model, recipe.kernels, recipe.activation_checkpointing, torch.device(device), recipe.fp8,
+                backend.fused_unsupported_reason,
             )  # fmt: skip
             rank_zero_info(why)
             # every rank loads the same base: DDP need not broadcast gigabytes at the start, and buffers at each step
@@ -113,7 +113,7 @@ class CausalLMModule(LightningModule):
             self.projections = self._make_projections()
 
     def _make_projections(self) -> ModuleList | None:
-        recipe, layers = self.objective.teacher_recipe, self.objective.layers
+        recipe, layers = self.objective.teacher_backbone, self.objective.layers
         if recipe is None or not layers or self._trainer is None:  # nobody trains: the teacher need not be here
             return None
         own, theirs = widths(self.backbone, recipe)
@@ -141,7 +141,7 @@ class CausalLMModule(LightningModule):
             self._cached = data.extras = self.objective.cached_teacher(data, self.backbone)
             if self._cached is not None and stage == "fit" and self.trainer.max_steps > 0:
                 batches = self.trainer.max_steps * self.trainer.accumulate_grad_batches * self.trainer.world_size
-                self._cached.check_length(batches * data.batch_rows)
+                self._cached.check_length(batches * data.batch_size)
 
     def on_fit_start(self) -> None:
         """Builds the teacher before the first step, and forgets the sums of an interrupted one."""
@@ -154,12 +154,12 @@ class CausalLMModule(LightningModule):
 
     def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
         """Plans the fast path's attention while the segments are still on the host, then copies."""
-        if isinstance(self._decoder, FastDecoder) and batch.segment_ids_BT.device.type == "cpu":
+        if isinstance(self._decoder, FusedDecoder) and batch.segment_ids_BT.device.type == "cpu":
             batch = replace(batch, plan=self._decoder.plan(batch.segment_ids_BT))
         return batch.to(device)
 
     def _prepare_teacher(self) -> Teacher | None:
-        recipe = self.objective.teacher_recipe
+        recipe = self.objective.teacher_backbone
         if recipe is not None and self._teacher is None:
             if recipe != "base":
                 self._backend.check(recipe.quantization)
@@ -177,9 +177,9 @@ class CausalLMModule(LightningModule):
     def _step(self, batch: Batch) -> dict[str, Tensor]:
         """Computes the objective's sums over a batch, and ``count``, the tokens they are over."""
         rows, tokens = batch.labels_BT.shape
-        with out_of_memory_advice(f"data.init_args.row_tokens {tokens} or batch_rows {rows}"):
+        with out_of_memory_advice(f"data.init_args.sequence_length {tokens} or batch_size {rows}"):
             positions_N = self._backend.positions(batch)
-            labels_N = take(batch.labels_BT.flatten(), positions_N)
+            labels_N = gather_positions(batch.labels_BT.flatten(), positions_N)
             teacher = self._prepare_teacher()
             if teacher is not None:
                 theirs = list(self.objective.layers.values())
@@ -193,9 +193,9 @@ class CausalLMModule(LightningModule):
         """The student's hidden states at supervised positions, and those that an objective compares, projected."""
         decoder, layers = self._decoder, list(self.objective.layers)
         if not layers:
-            hidden_NC = decoder.hidden_at(batch, positions_N)
+            hidden_NC = decoder.hidden_states_at(batch, positions_N)
             return Predictions(hidden_NC, decoder.head, decoder.frozen_head, backend=self._backend)
-        hidden_NC, states = decoder.states_at(batch, positions_N, layers)
+        hidden_NC, states = decoder.hidden_states_of_layers(batch, positions_N, layers)
         states = [state.to(torch.promote_types(state.dtype, torch.float32)) for state in states]
         if self.projections is not None:
             states = [project(state) for project, state in zip(self.projections, states, strict=True)]

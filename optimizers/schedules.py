@@ -5,7 +5,7 @@ rate that an uninterrupted one would have::
 
     rate / peak    1 |      .---.._
                      |    /        ''-._          (cosine; a straight line in WarmupLinear)
-       final_ratio   |  /                ''-------
+       min_lr_ratio   |  /                ''-------
                    0 +-------------------------------> step
                         warm-up          total_steps
 """
@@ -20,14 +20,14 @@ from torch.optim.lr_scheduler import LambdaLR
 
 
 class _Warmup(LambdaLR):
-    """Linear warm-up, then ``_decay`` from 1 to 0 over the rest, rescaled to end at ``final_ratio``."""
+    """Linear warm-up, then ``_decay`` from 1 to 0 over the rest, rescaled to end at ``min_lr_ratio``."""
 
     def __init__(
-        self, optimizer: Optimizer, total_steps: int, warmup_steps: int | float = 0.03, final_ratio: float = 0.1
+        self, optimizer: Optimizer, total_steps: int, warmup_steps: int | float = 0.03, min_lr_ratio: float = 0.1
     ) -> None:
         warmup = _warmup_length(total_steps, warmup_steps)
-        if not 0 <= final_ratio <= 1:
-            raise ValueError(f"final_ratio {final_ratio} is not in [0, 1]; 0.1 ends at a tenth of the peak")
+        if not 0 <= min_lr_ratio <= 1:
+            raise ValueError(f"min_lr_ratio {min_lr_ratio} is not in [0, 1]; 0.1 ends at a tenth of the peak")
         decay = self._decay
 
         # A plain function: LambdaLR would save a callable object's attributes, and on resume put the checkpoint's
@@ -36,7 +36,7 @@ class _Warmup(LambdaLR):
             if step < warmup:
                 return (step + 1) / (warmup + 1)
             progress = min(1.0, (step - warmup) / max(1, total_steps - warmup))
-            return final_ratio + (1 - final_ratio) * decay(progress)
+            return min_lr_ratio + (1 - min_lr_ratio) * decay(progress)
 
         super().__init__(optimizer, factor)
 
@@ -52,7 +52,7 @@ class WarmupCosine(_Warmup):
         warmup_steps: steps before the peak, or their share of ``total_steps`` if below 1. The first step has
             1 / (warmup_steps + 1) of the peak, never 0, since a step without effect is a batch lost. A run shorter
             than its warm-up (a trial of a few steps) ends before the peak.
-        final_ratio: rate at the end, as a share of the peak.
+        min_lr_ratio: rate at the end, as a share of the peak.
 
     Raises:
         ValueError: an argument out of range, or an unknown number of steps.
@@ -70,7 +70,7 @@ class WarmupLinear(_Warmup):
         optimizer: its groups' rates are the peaks.
         total_steps: optimizer steps of the whole run; the rate stays at its final value after them.
         warmup_steps: steps before the peak, or their share of ``total_steps`` if below 1.
-        final_ratio: rate at the end, as a share of the peak.
+        min_lr_ratio: rate at the end, as a share of the peak.
 
     Raises:
         ValueError: an argument out of range, or an unknown number of steps.

@@ -49,7 +49,7 @@ def test_the_divided_base_keeps_its_strategy_on_any_machine():
     assert type(cli.trainer.strategy).__name__ == "FSDP2Strategy"
 
 
-NULLS = ("lora.layers", "lora", "adapter")
+NULLS = ("lora.num_top_layers", "lora", "adapter")
 
 
 @pytest.mark.parametrize("name", NULLS)
@@ -135,10 +135,11 @@ def test_a_mistake_is_one_line_and_exit_status_2(args, message, capsys, tmp_path
 def tiny(model, folder, *arguments):
     """Arguments of a fit of a tiny model on a few findings."""
     return [
-        "fit", f"--model.init_args.backbone.model={model}", "--model.init_args.backbone.lora.layers=1",
+        "fit", f"--model.init_args.backbone.model_name_or_path={model}",
+        "--model.init_args.backbone.lora.num_top_layers=1",
         f"--trainer.logger.init_args.save_dir={folder}", "--trainer.max_steps=2", "--trainer.callbacks=[]",
         "--data.init_args.sources=['synthetic://?findings=300&seed=1']",
-        "--data.init_args.val=0", "--data.init_args.test=0",
+        "--data.init_args.val_fraction=0", "--data.init_args.test_fraction=0",
         *arguments,
     ]  # fmt: skip
 
@@ -150,7 +151,7 @@ def test_data_and_models_that_cannot_serve_are_one_line_too(tiny_llama, tmp_path
     cases = {
         "empty": tiny(tiny_llama, tmp_path, f"--data.init_args.sources=['{tmp_path / 'empty'}']"),
         "analyze": tiny(tiny_llama, tmp_path, f"--data.init_args.sources=['{tmp_path / 'report.json'}']"),
-        "row_tokens": tiny(tiny_llama, tmp_path, "--data.init_args.row_tokens=64"),
+        "sequence_length": tiny(tiny_llama, tmp_path, "--data.init_args.sequence_length=64"),
         "safetensors": tiny(bare, tmp_path),
         "nothing-here": tiny(tmp_path / "nothing-here", tmp_path),
     }
@@ -175,7 +176,7 @@ def test_fit_resumes_in_its_own_folder_and_validate_finds_the_run(tiny_llama, tm
     saved = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
     assert saved["global_step"] == 4
     assert all("lora" in name for name in saved["state_dict"])  # the base is not in it
-    args = tiny(tiny_llama, tmp_path, "--data.init_args.val=0.2")
+    args = tiny(tiny_llama, tmp_path, "--data.init_args.val_fraction=0.2")
     args = ["validate", *(a for a in args[1:] if "max_steps" not in a)]
     assert main(args) == 0
     assert "the newest run's checkpoint" in capsys.readouterr().out

@@ -17,8 +17,9 @@ REPORT = {"results": [{"scanner": "network", "findings": [
     {"id": "n4", "title": "TCP 4444 listening", "severity": "medium", "risk_score": "50", "metadata": {"port": "4444"}},
 ]}]}  # fmt: skip
 CALLBACKS = """[
-    {class_path: callbacks.ConsoleProgress}, {class_path: callbacks.RunRecord}, {class_path: callbacks.AdapterExport},
-    {class_path: callbacks.Evaluation, init_args: {samples: 2, max_new_tokens: 8}},
+    {class_path: callbacks.ConsoleProgress}, {class_path: callbacks.RunRecord},
+    {class_path: callbacks.AdapterCheckpoint},
+    {class_path: callbacks.Evaluation, init_args: {num_samples: 2, max_new_tokens: 8}},
     {class_path: lightning.pytorch.callbacks.ModelCheckpoint,
      init_args: {filename: best, monitor: val/loss, save_last: true}}]"""
 GUARDED = """
@@ -68,8 +69,9 @@ def test_nothing_phones_home(tmp_path, tiny_llama, cache_root):
     backbone, data = "--model.init_args.backbone", "--data.init_args"
     short = ["--max_new_tokens", "8"]
     training = [
-        f"{backbone}.model={tiny_llama}", f"{backbone}.lora.layers=1", f"{data}.sources=[{archive}]",
-        f"{data}.row_tokens=4096", "--trainer.max_steps=2", "--trainer.val_check_interval=2",
+        f"{backbone}.model_name_or_path={tiny_llama}", f"{backbone}.lora.num_top_layers=1",
+        f"{data}.sources=[{archive}]",
+        f"{data}.sequence_length=4096", "--trainer.max_steps=2", "--trainer.val_check_interval=2",
         f"--trainer.logger.init_args.save_dir={runs}", f"--trainer.callbacks={' '.join(CALLBACKS.split())}",
     ]  # fmt: skip
     run = runs / "default" / "version_0"

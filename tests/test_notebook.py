@@ -40,18 +40,21 @@ def check(notebook, runs, limit):
 
 def small_evaluation(samples, tokens):
     """The default's callbacks that the notebook reads from, with few answers."""
-    evaluation = f"{{class_path: callbacks.Evaluation, init_args: {{samples: {samples}, max_new_tokens: {tokens}}}}}"
+    evaluation = (
+        f"{{class_path: callbacks.Evaluation, init_args: {{num_samples: {samples}, max_new_tokens: {tokens}}}}}"
+    )
     checkpoint = (
         "{class_path: lightning.pytorch.callbacks.ModelCheckpoint, init_args: {filename: best, save_last: true}}"
     )
-    others = "{class_path: callbacks.RunRecord}, {class_path: callbacks.AdapterExport}"
+    others = "{class_path: callbacks.RunRecord}, {class_path: callbacks.AdapterCheckpoint}"
     return f"--trainer.callbacks=[{others}, {evaluation}, {checkpoint}]"
 
 
 def test_every_cell_runs_on_a_tiny_model(tmp_path, tiny_llama, monkeypatch):
     options = (
-        f"--model.init_args.backbone.model={tiny_llama}", "--model.init_args.backbone.lora.layers=1",
-        "--data.init_args.row_tokens=4096", small_evaluation(2, 8),
+        f"--model.init_args.backbone.model_name_or_path={tiny_llama}",
+        "--model.init_args.backbone.lora.num_top_layers=1",
+        "--data.init_args.sequence_length=4096", small_evaluation(2, 8),
     )  # fmt: skip
     notebook = execute(tmp_path, *options, steps=2, findings=300, limit=2)
     check(notebook, tmp_path, limit=2)

@@ -9,12 +9,12 @@ from datamodules.records import SEVERITIES
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from lightning_modules.evaluation.evaluate import Scores
+    from lightning_modules.evaluation.evaluate import EvaluationScores
 
 SIZE = (4.6, 3.6)  #: inches
 
 
-def pictures(scores: Scores) -> dict[str, Figure]:
+def pictures(scores: EvaluationScores) -> dict[str, Figure]:
     """Draws what a task has to show, by name; nothing for a task without severity, probability or categories."""
     drawn: dict[str, Figure] = {}
     if scores.confusion is not None and any(map(any, scores.confusion)):

@@ -22,12 +22,12 @@ from callbacks.reporting.html_page import page
 from callbacks.reporting.tables import cell, shown_rows
 from callbacks.reporting.training_curves import curves
 from lightning_modules.evaluation.answer_parsing import parse
-from lightning_modules.evaluation.results import read_exams, scores_of
+from lightning_modules.evaluation.results import read_results, scores_of
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from lightning_modules.evaluation.evaluate import Scores
+    from lightning_modules.evaluation.evaluate import EvaluationScores
 
 FILE = "report.html"
 SAMPLES = 8  #: shown of each task
@@ -55,7 +55,7 @@ def write_report(run: Path) -> Path:
     """
     body = [*_what_ran(run), *_curves(run)]
     for file, command in EVALUATIONS.items():
-        for task, exam in read_exams(run / file).items():
+        for task, exam in read_results(run / file).items():
             body += _exam(task, exam, command)
     target = run / FILE
     unfinished = target.with_name(f"{FILE}.unfinished")
@@ -105,12 +105,12 @@ def _exam(task: str, exam: dict[str, Any], command: str) -> Iterator[str]:
         for name, label, form in shown_rows(columns)
     ]
     yield _table(rows, ["", *(_heading(name, about[name]) for name in columns)])
-    told = exam.get("severity_told_in", [])
+    input_determined = exam.get("severity_told_in", [])
     for group, head in (
         ("category", ["category", "findings", "input tells it"]),
         ("severity", ["severity", "findings"]),
     ):
-        rows = list(_by_group(columns, group, told))
+        rows = list(_by_group(columns, group, input_determined))
         if len(rows) > 1:
             yield f"<h3>Severity accuracy by {group}</h3>"
             yield _table(rows, [*head, *map(_text, columns)])
@@ -122,17 +122,19 @@ def _exam(task: str, exam: dict[str, Any], command: str) -> Iterator[str]:
     yield from _samples(exam.get("questions", []), {name: columns[name] for name in models})
 
 
-def _by_group(columns: Mapping[str, Scores], group: str, told: Sequence[str]) -> Iterator[list[str]]:
+def _by_group(
+    columns: Mapping[str, EvaluationScores], group: str, input_determined: Sequence[str]
+) -> Iterator[list[str]]:
     for name, figures in next(iter(columns.values())).groups[group].items():
         if "severity_accuracy" not in figures:
             continue
         accuracies = (scores.groups[group].get(name, {}) for scores in columns.values())
         cells = [_percent(accuracy.get("severity_accuracy")) for accuracy in accuracies]
-        tells = [] if group == "severity" else ["yes" if name in told else "no"]
+        tells = [] if group == "severity" else ["yes" if name in input_determined else "no"]
         yield [_text(name), str(int(figures["answers"])), *tells, *cells]
 
 
-def _samples(questions: Sequence[Mapping[str, str]], columns: Mapping[str, Scores]) -> Iterator[str]:
+def _samples(questions: Sequence[Mapping[str, str]], columns: Mapping[str, EvaluationScores]) -> Iterator[str]:
     if not columns or not questions:
         return
     yield "<h3>Samples</h3>"
@@ -163,7 +165,7 @@ def _value(answer: Mapping[str, Any], key: str) -> str:
     return _text(json.dumps(answer[key], ensure_ascii=False)) if key in answer else "<small>nothing</small>"
 
 
-def _cell(scores: Scores, name: str, form: str) -> str:
+def _cell(scores: EvaluationScores, name: str, form: str) -> str:
     value, _, interval = cell(scores, name, form).partition("\n")
     return f"{_text(value)}<br><small>{_text(interval)}</small>" if interval else _text(value)
 

@@ -12,7 +12,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from lightning_modules.evaluation.evaluate import Scores, differences
+from lightning_modules.evaluation.evaluate import EvaluationScores, differences
 
 if TYPE_CHECKING:
     from datamodules.tasks.base import Pair
@@ -46,7 +46,7 @@ HEADING = 20  #: width of a sample's headings, of which "tuned, constrained" is 
 DULL = {"prompts_cut": 0.0, "complete": 1.0, "json_cut": 1.0}  #: left out where every column has this value
 
 
-def shown_rows(columns: Mapping[str, Scores]) -> list[tuple[str, str, str]]:
+def shown_rows(columns: Mapping[str, EvaluationScores]) -> list[tuple[str, str, str]]:
     """Rows of the table that say something: at least one column has the figure, and not all its usual value."""
     rows = []
     for name, label, form in ROWS:
@@ -57,7 +57,7 @@ def shown_rows(columns: Mapping[str, Scores]) -> list[tuple[str, str, str]]:
 
 
 def comparison(
-    title: str, columns: Mapping[str, Scores], about: Mapping[str, Mapping[str, Any]] = MappingProxyType({})
+    title: str, columns: Mapping[str, EvaluationScores], about: Mapping[str, Mapping[str, Any]] = MappingProxyType({})
 ) -> Table:
     """One table: a row for each figure that a column has, a column for each model or baseline.
 
@@ -81,12 +81,12 @@ def _heading(heading: str, about: Mapping[str, Any]) -> str:
     return f"{heading}\n{'best' if 'checkpoint' in about else 'last'} step {about['step']}"
 
 
-def by_category(columns: Mapping[str, Scores], told: Collection[str]) -> Table:
+def by_category(columns: Mapping[str, EvaluationScores], input_determined: Collection[str]) -> Table:
     """Severity accuracy in each category of findings.
 
     Args:
         columns: heading -> scores.
-        told: categories whose severity the input tells.
+        input_determined: categories whose severity the input tells.
     """
     table = Table(title="severity accuracy by category", title_justify="left")
     for heading in ("category", "findings", "input tells it"):
@@ -96,11 +96,11 @@ def by_category(columns: Mapping[str, Scores], told: Collection[str]) -> Table:
     first = next(iter(columns.values()))
     for category, figures in first.groups["category"].items():
         cells = [format(scores.groups["category"][category]["severity_accuracy"], ".0%") for scores in columns.values()]
-        table.add_row(category, str(int(figures["answers"])), "yes" if category in told else "no", *cells)
+        table.add_row(category, str(int(figures["answers"])), "yes" if category in input_determined else "no", *cells)
     return table
 
 
-def cell(scores: Scores, name: str, form: str) -> str:
+def cell(scores: EvaluationScores, name: str, form: str) -> str:
     """A figure, and its interval on the line below; "-" where it was not or could not be measured."""
     value = scores.figures.get(name, math.nan)
     if math.isnan(value):
@@ -128,7 +128,7 @@ def sample(pair: Pair, outcomes: Mapping[str, str], width: int = 600) -> Rendera
     return Group(*lines)
 
 
-def markdown(pairs: Sequence[Pair], columns: Mapping[str, Scores], rows: int = 16, width: int = 500) -> str:
+def markdown(pairs: Sequence[Pair], columns: Mapping[str, EvaluationScores], rows: int = 16, width: int = 500) -> str:
     """A table of samples for TensorBoard: input, expected answer, each model's answer, what differs in the last."""
     headings = ["input", "expected", *columns, "differs"]
     table = ["| " + " | ".join(headings) + " |", "|" + "---|" * len(headings)]

@@ -15,7 +15,7 @@ import torch
 from jsonargparse import ArgumentError, ArgumentParser
 from rich.console import Console
 
-from callbacks.task_progress import Gauge
+from callbacks.task_progress import TaskProgress
 from commands.analyze.html import to_html
 from commands.analyze.markdown import to_markdown
 from commands.analyze.pipeline import Analysis, Limits
@@ -23,13 +23,13 @@ from commands.cli import one_line
 from commands.model_source import Trained, open_trained
 from datamodules.errors import UserError
 from datamodules.sources.decompression import loads
-from datamodules.sources.field_coercion import Refused
+from datamodules.sources.field_coercion import InvalidRecord
 from datamodules.sources.formats import Parsed
 from datamodules.sources.scanner_report import read_report
 from datamodules.tasks import TASKS
 from datamodules.tokenization.chat_format import ChatFormat, load_tokenizer
 from lightning_modules.generation.merged_weights import merged
-from lightning_modules.generation.response_cache import MAX_NEW_TOKENS, Inquiry
+from lightning_modules.generation.response_cache import MAX_NEW_TOKENS, CachedGenerator
 from lightning_modules.models.backbone import out_of_memory_advice
 
 if TYPE_CHECKING:
@@ -101,7 +101,7 @@ def analyze(
     constrained = find_spec("llguidance") is not None if constrained is None else constrained
     tasks = [name for name in TASKS if trained.tasks is None or name in trained.tasks]
     limits = MAX_NEW_TOKENS if max_new_tokens is None else dict.fromkeys(TASKS, max_new_tokens)
-    inquiry = build_inquiry(trained, device, batch_size, constrained, limits, journal)
+    inquiry = build_generator(trained, device, batch_size, constrained, limits, journal)
     analysis = Analysis(
         inquiry, tasks, Limits(actions=actions, correlations=correlations), lambda task, n: _gauge(task, n, console)
     )
@@ -118,7 +118,7 @@ def analyze(
     document["raw_reference"] = reference
     _write(target, WRITERS[format](document))
     journal.unlink(missing_ok=True)
-    for line in _closing_words(document, target, inquiry.reused, time.monotonic() - started):
+    for line in _format_summary(document, target, inquiry.reused, time.monotonic() - started):
         console.print(line, soft_wrap=True, highlight=False, markup=False)
     return 0
 
@@ -137,7 +137,7 @@ def read(source: Path, limit: int | None) -> tuple[Parsed, dict[str, Any]]:
         value, _ = loads(data)
     except OSError as error:
         raise UserError(f"--report {source}: {error.strerror or error}") from error
-    except Refused as error:
+    except InvalidRecord as error:
         raise UserError(f"--report {source}: not readable as JSON: {error.detail or error.reason}") from error
     parsed = read_report(value, f"--report {source}")
     document, unusable = parsed.document, parsed.quarantined
@@ -160,14 +160,14 @@ def read(source: Path, limit: int | None) -> tuple[Parsed, dict[str, Any]]:
     return parsed, reference
 
 
-def build_inquiry(
+def build_generator(
     trained: Trained,
     device: str,
     batch_size: int | None,
     constrained: bool,
     max_new_tokens: dict[str, int],
     journal: Path | None,
-) -> Inquiry:
+) -> CachedGenerator:
     """Loads the model and its tokenizer.
 
     Raises:
@@ -177,7 +177,7 @@ def build_inquiry(
     place = pick_device(device)
     model = trained.backbone.build(place)
     model.requires_grad_(False)
-    return Inquiry(
+    return CachedGenerator(
         model,
         chat,
         identity=f"{trained.digest()} {chat.fingerprint()}",
@@ -214,7 +214,7 @@ WRITERS = {"json": dumps, "markdown": to_markdown, "html": to_html}
 
 @contextmanager
 def _gauge(task: str, questions: int, console: Console) -> Iterator[Progress]:
-    with Gauge(f"{task}: {questions} question{'s' * (questions != 1)}", console) as gauge:
+    with TaskProgress(f"{task}: {questions} question{'s' * (questions != 1)}", console) as gauge:
         yield gauge
 
 
@@ -238,7 +238,7 @@ def _write(target: Path, text: str) -> None:
         raise UserError(f"--output {target}: {error.strerror or error}; choose another place") from error
 
 
-def _closing_words(document: dict[str, Any], target: Path, reused: int, seconds: float) -> list[str]:
+def _format_summary(document: dict[str, Any], target: Path, reused: int, seconds: float) -> list[str]:
     findings, answers = document["enriched_findings"], document["enrichment_results"]["model_report"]["answers"]
     rate = len(findings) / max(seconds, 1e-9)
     lines = [

@@ -38,18 +38,18 @@ from datamodules.tasks import CorrelationTask, RemediationTask, RiskTask, Summar
 from datamodules.tasks.base import clip
 from datamodules.tasks.remediation import PRIORITIES, remediate
 from datamodules.tasks.windows import Window, executive_summary, shown_ids, top_findings, triage_summary
-from lightning_modules.evaluation.answer_parsing import Judged, parse
+from lightning_modules.evaluation.answer_parsing import ParsedAnswer, parse
 from lightning_modules.evaluation.metrics import Faithfulness
 
 if TYPE_CHECKING:
     from datamodules.tasks.base import Schema, Task
-    from lightning_modules.generation.response_cache import Progress, Reply
+    from lightning_modules.generation.response_cache import Progress, Response
 
 
 class Ask(Protocol):
-    """Asks a model questions, each a task and a content; see ``response_cache.Inquiry``."""
+    """Asks a model questions, each a task and a content; see ``response_cache.CachedGenerator``."""
 
-    def __call__(self, questions: Sequence[tuple[Task, str]], progress: Progress) -> list[Reply]:
+    def __call__(self, questions: Sequence[tuple[Task, str]], progress: Progress) -> list[Response]:
         """Returns one reply for each question, in their order."""
 
 
@@ -225,7 +225,7 @@ class Analysis:
 
     def _faithful(self, task: Task, content: str, answer: dict[str, Any], by_rule: dict[str, Any]) -> bool:
         """Whether every number and id of an answer stands in its input or is counted from it."""
-        judged = Judged(text="", content=content, expected=by_rule, answer=answer, cut=None, valid=True)
+        judged = ParsedAnswer(text="", content=content, expected=by_rule, answer=answer, cut=None, valid=True)
         faithful = bool(Faithfulness().count(judged)["faithful"]) and all(map(str.strip, _texts(answer)))
         if not faithful:
             self.tallies[task.name].fallbacks["not in the input"] += 1
@@ -285,14 +285,14 @@ class Analysis:
             for task, contents, schema in asked
         ]
 
-    def _replies(self, questions: list[tuple[Task, str]]) -> list[Reply]:
+    def _replies(self, questions: list[tuple[Task, str]]) -> list[Response]:
         if not questions:
             return []
         with self.show(", ".join(dict.fromkeys(task.name for task, _ in questions)), len(questions)) as progress:
             return self.ask(questions, progress)
 
     @staticmethod
-    def _read(reply: Reply, schema: Schema, tally: Tally) -> dict[str, Any] | None:
+    def _read(reply: Response, schema: Schema, tally: Tally) -> dict[str, Any] | None:
         tally.prompts_cut += reply.prompt_tokens_cut > 0
         answer = parse(reply.text.strip())
         if answer is not None and _validator(orjson.dumps(schema)).is_valid(answer):

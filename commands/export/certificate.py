@@ -95,7 +95,7 @@ def verdict(measured: dict[str, Any], golden: dict[str, Any], bounds: Bounds) ->
     }
 
 
-def closing_words(certificate: dict[str, Any]) -> list[str]:
+def format_summary(certificate: dict[str, Any]) -> list[str]:
     """The measured part for the console."""
     golden = certificate["golden"]
     if certificate["state"] == "not measured":

@@ -13,12 +13,12 @@ import torch
 from jsonargparse import ArgumentError, ArgumentParser
 from rich.console import Console
 
-from callbacks.task_progress import Gauge
+from callbacks.task_progress import TaskProgress
 from commands.analyze.command import pick_device, underscored
 from commands.cli import one_line
 from commands.export import certificate as certificates
 from commands.export.model_card import model_card
-from commands.export.reference_pairs import golden_pairs
+from commands.export.reference_pairs import reference_pairs
 from commands.model_source import CERTIFICATE, Trained, open_trained
 from datamodules.errors import UserError
 from datamodules.tasks import build_tasks
@@ -129,7 +129,7 @@ def export(
         raise UserError(f"--run {run}: a run folder has config.yaml; this is an export or a model already")
     tasks = trained.tasks or ("risk",)
     task = "risk" if "risk" in tasks else tasks[0]
-    pairs, origin = golden_pairs(trained, task, golden)  # before anything is written: it may refuse
+    pairs, origin = reference_pairs(trained, task, golden)  # before anything is written: it may refuse
     place = pick_device(device)
     _clear(target, overwrite)
     settings = {
@@ -150,7 +150,7 @@ def export(
         certificates.save(target, certificate)
     except OSError as error:
         raise UserError(f"--output {output}: {error.strerror or error}; choose another place") from error
-    for line in _closing_words(certificate, target):
+    for line in _format_summary(certificate, target):
         console.print(line, soft_wrap=True, highlight=False, markup=False)
     return FAILED if certificate["state"] == "failed" else 0
 
@@ -190,13 +190,16 @@ def _measure(
 
     def measured(heading: str, tokenizer: str, build: Callable[[], Any]) -> Record:
         chat = ChatFormat(load_tokenizer(tokenizer))
-        with Gauge(f"{heading}: {len(pairs)} golden findings", console) as gauge, out_of_memory_advice("--batch_size"):
+        with (
+            TaskProgress(f"{heading}: {len(pairs)} golden findings", console) as gauge,
+            out_of_memory_advice("--batch_size"),
+        ):
             result = record(build(), chat, task, pairs, batch_size=batch_size, progress=gauge)
         _free()
         return result
 
     before = measured("trained", trained.tokenizer, lambda: trained.backbone.build(device))
-    tokenizer = trained.backbone.model if load_as == "agent" else str(target)
+    tokenizer = trained.backbone.model_name_or_path if load_as == "agent" else str(target)
     after = measured("exported", tokenizer, lambda: load_exported(target, trained.backbone, device, load_as))
     return compare(before, after) | {"device": str(device), "n": len(pairs), "digest": certificates.digest(pairs)}
 
@@ -224,10 +227,10 @@ def _free() -> None:
         torch.cuda.empty_cache()
 
 
-def _closing_words(certificate: dict[str, Any], target: Path) -> list[str]:
+def _format_summary(certificate: dict[str, Any], target: Path) -> list[str]:
     size = sum(file["bytes"] for file in certificate["files"].values())
     kind = " ".join(filter(None, (certificate["format"], certificate.get("gguf_type"))))
-    lines = [f"{kind} of {size / 1e6:,.1f} MB: {target}", *certificates.closing_words(certificate)]
+    lines = [f"{kind} of {size / 1e6:,.1f} MB: {target}", *certificates.format_summary(certificate)]
     if certificate["format"] == "gguf":
         return [*lines, f"  ollama       cd {shlex.quote(str(target))} && ollama create sys-scan-analyst"]
     command = f"python main.py analyze --model {shlex.quote(str(target))} --report REPORT.json --output ENRICHED.json"

@@ -55,7 +55,7 @@ def model_card(trained: Trained, certificate: dict[str, Any]) -> str:
 
 
 def _front_matter(trained: Trained, certificate: dict[str, Any]) -> dict[str, Any]:
-    name, adapter = trained.backbone.model, certificate["format"] == "adapter"
+    name, adapter = trained.backbone.model_name_or_path, certificate["format"] == "adapter"
     matter: dict[str, Any] = {"library_name": "peft" if adapter else "transformers"}
     if not name.startswith("embedded:") and not Path(name).exists():  # a name on the hub
         matter["base_model"] = name
@@ -63,7 +63,7 @@ def _front_matter(trained: Trained, certificate: dict[str, Any]) -> dict[str, An
 
 
 def _base(trained: Trained) -> str:
-    name = trained.backbone.model
+    name = trained.backbone.model_name_or_path
     return Path(name).name if Path(name).is_dir() else name
 
 

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from commands.model_source import Trained
 
 
-def golden_pairs(trained: Trained, task: str, count: int) -> tuple[list[Pair], str]:
+def reference_pairs(trained: Trained, task: str, count: int) -> tuple[list[Pair], str]:
     """Finds held-out pairs: in the run's evaluation.json if it has enough, else in its data.
 
     Args:

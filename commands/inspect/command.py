@@ -21,8 +21,8 @@ from commands.inspect.report import Sample, print_report
 from commands.inspect.tpu_compile import check_compile, check_fits, compile_run, print_compiled
 from datamodules.errors import UserError
 from datamodules.findings import FindingsDataModule
-from datamodules.statistics.scan import survey
-from datamodules.statistics.summary import Survey, report_counts
+from datamodules.statistics.scan import scan_dataset
+from datamodules.statistics.summary import DatasetSummary, report_counts
 from datamodules.stream.epoch_order import epoch_order
 from datamodules.tokenization.chat_format import load_tokenizer
 from lightning_modules.causal_lm import CausalLMModule
@@ -84,7 +84,7 @@ def _parse(args: list[str]) -> tuple[argparse.Namespace, list[str]]:
     parser = argparse.ArgumentParser(
         prog="main.py inspect",
         description=__doc__,
-        epilog="Every other option is the config's, as in fit: --config FILE, --data.init_args.row_tokens=4096, ...",
+        epilog="Every other option is the config's, as in fit: --config FILE, --data.init_args.batch_size=4, ...",
         allow_abbrev=False,
         exit_on_error=False,
     )
@@ -137,9 +137,9 @@ def inspect_run(cli: InspectCLI, options: argparse.Namespace) -> tuple[dict[str,
         )
     plan = Plan.of(cli.trainer_config, model.optimizer)
     found = _survey(data, plan, options)
-    sample = Sample.of(found.sample, load_tokenizer(data._preparer.tokenizer)) if found.sample else None
+    sample = Sample.of(found.sample, load_tokenizer(data.document_processor.tokenizer)) if found.sample else None
     memory, cost, reason = memory_and_time(model.backbone, found, data, plan, options.device)
-    report: dict[str, Any] = {"sources": data._preparer.specs, "tokenizer": data._preparer.tokenizer}
+    report: dict[str, Any] = {"sources": data.document_processor.specs, "tokenizer": data.document_processor.tokenizer}
     report |= report_counts(found, data)
     report |= {
         "sample": sample.summary() if sample else None, "epoch": epoch(found, data, plan), "memory": memory,
@@ -149,11 +149,11 @@ def inspect_run(cli: InspectCLI, options: argparse.Namespace) -> tuple[dict[str,
     return report, sample
 
 
-def _survey(data: FindingsDataModule, plan: Plan, options: argparse.Namespace) -> Survey:
+def _survey(data: FindingsDataModule, plan: Plan, options: argparse.Namespace) -> DatasetSummary:
     data.setup("inspect")
-    sources = data._preparer.sources
+    sources = data.document_processor.sources
     meter = Meter(sources, epoch_order(sources, epoch=0, seed=data.seed))
     with progress_bar(meter, options.limit) as show:
-        return survey(
+        return scan_dataset(
             data, devices=plan.devices, limit=options.limit, near_duplicates=options.near_duplicates, progress=show
         )

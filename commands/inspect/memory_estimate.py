@@ -5,25 +5,27 @@ V vocabulary, N tokens of a micro-batch, n tokens of a piece (2,048), b bytes of
 W parameters of the projections. Bytes::
 
     base          W (1/2 + 1/64 + 4/16384) in NF4 (scales in int8, their own in fp32), W / 16 more where the kernels
-                  undo the nesting (full, balanced), 2 W more in FP8; W in int8; W b unquantised;
+                  undo the nesting (fused, but for offload), 2 W more in FP8; W in int8; W b unquantised;
                   + embeddings, head and norms in b. Divided over r ranks, the projections take W b (1/r + 2/L): two
                   layers are whole, the one that computes and the next; adapters, gradients and optimizer are 1/r
     adapters      P a                 a bytes of an adapter's weight
     gradients     P a
     optimizer     P s                 s bytes of state a parameter: AdamW in fp32 8, Lion 4
     activations   kept from forward to backward, a token and adapted layer:
-      full          b (2 C + 2 Q + 2 K + 2 I + 7 R) + 4 H      layer's and MLP's input, q, k, v, attention, gate and up
-      balanced      b (2 C + 2 Q + 2 K + 4 R) + 4 H            gate and up are made again, n tokens at a time
-      low           0 (b C in host memory)                     the whole layer is made again
-      checkpointed  b C
-      plain         8 C + b (5 C + 5 Q + 4 I + 7 R)            with fp32 norms, and an input copy for each LoRA module
+      fused, none       b (2 C + 2 Q + 2 K + 2 I + 7 R) + 4 H  input of layer and MLP, q, k, v, attention, gate, up
+      fused, selective  b (2 C + 2 Q + 2 K + 4 R) + 4 H        gate and up are computed again, n tokens at a time
+      fused, full       b C                                    the whole layer is computed again
+      fused, offload    0 (b C in host memory)                 the whole layer is computed again
+      eager, none       8 C + b (5 C + 5 Q + 4 I + 7 R)        with fp32 norms, and an input copy for each LoRA module
+      eager, full       b C
     logits        n V (2 b + 12) + N C (b + 4) + 2 b C x supervised tokens
 
 The peak is the largest of four moments: at the logits and in the last layer's backward pass everything is kept but no
 gradient is there (unless they accumulate); in the first layer's all gradients are there, and one layer is; the
 optimizer's step has one buffer of the parameters' size. A layer's backward pass itself wants ``b 2 I C`` for
-a dequantised weight, ``3 b C N`` for the residual's gradients, and ``4 b I N`` (full) or ``6 b I n`` for the MLP's.
-Against five measured peaks (see EXPERIMENTS.md) it is within 3 %; ``plain`` and ``checkpointed`` are not measured.
+a dequantised weight, ``3 b C N`` for the residual's gradients, and ``4 b I N`` or (fused selective and offload)
+``6 b I n`` for the MLP's.
+Against five measured peaks (see EXPERIMENTS.md) it is within 3 %; the eager kernels and fused, full are not measured.
 
 **Time.** Computed tokens a second were measured on one H100 with Mistral-7B in NF4 and LoRA of rank 64; another model
 is scaled by FLOP a token (4 W: frozen weights need no gradient), another device by its bf16 rate.
@@ -38,7 +40,8 @@ from typing import Any, Literal
 
 from datamodules.errors import UserError
 
-Kernels = Literal["full", "balanced", "low", "checkpointed", "plain"]
+Kernels = Literal["fused", "eager"]
+Checkpointing = Literal["none", "selective", "full", "offload"]
 Quantization = Literal["nf4", "int8", "none"]
 
 GIB = 2**30
@@ -47,14 +50,15 @@ RESERVE = 0.7 * GIB  #: of a device's memory: CUDA context, libraries' workspace
 MISTRAL_7B_WEIGHTS = 6_979_321_856  #: parameters of its projections
 
 #: computed tokens/s of Mistral-7B (NF4, LoRA r=64) on one H100, and where the figure is from
-RATES: dict[Kernels, tuple[float, str]] = {
-    "full": (17_804, "measured"),
-    "balanced": (12_404, "measured"),
-    "low": (8_527, "measured"),
-    "checkpointed": (5_774, "measured"),
-    "plain": (5_774 * 4 / 3, "from the same modules with checkpointing, without the second forward pass"),
+RATES: dict[tuple[Kernels, Checkpointing], tuple[float, str]] = {
+    ("fused", "none"): (17_804, "measured"),
+    ("fused", "selective"): (12_404, "measured"),
+    ("fused", "full"): (17_804 * 2 / 3, "from activation_checkpointing none, with a second forward pass"),
+    ("fused", "offload"): (8_527, "measured"),
+    ("eager", "none"): (5_774 * 4 / 3, "from the same modules with checkpointing, without the second forward pass"),
+    ("eager", "full"): (5_774, "measured"),
 }
-FP8_SPEEDUP = 1.40  #: of full, measured: 24,923 computed tokens/s
+FP8_SPEEDUP = 1.40  #: of fused, none; measured: 24,923 computed tokens/s
 
 
 @dataclass(frozen=True)
@@ -66,14 +70,14 @@ class Device:
         tflops: dense bf16 rate in TFLOP/s (fp16 where there is no bf16), with fp32 accumulation.
         source: of the rate.
         count: devices that the rate is for: 8 cores of a v3-8.
-        kernels: whose rate stands for all of them, where they make little difference.
+        mode: kernels and activation checkpointing whose rate is used for all; None uses those of the run.
     """
 
     memory: float
     tflops: float
     source: str
     count: int = 1
-    kernels: Kernels | None = None
+    mode: tuple[Kernels, Checkpointing] | None = None
 
 
 def _physical_memory() -> float:
@@ -97,7 +101,7 @@ DEVICES: dict[str, Device] = {
         _physical_memory(),
         0.148 * (os.cpu_count() or 1),
         "from 200 tokens/s of SmolLM2-135M in fp32 on 2 cores",
-        kernels="plain",
+        mode=("eager", "none"),
     ),
 }
 
@@ -171,9 +175,10 @@ class Setup:
     """What a step's memory depends on, beside the architecture.
 
     Attributes:
-        kernels: what is kept for the backward pass, and by which kernels.
+        kernels: fused or eager.
+        activation_checkpointing: what is kept for the backward pass; the eager kernels know none and full.
         rows: rows of a micro-batch on one device.
-        row_tokens: tokens a row.
+        sequence_length: tokens a row.
         quantization: of the frozen projections.
         compute_bytes: b; of the weights that are not quantised and of the activations.
         rank: of the adapters; 0 trains every weight.
@@ -189,8 +194,9 @@ class Setup:
     """
 
     kernels: Kernels
+    activation_checkpointing: Checkpointing
     rows: int
-    row_tokens: int
+    sequence_length: int
     quantization: Quantization = "nf4"
     compute_bytes: int = 2
     rank: int = 64
@@ -207,7 +213,14 @@ class Setup:
     @property
     def fused(self) -> bool:
         """Whether the fused kernels run."""
-        return self.kernels in ("full", "balanced", "low")
+        return self.kernels == "fused"
+
+    @property
+    def mode(self) -> tuple[Kernels, Checkpointing]:
+        """Kernels and the activation checkpointing that they really do."""
+        if self.kernels == "eager" and self.activation_checkpointing != "none":
+            return "eager", "full"
+        return self.kernels, self.activation_checkpointing
 
 
 @dataclass(frozen=True)
@@ -240,7 +253,7 @@ def trained_parameters(architecture: Architecture, setup: Setup) -> int:
 
 def memory(architecture: Architecture, setup: Setup) -> Memory:
     """Estimates the peak memory of training; the module's docstring has the formulas."""
-    a, b, tokens = architecture, setup.compute_bytes, setup.rows * setup.row_tokens
+    a, b, tokens = architecture, setup.compute_bytes, setup.rows * setup.sequence_length
     piece = min(PIECE, tokens)
     trained = trained_parameters(a, setup)
     base = _base(a, setup)
@@ -248,9 +261,11 @@ def memory(architecture: Architecture, setup: Setup) -> Memory:
     gradients, optimizer = trained * setup.adapter_bytes / setup.ranks, trained * setup.state_bytes / setup.ranks
     kept = _layers(a, setup) * _kept(a, setup) * tokens + _masks(a, setup)
     logits = piece * a.vocabulary * (2 * b + 12) + tokens * a.hidden * (b + 4 + 2 * b * setup.supervised)
-    wide = 4 * tokens if setup.kernels in ("full", "checkpointed", "plain") else 6 * piece
+    wide = 6 * piece if setup.mode in (("fused", "selective"), ("fused", "offload")) else 4 * tokens
     backward: float = b * (wide * a.inner + 2 * a.inner * a.hidden + 3 * a.hidden * tokens)
-    again = {"low": "balanced", "checkpointed": "plain"}.get(setup.kernels)  # a layer's own forward pass, made again
+    # what a layer keeps while it is computed again
+    again = {("fused", "offload"): ("fused", "selective"), ("fused", "full"): ("fused", "none")}.get(setup.mode)
+    again = ("eager", "none") if setup.mode == ("eager", "full") else again
     backward += _kept(a, setup, again) * tokens if again else 0.0
     layer = _kept(a, setup) * tokens
     always = base + adapters + optimizer
@@ -275,7 +290,7 @@ def _layers(architecture: Architecture, setup: Setup) -> int:
 
 def _base(a: Architecture, setup: Setup) -> float:
     each = {"none": float(setup.compute_bytes), "int8": 1.0, "nf4": 1 / 2 + 1 / 64 + 4 / (64 * 256)}[setup.quantization]
-    if setup.quantization == "nf4" and setup.kernels in ("full", "balanced"):
+    if setup.quantization == "nf4" and setup.fused and setup.activation_checkpointing != "offload":
         each += 4 / 64
     if setup.fp8:
         each += 2
@@ -283,26 +298,27 @@ def _base(a: Architecture, setup: Setup) -> float:
     return here * each + a.rest * setup.compute_bytes
 
 
-def _kept(a: Architecture, setup: Setup, kernels: str | None = None) -> float:
+def _kept(a: Architecture, setup: Setup, mode: tuple[str, str] | None = None) -> float:
     """Bytes that a token and layer keep for the backward pass."""
     c, q, k, i, r, b = a.hidden, a.query, a.key_value, a.inner, setup.rank, setup.compute_bytes
     return {
-        "full": b * (2 * c + 2 * q + 2 * k + 2 * i + 7 * r) + 4 * a.heads,
-        "balanced": b * (2 * c + 2 * q + 2 * k + 4 * r) + 4 * a.heads,
-        "low": 0.0,
-        "checkpointed": b * c,
-        "plain": 8 * c + b * (5 * c + 5 * q + 4 * i + 7 * r),
-    }[kernels or setup.kernels]
+        ("fused", "none"): b * (2 * c + 2 * q + 2 * k + 2 * i + 7 * r) + 4 * a.heads,
+        ("fused", "selective"): b * (2 * c + 2 * q + 2 * k + 4 * r) + 4 * a.heads,
+        ("fused", "full"): b * c,
+        ("fused", "offload"): 0.0,
+        ("eager", "none"): 8 * c + b * (5 * c + 5 * q + 4 * i + 7 * r),
+        ("eager", "full"): b * c,
+    }[mode or setup.mode]
 
 
 def _masks(a: Architecture, setup: Setup) -> float:
     """Dense masks [B, T, T] of transformers' attention, and the weights that its eager one keeps."""
     if setup.fused or setup.attention == "flex_attention":
         return 0.0
-    cells = setup.rows * setup.row_tokens**2
+    cells = setup.rows * setup.sequence_length**2
     if setup.attention != "eager":
         return float(cells * setup.compute_bytes)
-    layers = 1 if setup.kernels == "checkpointed" else _layers(a, setup)
+    layers = 1 if setup.mode == ("eager", "full") else _layers(a, setup)
     return float(cells * setup.compute_bytes * (1 + 2 * layers * a.heads))
 
 
@@ -311,7 +327,7 @@ def seconds(architecture: Architecture, setup: Setup, device: Device, *, tokens:
 
     Args:
         architecture: of the model.
-        setup: its kernels choose the measured rate.
+        setup: its kernels and activation checkpointing choose the measured rate.
         device: scales it.
         tokens: of all devices together.
         devices: how many.
@@ -319,7 +335,7 @@ def seconds(architecture: Architecture, setup: Setup, device: Device, *, tokens:
     share = _layers(architecture, setup) / architecture.layers
     work = architecture.weights * ((1 + share) / 2 if setup.rank else 1.5)  # a forward pass, and backward as far down
     rate = (
-        RATES[device.kernels or setup.kernels][0]
+        RATES[device.mode or setup.mode][0]
         * (MISTRAL_7B_WEIGHTS / work)
         * (device.tflops / DEVICES["h100"].tflops)
         * (FP8_SPEEDUP if setup.fp8 else 1)
@@ -329,7 +345,7 @@ def seconds(architecture: Architecture, setup: Setup, device: Device, *, tokens:
 
 def provenance(architecture: Architecture, setup: Setup, device: Device) -> str:
     """Says whether :func:`seconds` is measured, and if not where it comes from."""
-    basis = "measured" if device.kernels else RATES[setup.kernels][1]
+    basis = "measured" if device.mode else RATES[setup.mode][1]
     measured = (
         device.source == "measured" and architecture.weights == MISTRAL_7B_WEIGHTS and setup.quantization == "nf4"
     )

@@ -23,7 +23,7 @@ from optimizers.lion import HIGHEST_USUAL_LR
 
 if TYPE_CHECKING:
     from datamodules.findings import FindingsDataModule
-    from datamodules.statistics.summary import Survey
+    from datamodules.statistics.summary import DatasetSummary
     from lightning_modules.causal_lm import CausalLMModule
 
 
@@ -103,14 +103,14 @@ def _try_optimizer(make: Any) -> tuple[str, float, float]:
     return name, lr, sum(value.nbytes for value in state) / weight.numel()
 
 
-def epoch(found: Survey, data: FindingsDataModule, plan: Plan) -> dict[str, Any]:
+def epoch(found: DatasetSummary, data: FindingsDataModule, plan: Plan) -> dict[str, Any]:
     """Rows, batches and optimizer steps of one epoch on each device."""
     packed = found.packed[data.packing]
-    batches = packed.rows // (data.batch_rows * plan.devices)
+    batches = packed.rows // (data.batch_size * plan.devices)
     return {
         "rows": packed.rows, "batches": batches, "steps": math.ceil(batches / plan.accumulate),
         "examples": packed.examples, "findings": packed.findings,
-        "batch_rows": data.batch_rows, "accumulate": plan.accumulate, "devices": plan.devices,
+        "batch_size": data.batch_size, "accumulate": plan.accumulate, "devices": plan.devices,
         "max_steps": plan.max_steps if plan.max_steps > 0 else None,
     }  # fmt: skip
 
@@ -119,7 +119,7 @@ def model_config(backbone: Backbone) -> tuple[Any, str]:
     """Reads the model's config.json: (config, "") or (None, why there is none)."""
     from transformers import AutoConfig
 
-    name = backbone.model.removeprefix(RANDOM)
+    name = backbone.model_name_or_path.removeprefix(RANDOM)
     location = resolve(name, weights=False)
     if Path(location).is_dir() and not (Path(location) / "config.json").is_file():
         return None, f"{name} has no config.json"
@@ -141,18 +141,19 @@ def setup_of(
     rank, targets = _adapter(backbone)
     return memory_estimate.Setup(
         kernels=kernels_of(backbone, config, plan.accelerator, size, plan.divided),
-        rows=data.batch_rows,
-        row_tokens=data.row_tokens,
+        activation_checkpointing=backbone.activation_checkpointing,
+        rows=data.batch_size,
+        sequence_length=data.sequence_length,
         quantization=backbone.quantization,
         compute_bytes=size,
         rank=rank,
         targets=targets,
-        adapted_layers=lora.layers if lora else None,
+        adapted_layers=lora.num_top_layers if lora else None,
         adapter_bytes=adapter_bytes,
         state_bytes=plan.state_bytes * adapter_bytes / 4,
         accumulates=plan.accumulate > 1,
         supervised=supervised,
-        attention=backbone.attention,
+        attention=backbone.attn_implementation,
         fp8=backbone.fp8,
         ranks=plan.devices if plan.divided else 1,
     )
@@ -160,7 +161,9 @@ def setup_of(
 
 def _adapter(backbone: Backbone) -> tuple[int, tuple[str, ...] | None]:
     if backbone.lora is not None:
-        return backbone.lora.rank, None if isinstance(backbone.lora.targets, str) else tuple(backbone.lora.targets)
+        return backbone.lora.rank, None if isinstance(backbone.lora.target_modules, str) else tuple(
+            backbone.lora.target_modules
+        )
     file = Path(backbone.adapter or "") / "adapter_config.json"
     if backbone.adapter and file.is_file():
         saved = json.loads(file.read_text(encoding="utf-8"))
@@ -172,10 +175,10 @@ def _adapter(backbone: Backbone) -> tuple[int, tuple[str, ...] | None]:
 def kernels_of(
     backbone: Backbone, config: Any, accelerator: str, dtype_bytes: int, divided: bool = False
 ) -> memory_estimate.Kernels:
-    """Foresees what :func:`lightning_modules.models.fused_decoder.decoder_for` will choose, without a model."""
+    """Foresees what :func:`lightning_modules.models.fused_decoder.build_decoder` will choose, without a model."""
     lora = backbone.lora
     fused = (
-        backbone.kernels != "plain"
+        backbone.kernels != "eager"
         and not divided
         and accelerator != "tpu"
         and (dtype_bytes == 2 or accelerator == "cpu")
@@ -184,14 +187,12 @@ def kernels_of(
         and getattr(config, "hidden_act", "silu") == "silu"
         and not (getattr(config, "attention_bias", False) or getattr(config, "mlp_bias", False))
         and (lora is not None or backbone.adapter is not None)
-        and not (lora is not None and (lora.dora or lora.dropout))
+        and not (lora is not None and (lora.use_dora or lora.dropout))
     )
-    if fused:
-        return backbone.activation_memory
-    return "checkpointed" if backbone.gradient_checkpointing else "plain"
+    return "fused" if fused else "eager"
 
 
-def cache_size(model: CausalLMModule, found: Survey, data: FindingsDataModule) -> dict[str, Any] | None:
+def cache_size(model: CausalLMModule, found: DatasetSummary, data: FindingsDataModule) -> dict[str, Any] | None:
     """Bytes that a cached teacher takes on disk; None without a teacher, or where the vocabulary is not known."""
     objective, packed = model.objective, found.packed[data.packing]
     config, _ = model_config(model.backbone)
@@ -199,16 +200,16 @@ def cache_size(model: CausalLMModule, found: Survey, data: FindingsDataModule) -
         return None
     cache = objective.cache or TeacherCache("")
     temperatures = {objective.temperature, *cache.temperatures}
-    token = position_bytes(cache.k, len(temperatures), config.get_text_config().vocab_size)
+    token = position_bytes(cache.top_k, len(temperatures), config.get_text_config().vocab_size)
     size = packed.supervised * token + packed.examples * EXAMPLE_BYTES
     return {
-        "k": cache.k, "folder": cache.folder or None, "bytes_token": token,
+        "top_k": cache.top_k, "dir": cache.dir or None, "bytes_token": token,
         "bytes_finding": size / packed.findings, "epoch_gib": size / memory_estimate.GIB,
     }  # fmt: skip
 
 
 def memory_and_time(
-    backbone: Backbone, found: Survey, data: FindingsDataModule, plan: Plan, device: str | None
+    backbone: Backbone, found: DatasetSummary, data: FindingsDataModule, plan: Plan, device: str | None
 ) -> tuple[dict[str, Any] | None, dict[str, Any] | None, str]:
     """Estimates from the model's config alone.
 
@@ -226,14 +227,15 @@ def memory_and_time(
         architecture = memory_estimate.Architecture.of(config)
     except ValueError as error:
         return None, None, str(error)
-    supervised = packed.supervised / max(packed.rows * data.row_tokens, 1)
+    supervised = packed.supervised / max(packed.rows * data.sequence_length, 1)
     setup = setup_of(backbone, config, data, plan, supervised)
     needed = memory_estimate.memory(architecture, setup)
     basis = (
         "formulas within 2 % of Mistral-7B's peaks on an H100" if setup.fused else "formulas, never held against any"
     )
     memory = {
-        "kernels": setup.kernels, "trained_parameters": memory_estimate.trained_parameters(architecture, setup),
+        "kernels": setup.mode[0], "activation_checkpointing": setup.mode[1],
+        "trained_parameters": memory_estimate.trained_parameters(architecture, setup),
         "parts_gib": {part: value / memory_estimate.GIB for part, value in needed.parts.items()},
         "moments_gib": {moment: value / memory_estimate.GIB for moment, value in needed.moments.items()},
         "peak_gib": needed.peak / memory_estimate.GIB,
@@ -241,8 +243,8 @@ def memory_and_time(
     }  # fmt: skip
     if named is None:
         return memory, None, ""
-    computed = packed.rows * data.row_tokens
-    run = plan.max_steps * plan.accumulate * data.batch_rows * plan.devices * data.row_tokens
+    computed = packed.rows * data.sequence_length
+    run = plan.max_steps * plan.accumulate * data.batch_size * plan.devices * data.sequence_length
     hours = [
         memory_estimate.seconds(architecture, setup, named, tokens=tokens, devices=plan.devices) / 3600
         for tokens in (computed, run)
@@ -257,7 +259,11 @@ def memory_and_time(
 
 
 def find_warnings(
-    found: Survey, data: FindingsDataModule, plan: Plan, memory: dict[str, Any] | None, time: dict[str, Any] | None
+    found: DatasetSummary,
+    data: FindingsDataModule,
+    plan: Plan,
+    memory: dict[str, Any] | None,
+    time: dict[str, Any] | None,
 ) -> list[str]:
     """What a run would stumble over, or would not say."""
     told = []
@@ -269,12 +275,12 @@ def find_warnings(
     for task, dropped in found.overflow.items():
         if not found.trained[task]:
             told.append(
-                f"every training example of task {task} is longer than a row of {data.row_tokens} tokens and is "
-                "dropped: raise data.init_args.row_tokens"
+                f"every training example of task {task} is longer than a row of {data.sequence_length} tokens and is "
+                "dropped: raise data.init_args.sequence_length"
             )
         elif dropped > 0.05 * (dropped + found.examples[task]):
             share = dropped / (dropped + found.examples[task])
-            told.append(f"{share:.0%} of task {task} are longer than {data.row_tokens} tokens and are dropped")
+            told.append(f"{share:.0%} of task {task} are longer than {data.sequence_length} tokens and are dropped")
     for task in data.tasks:
         if not found.trained[task] and not found.overflow[task]:
             told.append(f"task {task} has no training example in these sources")
@@ -286,14 +292,15 @@ def find_warnings(
         )
     if not found.packed[data.packing].rows:
         told.append(
-            f"the training examples fill less than the {data.batch_rows * plan.devices} rows of a batch on every device"
+            f"the training examples fill less than the {data.batch_size * plan.devices} rows of a batch on every device"
         )
     if found.counts["unsupervised"]:
         told.append(f"{found.counts['unsupervised']} examples carry no label")
     if memory and time and not time["fits"]:
         told.append(
             f"the expected peak of {memory['peak_gib']:.1f} GiB exceeds {time['name']}'s {time['memory_gib']:.1f} GiB "
-            f"(0.7 GiB of it are the runtime's): lower data.init_args.row_tokens or batch_rows, or keep less for the "
+            f"(0.7 GiB of it are the runtime's): lower data.init_args.sequence_length or batch_size, or keep "
+            "less for the "
             "backward pass"
         )
     return told

@@ -14,7 +14,7 @@ from datamodules.sources.readers import Archive, Files, Source
 from datamodules.stream.epoch_order import WHOLE, Place, Unit
 
 if TYPE_CHECKING:
-    from datamodules.statistics.summary import Survey
+    from datamodules.statistics.summary import DatasetSummary
 
 
 class _Watched(Location):
@@ -74,7 +74,7 @@ def _size(source: Source, unit: Unit) -> float | None:
 
 
 @contextmanager
-def progress_bar(meter: Meter, limit: int | None) -> Iterator[Callable[[Survey, Place], None]]:
+def progress_bar(meter: Meter, limit: int | None) -> Iterator[Callable[[DatasetSummary, Place], None]]:
     """Shows a bar on stderr; yields what to call behind each document.
 
     Args:
@@ -88,7 +88,7 @@ def progress_bar(meter: Meter, limit: int | None) -> Iterator[Callable[[Survey, 
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task("", total=1.0 if limit or meter.total else None, text="")
 
-        def show(found: Survey, place: Place) -> None:
+        def show(found: DatasetSummary, place: Place) -> None:
             findings, total = found.counts["findings"], meter.total
             shares = [findings / limit] if limit else []
             shares += [meter.done(place) / total] if total else []

@@ -111,7 +111,7 @@ def _sections(report: dict[str, Any]) -> list[tuple[str, Any]]:
         ("Records", _records(report)),
         ("Examples (distinct, all splits)", _examples(report)),
         ("Tokens an example", _lengths(report)),
-        (f"Packing of the training epoch in rows of {packing['row_tokens']:,} tokens", _packing(packing)),
+        (f"Packing of the training epoch in rows of {packing['sequence_length']:,} tokens", _packing(packing)),
         ("Run", _run(report)),
     ]
 
@@ -215,7 +215,7 @@ def _run(report: dict[str, Any]) -> Table:
         ("epoch", f"{epoch['examples']:,} examples in {epoch['rows']:,} rows"),
         (
             "steps",
-            f"{epoch['steps']:,} an epoch{of}: {epoch['batch_rows']} rows x {epoch['accumulate']} micro-batches x "
+            f"{epoch['steps']:,} an epoch{of}: {epoch['batch_size']} rows x {epoch['accumulate']} micro-batches x "
             f"{epoch['devices']} devices",
         ),
     ]
@@ -223,11 +223,17 @@ def _run(report: dict[str, Any]) -> Table:
         parts = ", ".join(f"{part} {value:.2f}" for part, value in memory["parts_gib"].items())
         worst = max(memory["moments_gib"], key=memory["moments_gib"].__getitem__)
         rows.append(("peak memory", f"{memory['peak_gib']:.2f} GiB a device, at the {worst} ({memory['basis']})"))
-        rows.append(("its parts", f"{parts} GiB, each at its largest; kernels: {memory['kernels']}"))
+        rows.append(
+            (
+                "its parts",
+                f"{parts} GiB, each at its largest; {memory['kernels']} kernels, "
+                f"activation_checkpointing {memory['activation_checkpointing']}",
+            )
+        )
     else:
         rows.append(("peak memory", f"no estimate: {report['no_estimate']}"))
     if cache := report["teacher_cache"]:
-        where = f" in {cache['folder']}" if cache["folder"] else ", with objective.cache.folder"
+        where = f" in {cache['dir']}" if cache["dir"] else ", with objective.cache.dir"
         rows.append(
             (
                 "cached teacher",

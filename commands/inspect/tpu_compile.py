@@ -65,11 +65,11 @@ def compile_run(cli: InspectCLI, tpu: str) -> dict[str, Any]:
     data, module, cores = cli.datamodule, cli.model, TPUS[tpu].cores
     if not isinstance(data, FindingsDataModule) or not isinstance(module, CausalLMModule):
         raise UserError("inspect --compile reads configs of FindingsDataModule and CausalLMModule")
-    if data.batch_rows % cores:
-        raise UserError(f"data.init_args.batch_rows {data.batch_rows}: no multiple of the {cores} cores of a {tpu}")
+    if data.batch_size % cores:
+        raise UserError(f"data.init_args.batch_size {data.batch_size}: no multiple of the {cores} cores of a {tpu}")
     steps = _trainer_options(cli.trainer_config)
     console = Console(stderr=True)
-    console.print(f"tracing a step of {module.backbone.model.removeprefix(RANDOM)}, without weights ...")
+    console.print(f"tracing a step of {module.backbone.model_name_or_path.removeprefix(RANDOM)}, without weights ...")
     began = time.monotonic()
     graph = _trace(module, data, cores, _mesh_data(cli.trainer_config), steps)
     traced = time.monotonic() - began
@@ -78,8 +78,9 @@ def compile_run(cli: InspectCLI, tpu: str) -> dict[str, Any]:
     cost["peak"] = max(cost["peak"], cost["argument"] + cost["temporary"])  # its own leaves gaps out
     memory = TPUS[tpu].memory_gib
     return {
-        "tpu": tpu, "cores": cores, "memory_gib": memory, "rows": data.batch_rows, "row_tokens": data.row_tokens,
-        "tokens_a_core": data.batch_rows * data.row_tokens // cores, **steps,
+        "tpu": tpu, "cores": cores, "memory_gib": memory, "rows": data.batch_size,
+        "sequence_length": data.sequence_length,
+        "tokens_a_core": data.batch_size * data.sequence_length // cores, **steps,
         "gib_a_core": {part: cost[part] / GIB for part in ("argument", "output", "temporary", "peak", "code")},
         "seconds": {"trace": round(traced, 1), "compile": round(cost["seconds"], 1)},
         "fits": cost["peak"] <= memory * GIB,
@@ -89,7 +90,9 @@ def compile_run(cli: InspectCLI, tpu: str) -> dict[str, Any]:
 def _trace(module: CausalLMModule, data: FindingsDataModule, cores: int, groups: int, steps: dict[str, Any]) -> str:
     from lightning_modules.strategies.xla.tracing import trace_step
 
-    return trace_step(module, data.batch_rows, data.row_tokens, cores, data=groups, max_steps=1, **steps)
+    return trace_step(
+        module, data.batch_size, data.sequence_length, cores, data_parallel_size=groups, max_steps=1, **steps
+    )
 
 
 def _trainer_options(trainer: Namespace) -> dict[str, Any]:
@@ -105,7 +108,7 @@ def _trainer_options(trainer: Namespace) -> dict[str, Any]:
 def _mesh_data(trainer: Namespace) -> int:
     strategy = trainer.get("strategy")
     arguments = strategy.get("init_args") if isinstance(strategy, Namespace) else None
-    return int((arguments or {}).get("data") or 1)
+    return int((arguments or {}).get("data_parallel_size") or 1)
 
 
 def _compile(graph: str, tpu: str) -> dict[str, float]:
@@ -117,14 +120,15 @@ def _compile(graph: str, tpu: str) -> dict[str, float]:
     if done.returncode in (-9, 137):
         raise UserError(
             f"inspect: --compile {tpu}: the host's memory ended; a 7B model takes 6 GB, and more than 20 where its "
-            "layers are no loop (backbone.lora.dropout, lora.layers): set those to 0 and null, or use a larger host"
+            "layers are no loop (backbone.lora.dropout, lora.num_top_layers): set those to 0 and null, or use a "
+            "larger host"
         )
     if done.returncode:
         said = [line for line in done.stderr.splitlines() if line.strip()]
         reason = next((line for line in reversed(said) if "RESOURCE_EXHAUSTED" in line), said[-1] if said else "")
         raise UserError(
             f"inspect: --compile {tpu}: the compiler refused ({reason[:400]}); where memory ran out, lower "
-            "data.init_args.batch_rows or row_tokens"
+            "data.init_args.batch_size or sequence_length"
         )
     cost: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
     return cost
@@ -132,7 +136,7 @@ def _compile(graph: str, tpu: str) -> dict[str, float]:
 
 def print_compiled(report: dict[str, Any]) -> None:
     """Shows the report."""
-    table = Table(title=f"{report['tpu']}: {report['rows']} rows of {report['row_tokens']} tokens, a core")
+    table = Table(title=f"{report['tpu']}: {report['rows']} rows of {report['sequence_length']} tokens, a core")
     table.add_column("memory")
     table.add_column("GiB", justify="right")
     for part, name in PARTS.items():
@@ -151,5 +155,5 @@ def check_fits(report: dict[str, Any]) -> None:
     if not report["fits"]:
         raise UserError(
             f"a step needs {report['gib_a_core']['peak']:.1f} GiB of the {report['memory_gib']} of a {report['tpu']}'s "
-            "core: lower data.init_args.batch_rows or row_tokens (and raise trainer.accumulate_grad_batches)"
+            "core: lower data.init_args.batch_size or sequence_length (and raise trainer.accumulate_grad_batches)"
         )

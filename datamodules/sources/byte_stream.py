@@ -13,7 +13,7 @@ import zstandard
 from isal import isal_zlib
 
 from datamodules.sources.decompression import GZIP_ERROR, GZIP_MAGIC, LIMITS, ZSTD_MAGIC, Limits, check_size
-from datamodules.sources.field_coercion import Refused
+from datamodules.sources.field_coercion import InvalidRecord
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -60,7 +60,7 @@ class Inflater:
             if piece:
                 return piece
             if not packed and not self._inflater.eof:
-                raise Refused("truncated_archive", "the gzip stream ends too early")
+                raise InvalidRecord("truncated_archive", "the gzip stream ends too early")
 
     def _next_member(self) -> bool:
         rest = self._inflater.unused_data.lstrip(b"\0")  # zero padding may follow a member
@@ -89,7 +89,7 @@ class ByteStream:
         self._open_file, self._compression, self._points = open_file, compression, points
         self._indexed = compression == "gzip" and (build or points is not None)
         self._careful = False
-        self._damage: Refused | None = None
+        self._damage: InvalidRecord | None = None
         self._file: Any = None
         self._reader: Any = None
         self._reopen()
@@ -152,11 +152,11 @@ class ByteStream:
                 if piece or not size or not self._indexed or self._ends_here():
                     return piece
                 self._go_round()
-            except Refused as error:
+            except InvalidRecord as error:
                 self._damage = error
             except _DAMAGE as error:
                 if self._careful or not self._compression:
-                    self._damage = Refused("damaged_archive", f"at byte {self.offset}: {error}")
+                    self._damage = InvalidRecord("damaged_archive", f"at byte {self.offset}: {error}")
                 else:
                     self._go_round()
         return b""
@@ -216,7 +216,7 @@ class Window:
         piece = self._stream.read(min(size, self._left))
         self._left -= len(piece)
         if not piece and self._left:
-            raise Refused("truncated_archive", f"{self._left} bytes are missing")
+            raise InvalidRecord("truncated_archive", f"{self._left} bytes are missing")
         return piece
 
 
@@ -227,7 +227,7 @@ def read_all(stream: ByteStream, size: int | None = None, limits: Limits = LIMIT
         Refused: too large, a decompression bomb, or the stream ends too early.
     """
     if size is not None and size > limits.member_bytes:
-        raise Refused("too_large", f"{size} bytes")
+        raise InvalidRecord("too_large", f"{size} bytes")
     pieces: list[bytes] = []
     have, before = 0, stream.packed
     while size is None or have < size:
@@ -235,7 +235,7 @@ def read_all(stream: ByteStream, size: int | None = None, limits: Limits = LIMIT
         if not piece:
             if size is None:
                 break
-            raise Refused("truncated_archive", f"{have} of {size} bytes")
+            raise InvalidRecord("truncated_archive", f"{have} of {size} bytes")
         have += len(piece)
         check_size(have, stream.packed - before + PIECE, limits)
         pieces.append(piece)

@@ -10,7 +10,7 @@ import orjson
 import zstandard
 from isal import isal_zlib
 
-from datamodules.sources.field_coercion import Ambiguous, Refused
+from datamodules.sources.field_coercion import DuplicateKeys, InvalidRecord
 
 GZIP_MAGIC, ZSTD_MAGIC = b"\x1f\x8b", b"\x28\xb5\x2f\xfd"
 GZIP_ERROR: Any = isal_zlib.error  # its stub says an instance
@@ -43,7 +43,7 @@ def inflate(data: bytes, limits: Limits = LIMITS) -> bytes:
     try:
         return _inflate_zstd(data, limits) if data.startswith(ZSTD_MAGIC) else _inflate_gzip(data, limits)
     except (GZIP_ERROR, zstandard.ZstdError) as error:
-        raise Refused("bad_compression", str(error)) from None
+        raise InvalidRecord("bad_compression", str(error)) from None
 
 
 def _inflate_gzip(data: bytes, limits: Limits) -> bytes:
@@ -60,7 +60,7 @@ def _inflate_gzip(data: bytes, limits: Limits) -> bytes:
             check_size(size, len(data), limits)
             pieces.append(piece)
             if not rest and not piece and not inflater.eof:
-                raise Refused("truncated_gzip", f"ends after {size} bytes of output")
+                raise InvalidRecord("truncated_gzip", f"ends after {size} bytes of output")
         rest = inflater.unused_data.lstrip(b"\0")  # zero padding may follow the last member
     return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
@@ -77,11 +77,11 @@ def _inflate_zstd(data: bytes, limits: Limits) -> bytes:
 
 
 def check_size(size: int, packed: int, limits: Limits) -> None:
-    """Raises ``Refused`` where ``size`` bytes of output from ``packed`` bytes of input are too many."""
+    """Raises ``InvalidRecord`` where ``size`` bytes of output from ``packed`` bytes of input are too many."""
     if size > limits.member_bytes:
-        raise Refused("too_large", f"more than {limits.member_bytes} bytes uncompressed")
+        raise InvalidRecord("too_large", f"more than {limits.member_bytes} bytes uncompressed")
     if size > limits.ratio_floor and size > limits.ratio * packed:
-        raise Refused("decompression_bomb", f"{packed} bytes unpack to more than {limits.ratio:g} times as many")
+        raise InvalidRecord("decompression_bomb", f"{packed} bytes unpack to more than {limits.ratio:g} times as many")
 
 
 def loads(data: bytes) -> tuple[Any, bool]:
@@ -104,10 +104,10 @@ def loads(data: bytes) -> tuple[Any, bool]:
         text = data.decode("utf-8", "surrogateescape")
         return json.loads(text, object_pairs_hook=_object, parse_int=_integer), False
     except RecursionError:
-        raise Refused("too_deep", "nested too deep for a parser") from None
+        raise InvalidRecord("too_deep", "nested too deep for a parser") from None
     except ValueError as error:
         reason = "empty" if not data.strip() else "bad_json"
-        raise Refused(reason, str(error)) from None
+        raise InvalidRecord(reason, str(error)) from None
 
 
 def _integer(text: str) -> int | float:
@@ -118,4 +118,4 @@ def _integer(text: str) -> int | float:
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     value = dict(pairs)
-    return value if len(value) == len(pairs) else Ambiguous(value)
+    return value if len(value) == len(pairs) else DuplicateKeys(value)

@@ -26,7 +26,7 @@ import pyarrow as pa
 from datamodules.errors import UserError
 from datamodules.sources.byte_stream import ByteStream, compression_of
 from datamodules.sources.decompression import LIMITS, Limits
-from datamodules.sources.field_coercion import Refused
+from datamodules.sources.field_coercion import InvalidRecord
 from datamodules.sources.filesystem import File, Location, record_kind
 from datamodules.sources.formats import Parsed, Quarantined, Reader
 from datamodules.sources.huggingface import HuggingFace
@@ -78,7 +78,7 @@ def parse(raw: RawDocument, limits: Limits = LIMITS) -> Parsed:
     collecting = gc.isenabled()
     gc.disable()  # records hold no cycles, and walking them again and again took a third of the time
     try:
-        if isinstance(payload, Refused):
+        if isinstance(payload, InvalidRecord):
             raise payload
         if isinstance(payload, Deferred):
             payload = payload(limits)
@@ -90,10 +90,10 @@ def parse(raw: RawDocument, limits: Limits = LIMITS) -> Parsed:
             reader.read_lines(payload)
         else:
             reader.read_rows(payload)
-    except Refused as error:
+    except InvalidRecord as error:
         reader.refuse(error, None)
     except (pa.ArrowException, UnicodeDecodeError, OverflowError) as error:  # cells that Python can't hold
-        reader.refuse(Refused("bad_table", str(error)), None)
+        reader.refuse(InvalidRecord("bad_table", str(error)), None)
     finally:
         if collecting:
             gc.enable()
@@ -120,7 +120,7 @@ def _file_source(location: Location, file: File, cache_dir: Path | None, limits:
             f"source {location.spec}: can't be read ({error.strerror or error}); check its permissions, or fetch it "
             "first"
         ) from None
-    except Refused as error:
+    except InvalidRecord as error:
         raise UserError(f"source {location.spec}: damaged from its start ({error}); fetch it again") from None
     if not head.strip():
         raise UserError(f"source {location.spec}: is empty; {TRAINING}")

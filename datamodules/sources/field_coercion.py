@@ -40,7 +40,7 @@ ENRICHMENT_TEXTS = ("business_impact", "technical_details")
 SEVERITY_SET, CATEGORY_SET, BASELINE_SET = frozenset(SEVERITIES), frozenset(CATEGORIES), frozenset(BASELINE_STATUSES)
 
 
-class Refused(Exception):
+class InvalidRecord(Exception):
     """A record that can't be used.
 
     Args:
@@ -54,7 +54,7 @@ class Refused(Exception):
         self.detail = detail
 
 
-class Ambiguous(dict[str, Any]):
+class DuplicateKeys(dict[str, Any]):
     """A JSON object in which a key stood twice: nobody can say which value was meant."""
 
 
@@ -82,7 +82,7 @@ def number(value: Any, name: str, repairs: Counter[str]) -> float | None:
     except OverflowError:  # an integer of more than 308 digits
         result = math.inf
     if not math.isfinite(result):
-        raise Refused("non_finite", name)
+        raise InvalidRecord("non_finite", name)
     return result
 
 
@@ -120,12 +120,12 @@ def measure(fields: dict[str, Any]) -> int:
         kind = type(item)
         if kind is str:
             characters += len(item)
-        elif kind is dict or kind is list or kind is Ambiguous:
+        elif kind is dict or kind is list or kind is DuplicateKeys:
             nested.append((item, 2))
     while nested:
         value, depth = nested.pop()
         if depth > MAX_DEPTH:
-            raise Refused("too_deep", f"more than {MAX_DEPTH} levels")
+            raise InvalidRecord("too_deep", f"more than {MAX_DEPTH} levels")
         if isinstance(value, dict):
             characters += len("".join(value))
             value = value.values()
@@ -137,14 +137,14 @@ def measure(fields: dict[str, Any]) -> int:
     return characters
 
 
-def flaw(record: Any) -> tuple[str, str] | None:
+def strict_json_error(record: Any) -> tuple[str, str] | None:
     """Says what strict JSON would have refused in a record that a tolerant parser read, as (reason, detail)."""
     stack = [(record, 0)]
     while stack:
         value, depth = stack.pop()
         if depth > MAX_DEPTH:
             return "too_deep", f"more than {MAX_DEPTH} levels"
-        if isinstance(value, Ambiguous):
+        if isinstance(value, DuplicateKeys):
             return "duplicate_keys", ""
         if isinstance(value, dict):
             stack.extend((item, depth + 1) for pair in value.items() for item in pair)
@@ -169,7 +169,7 @@ def texts(record: dict[str, Any], repairs: Counter[str]) -> tuple[str, str]:
     title, description = plain_text(title, "title", repairs), plain_text(description, "description", repairs)
     if not title:
         if not description:
-            raise Refused("no_text", "neither title nor description")
+            raise InvalidRecord("no_text", "neither title nor description")
         repairs["title_from_description"] += 1
         title = description[:80]
     return title, description
@@ -196,7 +196,7 @@ def grade(record: dict[str, Any], bucket: str, repairs: Counter[str]) -> tuple[s
     if type(severity) is not str or severity not in SEVERITY_SET:
         severity = severity_word(severity, repairs) or severity_word(bucket, repairs)
     if severity is None and score is None and base is None:
-        raise Refused("no_severity_or_score", repr(record.get("severity"))[:80])
+        raise InvalidRecord("no_severity_or_score", repr(record.get("severity"))[:80])
     if score is None:
         repairs["risk_score_from_base" if base is not None else "score_from_severity"] += 1
         score = base if base is not None else SCORES[severity or "info"]

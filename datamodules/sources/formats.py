@@ -27,7 +27,7 @@ import orjson
 
 from datamodules.records import Document
 from datamodules.sources.decompression import GZIP_MAGIC, LIMITS, ZSTD_MAGIC, Limits, inflate, loads
-from datamodules.sources.field_coercion import Ambiguous, Refused, flaw, measure
+from datamodules.sources.field_coercion import DuplicateKeys, InvalidRecord, measure, strict_json_error
 from datamodules.sources.record_validation import read_correlation, read_finding
 from datamodules.sources.table_rows import plain_row
 
@@ -91,7 +91,7 @@ class Reader:
         self.limits = limits
         self.clean = clean
 
-    def refuse(self, error: Refused, record: Any) -> None:
+    def refuse(self, error: InvalidRecord, record: Any) -> None:
         """Puts a record, or the bytes of a whole member, into quarantine."""
         at = self.parsed.document
         position = at.position + self.parsed.records
@@ -106,9 +106,9 @@ class Reader:
             if data.startswith((GZIP_MAGIC, ZSTD_MAGIC)):
                 data = inflate(data, self.limits)
             if len(data) > self.limits.member_bytes:
-                raise Refused("too_large", f"{len(data)} bytes")
+                raise InvalidRecord("too_large", f"{len(data)} bytes")
             value, self.clean = loads(data)
-        except Refused as error:
+        except InvalidRecord as error:
             lines = data.splitlines() if error.reason == "bad_json" else []
             if len(lines) > 1 and _is_object(lines[0]):  # JSON Lines under another name
                 self.read_lines(lines)
@@ -124,7 +124,7 @@ class Reader:
                 continue
             try:
                 value, self.clean = loads(line)
-            except Refused as error:
+            except InvalidRecord as error:
                 self.refuse(error, line)
             else:
                 self.read_value(value)
@@ -142,11 +142,11 @@ class Reader:
                 if depth < 2:
                     self.read_value(item, depth + 1)
                 else:
-                    self.refuse(Refused("unknown_layout", "lists of lists"), item)
+                    self.refuse(InvalidRecord("unknown_layout", "lists of lists"), item)
             return
         layout = layout_of(value)
-        if layout != "record" and isinstance(value, Ambiguous):
-            self.refuse(Refused("duplicate_keys", "in the document's outermost object"), value)
+        if layout != "record" and isinstance(value, DuplicateKeys):
+            self.refuse(InvalidRecord("duplicate_keys", "in the document's outermost object"), value)
         elif layout == "envelope":
             self._read_envelope(value, depth)
         elif layout == "wrapped":
@@ -161,19 +161,19 @@ class Reader:
         elif layout == "generation_report":
             self.parsed.skipped[layout] += 1
         else:
-            self.refuse(Refused(layout, "no findings document"), value)
+            self.refuse(InvalidRecord(layout, "no findings document"), value)
 
     def _read_envelope(self, envelope: dict[str, Any], depth: int) -> None:
         try:
             method = envelope.get("compression_method") or "gzip"
             if depth > 2 or method != "gzip":
-                raise Refused("unknown_compression", "envelopes in envelopes" if depth > 2 else str(method)[:80])
+                raise InvalidRecord("unknown_compression", "envelopes in envelopes" if depth > 2 else str(method)[:80])
             try:
                 packed = unhexlify(envelope["data"])
             except (HexError, ValueError) as error:
-                raise Refused("bad_hex", str(error)) from None
+                raise InvalidRecord("bad_hex", str(error)) from None
             value, self.clean = loads(inflate(packed, self.limits))
-        except Refused as error:
+        except InvalidRecord as error:
             self.refuse(error, envelope)
             return
         self.read_value(value, depth + 1)
@@ -194,9 +194,9 @@ class Reader:
         if isinstance(value, list):
             for record in value:
                 self._record(record, category, severity)
-        elif isinstance(value, Ambiguous) or (value and (level > 1 or not isinstance(value, dict))):
-            reason = "duplicate_keys" if isinstance(value, Ambiguous) else "unknown_layout"
-            self.refuse(Refused(reason, f"findings of {category or 'all categories'}"), value)
+        elif isinstance(value, DuplicateKeys) or (value and (level > 1 or not isinstance(value, dict))):
+            reason = "duplicate_keys" if isinstance(value, DuplicateKeys) else "unknown_layout"
+            self.refuse(InvalidRecord(reason, f"findings of {category or 'all categories'}"), value)
         elif value:
             for name, below in value.items():
                 self.read_findings(below, category or name, name if category else "", level + 1)
@@ -207,28 +207,28 @@ class Reader:
             for record in value:
                 self._record(record, correlation=True)
         elif value:
-            self.refuse(Refused("unknown_layout", "correlations are no list"), value)
+            self.refuse(InvalidRecord("unknown_layout", "correlations are no list"), value)
 
     def _record(self, record: Any, category: str = "", severity: str = "", correlation: bool = False) -> None:
         parsed = self.parsed
         try:
-            if not self.clean and (found := flaw(record)):
-                raise Refused(*found)
+            if not self.clean and (found := strict_json_error(record)):
+                raise InvalidRecord(*found)
             if correlation or (not category and _is_correlation(record)):
                 parsed.document.correlations.append(read_correlation(record, parsed.repairs))
             else:
                 parsed.document.findings.append(read_finding(record, parsed.repairs, category, severity))
             parsed.records += 1
-        except Refused as error:
+        except InvalidRecord as error:
             self.refuse(error, record)
 
     def _sound(self, value: Any) -> bool:
         """Tells whether a summary or an action may be kept; puts it into quarantine where not."""
         try:
-            if not self.clean and (found := flaw(value)):
-                raise Refused(*found)
+            if not self.clean and (found := strict_json_error(value)):
+                raise InvalidRecord(*found)
             measure({"value": value})
-        except Refused as error:
+        except InvalidRecord as error:
             self.refuse(error, value)
             return False
         return True

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qsl, urlsplit
 
 from datamodules.errors import UserError
-from datamodules.sources.field_coercion import Refused
+from datamodules.sources.field_coercion import InvalidRecord
 from datamodules.sources.filesystem import Location, fingerprint
 from datamodules.sources.readers import RawDocument, Source
 from datamodules.sources.tar_reader import CHUNK_RECORDS
@@ -45,7 +45,7 @@ class HuggingFace(Source):
                 yield RawDocument(self.spec, "", 0, position, batch)
                 position += len(batch)
         except Exception as error:  # the hub's, the network's or the file format's: what was read stays
-            yield RawDocument(self.spec, "", 0, position, Refused("unreadable", str(error)))
+            yield RawDocument(self.spec, "", 0, position, InvalidRecord("unreadable", str(error)))
 
     def members(self) -> list[str]:
         """See :class:`Source`."""

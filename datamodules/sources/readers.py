@@ -17,7 +17,7 @@ from pyarrow import parquet
 
 from datamodules.sources.byte_stream import ByteStream, Window, compression_of, read_all
 from datamodules.sources.decompression import LIMITS, Limits
-from datamodules.sources.field_coercion import Refused
+from datamodules.sources.field_coercion import InvalidRecord
 from datamodules.sources.filesystem import PACKINGS, File, Location, fingerprint, is_record_file, record_kind
 from datamodules.sources.seek_index import SeekIndex
 from datamodules.sources.tar_reader import CHUNK_RECORDS, line_chunks, tar_members
@@ -40,7 +40,8 @@ class RawDocument:
         member_index: number of the member in file order.
         position: number of the document's first record in the member.
         payload: bytes of a document (packed or not); a list of lines or of rows; a table of rows; a function that
-            reads the bytes; or the :class:`~datamodules.sources.field_coercion.Refused` that says why there are none.
+            reads the bytes; or the :class:`~datamodules.sources.field_coercion.InvalidRecord` that says why there are
+            none.
     """
 
     source: str
@@ -58,14 +59,14 @@ class Deferred:
     file: File
 
     def __call__(self, limits: Limits) -> bytes:
-        """Reads the file as it stands; raises ``Refused`` where it is too large or can't be read."""
+        """Reads the file as it stands; raises ``InvalidRecord`` where it is too large or can't be read."""
         if self.file.size > limits.member_bytes:
-            raise Refused("too_large", f"{self.file.size} bytes")
+            raise InvalidRecord("too_large", f"{self.file.size} bytes")
         try:
             with self.location.open(self.file) as file:
                 return file.read()
         except OSError as error:
-            raise Refused("unreadable", str(error)) from None
+            raise InvalidRecord("unreadable", str(error)) from None
 
 
 class Source(ABC):
@@ -121,8 +122,8 @@ class Files(Source):
             try:
                 for position, payload in self._payloads(file, first):
                     yield RawDocument(self.spec, file.name, index, position, payload)
-            except (OSError, pa.ArrowException, Refused) as error:
-                refused = error if isinstance(error, Refused) else Refused("unreadable", str(error))
+            except (OSError, pa.ArrowException, InvalidRecord) as error:
+                refused = error if isinstance(error, InvalidRecord) else InvalidRecord("unreadable", str(error))
                 yield RawDocument(self.spec, file.name, index, position, refused)
 
     def members(self) -> list[str]:
@@ -191,7 +192,7 @@ class Archive(Source):
             # from the start of a known archive nothing is sought and nothing noted: the faster reader will do
             stream = self._stream(None if index.complete and offset == 0 else index.points, build)
         except OSError as error:
-            yield RawDocument(self.spec, "", number, position, Refused("unreadable", str(error)))
+            yield RawDocument(self.spec, "", number, position, InvalidRecord("unreadable", str(error)))
             return
         saved = offset
         try:
@@ -273,10 +274,10 @@ class Archive(Source):
             elif kind != "json" or start == 0:
                 data = read_all(stream, member.size, self.limits)
                 yield from _parts(data, kind, start)
-        except Refused as error:
+        except InvalidRecord as error:
             yield position, error
         except (pa.ArrowException, OSError) as error:
-            yield position, Refused("bad_table", str(error))
+            yield position, InvalidRecord("bad_table", str(error))
 
 
 def table_chunks(file: IO[bytes] | pa.NativeFile, start: int = 0) -> Iterator[tuple[int, pa.RecordBatch]]:

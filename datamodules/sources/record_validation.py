@@ -1,8 +1,8 @@
 """One record's way through the gate: repaired and counted, or refused with a reason.
 
 A record is a JSON object as it stands in a file. What real files get wrong and what can be mended without guessing is
-mended (and counted by name in ``repairs``); where meaning would be lost, :class:`Refused` says why. The functions run
-once per finding of the whole corpus: each field's good case is tested first and costs one type check.
+mended (and counted by name in ``repairs``); where meaning would be lost, :class:`InvalidRecord` says why. The
+functions run once per finding of the whole corpus: each field's good case is tested first and costs one type check.
 
 Repairs, by name: ``number_from_string``, ``unreadable_number``, ``risk_score_from_base``, ``base_from_risk_score``,
 ``score_from_severity``, ``severity_alias``, ``severity_from_score``, ``score_clamped``, ``subscore_clamped``,
@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from datamodules.records import Correlation, Finding
 from datamodules.sources import field_coercion
-from datamodules.sources.field_coercion import MAX_CHARACTERS, Refused, measure, number, strings
+from datamodules.sources.field_coercion import MAX_CHARACTERS, InvalidRecord, measure, number, strings
 
 if TYPE_CHECKING:
     from collections import Counter
@@ -36,7 +36,7 @@ def read_finding(record: Any, repairs: Counter[str], category: str = "", severit
         Refused: no object, no text, no severity and no score, non-finite numbers, too deep, too large.
     """
     if not isinstance(record, dict):
-        raise Refused("not_an_object", type(record).__name__)
+        raise InvalidRecord("not_an_object", type(record).__name__)
     get = record.get
     title, description = field_coercion.texts(record, repairs)
     metadata = get("metadata")
@@ -66,7 +66,7 @@ def read_finding(record: Any, repairs: Counter[str], category: str = "", severit
     if rationale or refs or enrichment:
         size += len("".join(rationale)) + len("".join(refs)) + measure(enrichment)
     if size > MAX_CHARACTERS:
-        raise Refused("too_large", f"more than {MAX_CHARACTERS} characters of text")
+        raise InvalidRecord("too_large", f"more than {MAX_CHARACTERS} characters of text")
     return Finding(
         identity,
         title,
@@ -95,7 +95,7 @@ def read_correlation(record: Any, repairs: Counter[str]) -> Correlation:
         Refused: no object, no text, non-finite numbers, too deep, too large.
     """
     if not isinstance(record, dict):
-        raise Refused("not_an_object", type(record).__name__)
+        raise InvalidRecord("not_an_object", type(record).__name__)
     get = record.get
     rationale = get("rationale")
     explained = get("description") or " ".join(field_coercion.rationale(rationale, repairs) if rationale else [])
@@ -114,7 +114,7 @@ def read_correlation(record: Any, repairs: Counter[str]) -> Correlation:
     tags = strings(get("tags") or [], "tags", repairs)
     size = len(title) + len(description) + len(identity) + measure(metadata)
     if size + len("".join(finding_ids)) + len("".join(tags)) > MAX_CHARACTERS:
-        raise Refused("too_large", f"more than {MAX_CHARACTERS} characters of text")
+        raise InvalidRecord("too_large", f"more than {MAX_CHARACTERS} characters of text")
     return Correlation(
         id=identity,
         title=title,

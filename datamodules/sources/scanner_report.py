@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from datamodules.errors import UserError
-from datamodules.sources.field_coercion import Refused
+from datamodules.sources.field_coercion import InvalidRecord
 from datamodules.sources.formats import Reader, layout_of
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ def read_report(report: Any, name: str = "report") -> Parsed:
         return reader.parsed
     for result in report["results"]:
         if not isinstance(result, dict):
-            reader.refuse(Refused("not_an_object", "an entry of 'results'"), result)
+            reader.refuse(InvalidRecord("not_an_object", "an entry of 'results'"), result)
         else:
             scanner = result.get("scanner")
             reader.read_findings(result.get("findings") or [], scanner if isinstance(scanner, str) else "unknown")

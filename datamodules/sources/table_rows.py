@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from datamodules.sources.decompression import loads
-from datamodules.sources.field_coercion import Refused
+from datamodules.sources.field_coercion import InvalidRecord
 
 #: fields that a flattened table holds as JSON text, and what their text begins with
 _JSON_TEXT = dict.fromkeys(("metadata", "risk_subscores", "_langchain_enrichment"), "{") | dict.fromkeys(
@@ -23,7 +23,7 @@ def plain_row(row: Any) -> Any:
         if isinstance(text, str) and text.lstrip().startswith(opening):
             try:
                 plain[name] = loads(text.encode("utf-8", "surrogatepass"))[0]
-            except Refused:
+            except InvalidRecord:
                 continue
     return plain
 

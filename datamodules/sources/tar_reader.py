@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from datamodules.sources.byte_stream import PIECE, ByteStream
-from datamodules.sources.field_coercion import Refused
+from datamodules.sources.field_coercion import InvalidRecord
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -42,7 +42,7 @@ class TarMember:
     start: int
     data: int
     size: int
-    damage: Refused | None = None
+    damage: InvalidRecord | None = None
 
 
 def tar_members(stream: ByteStream) -> Iterator[TarMember]:
@@ -57,8 +57,8 @@ def tar_members(stream: ByteStream) -> Iterator[TarMember]:
         try:
             block = stream.read(BLOCK)
             if len(block) < BLOCK:
-                raise Refused("truncated_archive", "the archive has no end mark")
-        except Refused as error:
+                raise InvalidRecord("truncated_archive", "the archive has no end mark")
+        except InvalidRecord as error:
             yield TarMember("", here, here, 0, error)
             return
         if not block.strip(b"\0"):
@@ -68,7 +68,7 @@ def tar_members(stream: ByteStream) -> Iterator[TarMember]:
         info = _header(block, lost)
         if info is None:
             if not lost:
-                yield TarMember("", start, here, 0, Refused("bad_header", f"at byte {here}"))
+                yield TarMember("", start, here, 0, InvalidRecord("bad_header", f"at byte {here}"))
             start, extended, lost = here + BLOCK, {}, True
             continue
         if lost:
@@ -93,7 +93,7 @@ def tar_members(stream: ByteStream) -> Iterator[TarMember]:
 
 def line_chunks(
     read: Callable[[int], bytes], *, position: int = 0, offset: int = 0, start: int = 0
-) -> Iterator[tuple[int, int, list[bytes] | Refused]]:
+) -> Iterator[tuple[int, int, list[bytes] | InvalidRecord]]:
     """Cuts JSON Lines into runs of at most :data:`CHUNK_RECORDS` lines; a line that is a document stands alone.
 
     Args:
@@ -128,14 +128,14 @@ def line_chunks(
         yield first, first_offset, chunk
 
 
-def _lines(read: Callable[[int], bytes]) -> Iterator[tuple[bytes | Refused, int]]:
+def _lines(read: Callable[[int], bytes]) -> Iterator[tuple[bytes | InvalidRecord, int]]:
     """Lines and their lengths with the line end; a damage, or a line beyond the limit, comes as what is wrong."""
     held: list[bytes] = []
     size, damage = 0, None
     while damage is None:
         try:
             block = read(PIECE)
-        except Refused as error:
+        except InvalidRecord as error:
             block, damage = b"", error
         if not block:
             break
@@ -155,9 +155,9 @@ def _lines(read: Callable[[int], bytes]) -> Iterator[tuple[bytes | Refused, int]
         yield damage, size
 
 
-def _line(held: list[bytes], last: bytes, size: int) -> bytes | Refused:
+def _line(held: list[bytes], last: bytes, size: int) -> bytes | InvalidRecord:
     if size > LINE_BYTES:
-        return Refused("too_large", f"a line of {size} bytes")
+        return InvalidRecord("too_large", f"a line of {size} bytes")
     return b"".join([*held, last]) if held else last
 
 
@@ -176,7 +176,7 @@ def _extension(kind: bytes, stream: ByteStream, size: int) -> dict[str, str]:
     """The path and the size that a long-name or pax header gives to the next member."""
     try:
         body = stream.read(size)
-    except Refused:
+    except InvalidRecord:
         return {}
     if kind == tarfile.GNUTYPE_LONGNAME:
         return {"path": body.rstrip(b"\0").decode("utf-8", "surrogateescape")}

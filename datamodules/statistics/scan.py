@@ -17,11 +17,11 @@ from datamodules.batch import IGNORE_INDEX
 from datamodules.packing import Packing, Row, to_batch
 from datamodules.sources import parse
 from datamodules.statistics.near_duplicates import NearDuplicates
-from datamodules.statistics.summary import Packed, Survey
+from datamodules.statistics.summary import DatasetSummary, Packed
 from datamodules.stream.blocks import BlockStart, blocks
 from datamodules.stream.conflicts import merge_conflicts
-from datamodules.stream.counters import Ledger
-from datamodules.stream.dedup import Deduplicator, KeySet
+from datamodules.stream.counters import PipelineCounters
+from datamodules.stream.dedup import Deduplicator, HashSet
 from datamodules.stream.epoch_order import Place, epoch_order, walk
 from datamodules.stream.example_columns import Columns
 from datamodules.stream.preprocessing import PreparedDocument
@@ -59,19 +59,19 @@ class _Foreseen(Deduplicator):
         return duplicate, conflict
 
 
-def survey(
+def scan_dataset(
     data: FindingsDataModule,
     *,
     devices: int = 1,
     limit: int | None = None,
     near_duplicates: int = 0,
-    progress: Callable[[Survey, Place], None] = lambda _, __: None,
-) -> Survey:
+    progress: Callable[[DatasetSummary, Place], None] = lambda _, __: None,
+) -> DatasetSummary:
     """Reads the sources once, in the order of epoch 0.
 
     Args:
         data: configured; :meth:`FindingsDataModule.setup` is called.
-        devices: how many the run is for; rows come in multiples of ``batch_rows`` times it.
+        devices: how many the run is for; rows come in multiples of ``batch_size`` times it.
         limit: stops behind the document in which so many findings are reached.
         near_duplicates: distinct findings to compare with each other.
         progress: called behind each document.
@@ -80,22 +80,28 @@ def survey(
         UserError: the sources can't be read, or an option can't be served.
     """
     data.setup("inspect")
-    found = Survey(near=NearDuplicates(near_duplicates) if near_duplicates else None)
+    found = DatasetSummary(near=NearDuplicates(near_duplicates) if near_duplicates else None)
     foreseen = {mode: _Foreseen() for mode in MODES}
     reader = _Reader(data, found, list(foreseen.values()))
     copies = _fan_out(reader.training_documents(limit, progress), len(MODES))  # read in turn, block by block
     made = [
-        blocks(documents, data.recipe(mode), BlockStart(seen=foreseen[mode]), Ledger(1.0), quantum=quantum)
-        for quantum in (data.batch_rows * devices,)
+        blocks(
+            documents,
+            data.recipe(mode),
+            BlockStart(seen=foreseen[mode]),
+            PipelineCounters(1.0),
+            rows_multiple=rows_multiple,
+        )
+        for rows_multiple in (data.batch_size * devices,)
         for mode, documents in zip(MODES, copies, strict=True)
     ]
-    found.packed = {mode: Packed(data.row_tokens) for mode in MODES}
+    found.packed = {mode: Packed(data.sequence_length) for mode in MODES}
     for parallel in zip(*made, strict=True):
         for mode, block in zip(MODES, parallel, strict=True):
             rows = block.rows[: block.emit]
             found.packed[mode].add(rows)
             if mode == data.packing:
-                found.counts["unsupervised"] += sum(_unsupervised(row, data.row_tokens) for row in rows)
+                found.counts["unsupervised"] += sum(_unsupervised(row, data.sequence_length) for row in rows)
                 if found.sample is None and block.rows:
                     found.sample = block.rows[0].examples[0]
     return found
@@ -120,9 +126,9 @@ def _fan_out(items: Iterator[T], count: int) -> list[Iterator[T]]:
     return [read(own) for own in waiting]
 
 
-def _unsupervised(row: Row, row_tokens: int) -> int:
+def _unsupervised(row: Row, sequence_length: int) -> int:
     """Examples of a row, laid out as for training, that carry no label."""
-    batch = to_batch([row], row_tokens)
+    batch = to_batch([row], sequence_length)
     labelled = batch.segment_ids_BT[batch.labels_BT != IGNORE_INDEX]
     return len(row.examples) - int(labelled[labelled > 0].unique().numel())
 
@@ -130,17 +136,17 @@ def _unsupervised(row: Row, row_tokens: int) -> int:
 class _Reader:
     """Documents on their way to the packer: counts them, and notes which of their examples are new."""
 
-    def __init__(self, data: FindingsDataModule, found: Survey, listeners: list[_Foreseen]) -> None:
+    def __init__(self, data: FindingsDataModule, found: DatasetSummary, listeners: list[_Foreseen]) -> None:
         self.data, self.found, self.listeners = data, found, listeners
-        self.preparer = data._preparer
+        self.processor = data.document_processor
         self.seen = {split: Deduplicator() for split in SPLITS}
-        self.inputs = KeySet()
+        self.inputs = HashSet()
 
     def training_documents(
-        self, limit: int | None, progress: Callable[[Survey, Place], None]
+        self, limit: int | None, progress: Callable[[DatasetSummary, Place], None]
     ) -> Iterator[PreparedDocument]:
         """Reads everything, and yields what training uses of it."""
-        sources = self.preparer.sources
+        sources = self.processor.sources
         for place, _, raw in walk(sources, epoch_order(sources, epoch=0, seed=self.data.seed)):
             if limit is not None and self.found.counts["findings"] >= limit:
                 self.found.complete = False
@@ -161,7 +167,9 @@ class _Reader:
         self.found.repairs.update(parsed.repairs)
         self.found.quarantine.update(lost.reason for lost in parsed.quarantined)
         data = self.data
-        parts = split_document(parsed.document, val=data.val, test=data.test, seed=data.seed)
+        parts = split_document(
+            parsed.document, val_fraction=data.val_fraction, test_fraction=data.test_fraction, seed=data.seed
+        )
         columns = {split: self._encode(part) for split, part in parts.items()}
         for split, part in parts.items():
             self.found.splits[split].update(findings=len(part.findings), correlations=len(part.correlations))
@@ -169,7 +177,7 @@ class _Reader:
             self._compare(split, part)
         training = columns["train"]
         # where nothing fits, a run would stop with an error; the doctor goes on, and warns
-        return training if (training.lengths <= data.row_tokens).any() else Columns.of([])
+        return training if (training.lengths <= data.sequence_length).any() else Columns.of([])
 
     def _encode(self, part: Document) -> Columns:
         if self.data.conflicts == "merge":
@@ -185,7 +193,7 @@ class _Reader:
         return Columns.of(examples)
 
     def _count(self, split: Split, columns: Columns) -> None:
-        found, fits = self.found, columns.lengths <= self.data.row_tokens
+        found, fits = self.found, columns.lengths <= self.data.sequence_length
         tasks = columns.texts[0]
         found.overflow.update(_named(columns, tasks[~fits]))
         indices = np.flatnonzero(fits)

@@ -57,7 +57,7 @@ class Packed:
         supervised: tokens that carry a label.
     """
 
-    row_tokens: int
+    sequence_length: int
     rows: int = 0
     used: int = 0
     apart: int = 0
@@ -78,17 +78,17 @@ class Packed:
 
     def summary(self) -> dict[str, int | float]:
         """Counts, and shares of the rows' tokens."""
-        tokens = max(self.rows * self.row_tokens, 1)
+        tokens = max(self.rows * self.sequence_length, 1)
         return {
-            "rows": self.rows, "tokens": self.rows * self.row_tokens, "efficiency": self.used / tokens,
+            "rows": self.rows, "tokens": self.rows * self.sequence_length, "efficiency": self.used / tokens,
             "padding": 1 - self.used / tokens if self.rows else 0.0, "supervised": self.supervised / tokens,
             "prefix_saved": self.apart - self.used, "prefix_saved_share": 1 - self.used / max(self.apart, 1),
         }  # fmt: skip
 
 
 @dataclass
-class Survey:
-    """What ``survey`` found. Counters by task: distinct examples of all splits that fit a row.
+class DatasetSummary:
+    """What ``scan_dataset`` found. Counters by task: distinct examples of all splits that fit a row.
 
     Attributes:
         counts: ``documents``, ``records``, ``findings``, ``correlations``, ``duplicates``, ``conflicts``, ``merged``,
@@ -128,7 +128,7 @@ class Survey:
     complete: bool = True
 
 
-def report_counts(found: Survey, data: FindingsDataModule) -> dict[str, Any]:
+def report_counts(found: DatasetSummary, data: FindingsDataModule) -> dict[str, Any]:
     """The survey as one JSON-ready object."""
     configured, shared = found.packed[data.packing], found.packed["shared_prefix"]
     return {
@@ -159,7 +159,7 @@ def report_counts(found: Survey, data: FindingsDataModule) -> dict[str, Any]:
             "prompt": configured.apart - configured.supervised, "prefix_saved": shared.apart - shared.used,
         },
         "packing": {
-            "mode": data.packing, "row_tokens": data.row_tokens,
+            "mode": data.packing, "sequence_length": data.sequence_length,
             "efficiency": configured.summary()["efficiency"],
             "modes": {mode: packed.summary() for mode, packed in found.packed.items()},
         },

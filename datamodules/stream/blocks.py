@@ -16,7 +16,7 @@ import numpy as np
 
 from datamodules.errors import UserError
 from datamodules.packing import Packing, Row, pack
-from datamodules.stream.counters import Ledger
+from datamodules.stream.counters import PipelineCounters
 from datamodules.stream.dedup import Deduplicator
 from datamodules.stream.epoch_order import Place
 from datamodules.stream.example_columns import Columns, to_tensor
@@ -30,29 +30,29 @@ BalanceBy = Literal["severity", "category", "both"]
 
 
 @dataclass(frozen=True)
-class Recipe:
+class BlockConfig:
     """How blocks are made.
 
     Attributes:
         tasks: share of each task's examples that is used.
-        row_tokens: T.
+        sequence_length: T.
         packing: mode of :func:`datamodules.packing.pack`.
         block_examples: examples after which a block ends, at the end of a document.
         first_block: the same for an epoch's first block, which the first batch waits for.
         seed: of the shuffle.
-        balance: 0 every example once, 1 all strata of a task alike.
+        severity_balance: 0 every example once, 1 all strata of a task alike.
         balance_by: what the strata are.
         keep_conflicts: whether the same input may come with another answer.
         training: draw, repeat and drop the tail; else every example exactly once.
     """
 
     tasks: dict[str, float]
-    row_tokens: int
+    sequence_length: int
     packing: Packing
     block_examples: int
     first_block: int
     seed: int
-    balance: float = 0.0
+    severity_balance: float = 0.0
     balance_by: BalanceBy = "severity"
     keep_conflicts: bool = True
     training: bool = True
@@ -127,11 +127,11 @@ class Block:
 
 def blocks(
     documents: Iterable[PreparedDocument],
-    recipe: Recipe,
+    recipe: BlockConfig,
     start: BlockStart,
-    ledger: Ledger,
+    ledger: PipelineCounters,
     *,
-    quantum: int,
+    rows_multiple: int,
     skip: int = 0,
 ) -> Iterator[Block]:
     """Gathers documents into blocks, to the end of the epoch.
@@ -141,7 +141,7 @@ def blocks(
         recipe: how.
         start: of the first block; it is owned by this call (see :meth:`BlockStart.fresh`).
         ledger: counts; its state belongs to ``start``.
-        quantum: rows come in multiples of it: batch rows times ranks.
+        rows_multiple: rows come in multiples of it: batch rows times ranks.
         skip: rows of the first block that were consumed before.
 
     Raises:
@@ -157,24 +157,24 @@ def blocks(
         count += len(document.columns)
         if count >= (recipe.block_examples if start.index else recipe.first_block):
             start.place = place
-            block, start = _build(gathered, recipe, start, ledger, quantum=quantum, skip=skip, final=False)
+            block, start = _build(gathered, recipe, start, ledger, rows_multiple=rows_multiple, skip=skip, final=False)
             yield block
             gathered, count, skip = [], 0, 0
     if gathered:
         start.place = place
     elif start.index:  # nothing but carry: no document is to be read again
         start.place = Place(np.iinfo(np.int64).max, 0, 0)
-    yield _build(gathered, recipe, start, ledger, quantum=quantum, skip=skip, final=True)[0]
+    yield _build(gathered, recipe, start, ledger, rows_multiple=rows_multiple, skip=skip, final=True)[0]
     ledger.check()
 
 
 def _build(
     documents: list[PreparedDocument],
-    recipe: Recipe,
+    recipe: BlockConfig,
     start: BlockStart,
-    ledger: Ledger,
+    ledger: PipelineCounters,
     *,
-    quantum: int,
+    rows_multiple: int,
     skip: int,
     final: bool,
 ) -> tuple[Block, BlockStart]:
@@ -185,7 +185,9 @@ def _build(
     examples = _select(Columns.join([d.columns for d in documents]), recipe, start, ledger, rng) if documents else []
     examples += start.carry
     rows = pack(
-        [examples[i] for i in rng.permutation(len(examples))], row_tokens=recipe.row_tokens, mode=recipe.packing
+        [examples[i] for i in rng.permutation(len(examples))],
+        sequence_length=recipe.sequence_length,
+        mode=recipe.packing,
     )
     rows = [rows[i] for i in rng.permutation(len(rows))]
     held: list[Row] = []
@@ -193,7 +195,7 @@ def _build(
         rows, held = _hold_back(rows, recipe)
     emit = len(rows)
     if recipe.training or not final:
-        emit = min(skip + max(len(rows) - skip, 0) // quantum * quantum, len(rows))
+        emit = min(skip + max(len(rows) - skip, 0) // rows_multiple * rows_multiple, len(rows))
     rest = rows[emit:] + held
     if final:
         ledger.counts["tail"] += sum(len(row.examples) for row in rest)
@@ -210,10 +212,10 @@ def _build(
 
 
 def _select(
-    columns: Columns, recipe: Recipe, start: BlockStart, ledger: Ledger, rng: np.random.Generator
+    columns: Columns, recipe: BlockConfig, start: BlockStart, ledger: PipelineCounters, rng: np.random.Generator
 ) -> list[Example]:
     """Examples of new documents, as often as they are to be used."""
-    fits = columns.lengths <= recipe.row_tokens
+    fits = columns.lengths <= recipe.sequence_length
     _check_overflow(columns, fits, recipe, start)
     indices = np.flatnonzero(fits)
     duplicate, conflict = start.seen.add(columns.keys[indices], columns.inputs[indices])
@@ -230,9 +232,9 @@ def _select(
     return columns.select(indices)
 
 
-def _balance(columns: Columns, indices: np.ndarray, recipe: Recipe, rng: np.random.Generator) -> np.ndarray:
+def _balance(columns: Columns, indices: np.ndarray, recipe: BlockConfig, rng: np.random.Generator) -> np.ndarray:
     """Resamples each task's examples towards equal strata."""
-    if recipe.balance == 0 or len(indices) == 0:
+    if recipe.severity_balance == 0 or len(indices) == 0:
         return indices
     task, severity, category = columns.texts[:, indices].astype(np.int64)
     n = len(columns.names)
@@ -240,11 +242,13 @@ def _balance(columns: Columns, indices: np.ndarray, recipe: Recipe, rng: np.rand
     parts = []
     for code in np.unique(task):
         of_task = np.flatnonzero(task == code)
-        parts.append(np.repeat(indices[of_task], balance_copies(strata[of_task], recipe.balance, rng.random())))
+        parts.append(
+            np.repeat(indices[of_task], balance_copies(strata[of_task], recipe.severity_balance, rng.random()))
+        )
     return np.concatenate(parts)
 
 
-def _hold_back(rows: list[Row], recipe: Recipe) -> tuple[list[Row], list[Row]]:
+def _hold_back(rows: list[Row], recipe: BlockConfig) -> tuple[list[Row], list[Row]]:
     """Takes out the emptiest row of each task: the next block fills it."""
     emptiest: dict[str, int] = {}
     for index, row in enumerate(rows):
@@ -255,7 +259,7 @@ def _hold_back(rows: list[Row], recipe: Recipe) -> tuple[list[Row], list[Row]]:
     return [row for i, row in enumerate(rows) if i not in held], [rows[i] for i in sorted(held)]
 
 
-def _check_overflow(columns: Columns, fits: np.ndarray, recipe: Recipe, start: BlockStart) -> None:
+def _check_overflow(columns: Columns, fits: np.ndarray, recipe: BlockConfig, start: BlockStart) -> None:
     """Stops a run whose rows are too short for every example.
 
     Raises:
@@ -265,6 +269,7 @@ def _check_overflow(columns: Columns, fits: np.ndarray, recipe: Recipe, start: B
         return
     low, high = int(columns.lengths.min()), int(columns.lengths.max())
     raise UserError(
-        f"data.init_args.row_tokens: {recipe.row_tokens} is less than each of the first {len(fits)} examples, prompt "
+        f"data.init_args.sequence_length: {recipe.sequence_length} is less than each of the first {len(fits)} "
+        "examples, prompt "
         f"and answer, of {low} to {high} tokens; set it to {low} at the very least, better to {high} or more"
     )

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 MIN_RECORDS = 200  #: before this many a share says nothing
 
 
-class Ledger:
+class PipelineCounters:
     """Counters of one pass over the data, and its quarantine file.
 
     Counters: ``records``, ``quarantined``, ``quarantined.<reason>``, ``repaired.<kind>``, ``merged``,

@@ -14,7 +14,7 @@ _FIBONACCI = np.uint64(0x9E3779B97F4A7C15)  # 2^64 / golden ratio: spreads keys 
 _FULL = 2 / 3  #: share of slots in use at which the table doubles: 2.7 probes on average for a key that is not there
 
 
-class KeySet:
+class HashSet:
     """An insertion-ordered set of unsigned 64-bit keys, added by the thousand.
 
     Args:
@@ -109,7 +109,7 @@ class Deduplicator:
     """
 
     def __init__(self, keys: np.ndarray | None = None, inputs: np.ndarray | None = None) -> None:
-        self.keys, self.inputs = KeySet(keys), KeySet(inputs)
+        self.keys, self.inputs = HashSet(keys), HashSet(inputs)
 
     def add(self, keys: np.ndarray, inputs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Adds examples in their order; the first of each input stands.

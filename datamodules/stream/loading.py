@@ -28,7 +28,7 @@ from datamodules.stream.epoch_order import Place, Unit, walk
 if TYPE_CHECKING:
     from datamodules.packing import Row
     from datamodules.stream.blocks import Block
-    from datamodules.stream.preprocessing import PreparedDocument, Preparer
+    from datamodules.stream.preprocessing import DocumentProcessor, PreparedDocument
     from datamodules.stream.splits import Split
     from datamodules.stream.token_cache import TokenCache
 
@@ -40,7 +40,7 @@ class DocumentStream(IterableDataset["PreparedDocument | UserError"]):
     """Prepared documents of one split in an epoch's order; in a reading process, every W-th of them.
 
     Args:
-        preparer: makes them.
+        processor: makes them.
         split: which.
         order: of :func:`datamodules.stream.epoch_order.epoch_order`.
         start: where to begin.
@@ -48,15 +48,20 @@ class DocumentStream(IterableDataset["PreparedDocument | UserError"]):
     """
 
     def __init__(
-        self, preparer: Preparer, split: Split, order: Sequence[Unit], start: Place | None, cache: TokenCache | None
+        self,
+        processor: DocumentProcessor,
+        split: Split,
+        order: Sequence[Unit],
+        start: Place | None,
+        cache: TokenCache | None,
     ) -> None:
-        self.preparer, self.split, self.order, self.start, self.cache = preparer, split, order, start, cache
+        self.processor, self.split, self.order, self.start, self.cache = processor, split, order, start, cache
 
     def __iter__(self) -> Iterator[PreparedDocument | UserError]:
         info = get_worker_info()
         worker, workers = (info.id, info.num_workers) if info else (0, 1)
         try:
-            sources = self.preparer.sources
+            sources = self.processor.sources
             walked = walk(sources, self.order, self.start, self.cache)
             if self.cache:
                 walked = self.cache.follow(walked, self.order, resumed=self.start is not None, write=worker == 0)
@@ -69,8 +74,8 @@ class DocumentStream(IterableDataset["PreparedDocument | UserError"]):
     def _prepare(self, place: Place, unit: Unit, raw: Any) -> PreparedDocument:
         if self.cache and (document := self.cache.load(unit, place)):
             return document
-        raw = self.preparer.read_again(unit, place.position) if raw is None else raw
-        document = self.preparer.prepare(place, raw, self.split)
+        raw = self.processor.read_again(unit, place.position) if raw is None else raw
+        document = self.processor.prepare(place, raw, self.split)
         if self.cache:
             self.cache.save(unit, document)
         return document
@@ -142,7 +147,7 @@ class Cursor:
 
 
 @dataclass(frozen=True)
-class Share:
+class DataShard:
     """A rank's part of the batches.
 
     Attributes:
@@ -154,8 +159,8 @@ class Share:
     ranks: int = 1
 
 
-def deal(
-    blocks: Iterable[Block], start: Cursor, share: Share, *, batch_rows: int, limit: int | None = None
+def shard_batches(
+    blocks: Iterable[Block], start: Cursor, share: DataShard, *, batch_size: int, limit: int | None = None
 ) -> Iterator[tuple[list[Row], Cursor]]:
     """Deals rows to batches, and batches to ranks in turn.
 
@@ -163,14 +168,14 @@ def deal(
         blocks: from ``start`` on.
         start: where the first block is entered.
         share: whose batches to yield.
-        batch_rows: B. At the end of validation a batch may have fewer rows, or none: to be filled with padding, so
+        batch_size: B. At the end of validation a batch may have fewer rows, or none: to be filled with padding, so
             that every rank has equally many batches of one shape.
         limit: of rows, on all ranks together.
 
     Yields:
         A batch's rows and its cursor; one batch is held back to know which is the last.
     """
-    group = batch_rows * share.ranks
+    group = batch_size * share.ranks
     skip, count, digest, taken = start.rows, start.batches, start.digest, 0
     ahead: tuple[list[Row], Cursor] | None = None
     for block in blocks:
@@ -186,7 +191,7 @@ def deal(
             cursor = Cursor(
                 block.start, first + len(rows), count, digest, first=start.fresh and count == start.batches + 1
             )
-            ahead = rows[share.rank * batch_rows : (share.rank + 1) * batch_rows], cursor
+            ahead = rows[share.rank * batch_size : (share.rank + 1) * batch_size], cursor
         skip = 0
         if limit is not None and taken >= limit:
             break

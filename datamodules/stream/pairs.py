@@ -10,21 +10,23 @@ from datamodules.records import SEVERITIES
 from datamodules.stream.epoch_order import epoch_order, walk
 
 if TYPE_CHECKING:
-    from datamodules.stream.preprocessing import Preparer
+    from datamodules.stream.preprocessing import DocumentProcessor
     from datamodules.stream.splits import Split
     from datamodules.tasks import Pair
 
 MAX_SCANNED = 50  #: pairs read per pair asked for, where a severity is rarer than that
 
 
-def first_pairs(preparer: Preparer, split: Split, task: str, limit: int, *, balanced: bool, seed: int) -> list[Pair]:
+def first_pairs(
+    processor: DocumentProcessor, split: Split, task: str, limit: int, *, balanced: bool, seed: int
+) -> list[Pair]:
     """Distinct pairs of the first documents of a split, in the order of epoch 0.
 
     Among the pairs of the documents read it is chance, fixed by the seed, which are taken: a document's findings lie
     category by category, and the first fifty of a large one are all of the same.
 
     Args:
-        preparer: opens sources and tasks.
+        processor: opens sources and tasks.
         split: which.
         task: its name.
         limit: at most so many.
@@ -35,9 +37,9 @@ def first_pairs(preparer: Preparer, split: Split, task: str, limit: int, *, bala
     chosen: dict[str, list[Pair]] = defaultdict(list)
     seen: set[str] = set()
     quota = -(-limit // len(SEVERITIES)) if balanced else limit
-    for _, _, raw in walk(preparer.sources, epoch_order(preparer.sources, epoch=0, seed=seed)):
+    for _, _, raw in walk(processor.sources, epoch_order(processor.sources, epoch=0, seed=seed)):
         assert raw is not None  # no cache was asked
-        for pair in preparer.pairs(raw, task, split):
+        for pair in processor.pairs(raw, task, split):
             if pair.content not in seen:
                 seen.add(pair.content)
                 chosen[pair.severity if balanced else ""].append(pair)

@@ -49,15 +49,15 @@ class PreparedDocument:
     quarantined: list[Quarantined] = field(default_factory=list)
 
 
-class Preparer:
+class DocumentProcessor:
     """Settings of the way from bytes to ids; sources and tokenizer are opened when first used, in each process anew.
 
     Args:
         sources: as the user named them.
         tokenizer: name or path.
         tasks: their names.
-        val: share of validation.
-        test: share of test.
+        val_fraction: share of validation.
+        test_fraction: share of test.
         seed: of the split.
         conflicts: ``merge`` gives equal inputs of a document one answer.
         agent_templates: folder of the agent's prompt templates, or None.
@@ -72,8 +72,8 @@ class Preparer:
         sources: Sequence[str],
         tokenizer: str,
         tasks: Sequence[str],
-        val: float,
-        test: float,
+        val_fraction: float,
+        test_fraction: float,
         seed: int,
         conflicts: Conflicts = "keep",
         agent_templates: str | None = None,
@@ -81,7 +81,7 @@ class Preparer:
         cache_dir: str | Path | None = None,
     ) -> None:
         self.specs, self.tokenizer, self.task_names = list(sources), tokenizer, list(tasks)
-        self.val, self.test, self.seed, self.conflicts = val, test, seed, conflicts
+        self.val_fraction, self.test_fraction, self.seed, self.conflicts = val_fraction, test_fraction, seed, conflicts
         self.agent_templates, self.storage_options, self.cache_dir = agent_templates, storage_options, cache_dir
         self._close()
 
@@ -145,7 +145,9 @@ class Preparer:
 
     def _part(self, document: Document, split: Split) -> tuple[Document, int]:
         # equal inputs are on the same side, so merging after the split is the same as before it, and less work
-        part = split_document(document, val=self.val, test=self.test, seed=self.seed)[split]
+        part = split_document(
+            document, val_fraction=self.val_fraction, test_fraction=self.test_fraction, seed=self.seed
+        )[split]
         return merge_conflicts(part) if self.conflicts == "merge" else (part, 0)
 
     def read_again(self, unit: Unit, position: int) -> RawDocument:

@@ -38,20 +38,22 @@ def input_key(finding: Finding) -> int:
     return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "big")
 
 
-def split_of(key: int, *, val: float, test: float, seed: int) -> Split:
+def split_of(key: int, *, val_fraction: float, test_fraction: float, seed: int) -> Split:
     """Draws a side from a key: below ``test`` test, below ``test + val`` validation, else train.
 
     Args:
         key: 64 bits, of :func:`input_key`.
-        val: share of validation, 0..1.
-        test: share of test, 0..1.
+        val_fraction: share of validation, 0..1.
+        test_fraction: share of test, 0..1.
         seed: another seed, another split.
     """
     share = _mix(key ^ _mix(seed & _MASK)) / 2**64
-    return "test" if share < test else "val" if share < test + val else "train"
+    return "test" if share < test_fraction else "val" if share < test_fraction + val_fraction else "train"
 
 
-def split_document(document: Document, *, val: float, test: float, seed: int) -> dict[Split, Document]:
+def split_document(
+    document: Document, *, val_fraction: float, test_fraction: float, seed: int
+) -> dict[Split, Document]:
     """Deals a document's findings to three documents.
 
     A correlation goes where its first finding goes and loses the findings of other sides; one whose findings are all
@@ -60,8 +62,8 @@ def split_document(document: Document, *, val: float, test: float, seed: int) ->
 
     Args:
         document: findings of any sides; it is not changed.
-        val: share of validation, 0..1.
-        test: share of test, 0..1.
+        val_fraction: share of validation, 0..1.
+        test_fraction: share of test, 0..1.
         seed: seed of the split.
 
     Returns:
@@ -70,12 +72,15 @@ def split_document(document: Document, *, val: float, test: float, seed: int) ->
     Raises:
         UserError: the shares leave nothing to train on.
     """
-    if val < 0 or test < 0 or val + test >= 1:
-        raise UserError(f"data.init_args: val={val} and test={test} must be shares >= 0 with a sum below 1")
+    if val_fraction < 0 or test_fraction < 0 or val_fraction + test_fraction >= 1:
+        raise UserError(
+            f"data.init_args: val_fraction={val_fraction} and test_fraction={test_fraction} must be shares >= 0 "
+            "with a sum below 1"
+        )
     parts = {name: Document(document.source, document.member, document.position) for name in SPLITS}
     side_of: dict[str, Split] = {}
     for finding in document.findings:
-        side = split_of(input_key(finding), val=val, test=test, seed=seed)
+        side = split_of(input_key(finding), val_fraction=val_fraction, test_fraction=test_fraction, seed=seed)
         parts[side].findings.append(finding)
         side_of.setdefault(finding.id, side)
     for correlation in document.correlations:

@@ -28,7 +28,7 @@ from datamodules.stream.example_columns import Columns
 from datamodules.stream.preprocessing import PreparedDocument
 
 if TYPE_CHECKING:
-    from datamodules.stream.preprocessing import Preparer
+    from datamodules.stream.preprocessing import DocumentProcessor
     from datamodules.stream.splits import Split
 
 VERSION = 3  #: of the layout and of everything between bytes and ids; a change of either makes old files unused
@@ -40,18 +40,24 @@ class TokenCache:
 
     Args:
         folder: where; shared by all runs.
-        preparer: what the content depends on.
+        processor: what the content depends on.
         split: which.
     """
 
-    def __init__(self, folder: str | Path, preparer: Preparer, split: Split) -> None:
-        chat = preparer.chat
-        tasks = [[t.name, t.system, t.instruction] for t in preparer.tasks.values()]
-        settings = [preparer.val, preparer.test, preparer.seed, preparer.conflicts == "merge", split]
+    def __init__(self, folder: str | Path, processor: DocumentProcessor, split: Split) -> None:
+        chat = processor.chat
+        tasks = [[t.name, t.system, t.instruction] for t in processor.tasks.values()]
+        settings = [
+            processor.val_fraction,
+            processor.test_fraction,
+            processor.seed,
+            processor.conflicts == "merge",
+            split,
+        ]
         common = [VERSION, chat.fingerprint(), tasks, settings]
         self._folders = [
             Path(folder) / f"tokens-{_digest(orjson.dumps([*common, source.fingerprint()])).hex()}"
-            for source in preparer.sources
+            for source in processor.sources
         ]
         self._members: dict[Unit, list[int] | None] = {}
 

@@ -110,14 +110,14 @@ def windows(document: Document, size: int) -> Iterator[Window]:
         document: findings of one split.
         size: most findings a window.
     """
-    parts = _deal(document.findings, size)
+    parts = _shard(document.findings, size)
     whole = len(parts) == 1
     for findings, correlations in zip(parts, _correlations_by_window(parts, document.correlations), strict=True):
         own = (document.summaries, document.actions) if whole else ({}, [])
         yield Window(findings, links_among(findings, correlations), whole, *own)
 
 
-def _deal(findings: list[Finding], size: int) -> list[list[Finding]]:
+def _shard(findings: list[Finding], size: int) -> list[list[Finding]]:
     count = -(-len(findings) // size)
     parts: list[list[Finding]] = []
     for index in range(count):

@@ -73,12 +73,12 @@ class Overflow:
     """Decides whether an example fits a row, and counts: one that does not is dropped, never cut.
 
     Attributes:
-        row_tokens: T, tokens of a row.
+        sequence_length: T, tokens of a row.
         kept: examples that fit, by task.
         dropped: examples that don't, by task.
     """
 
-    row_tokens: int
+    sequence_length: int
     kept: Counter[str] = field(default_factory=Counter)
     dropped: Counter[str] = field(default_factory=Counter)
 
@@ -88,12 +88,12 @@ class Overflow:
         Raises:
             UserError: not even the task's shared prefix fits, so that no example ever would.
         """
-        if example.prefix_length >= self.row_tokens:
+        if example.prefix_length >= self.sequence_length:
             raise UserError(
-                f"row_tokens {self.row_tokens}: the instruction of task {example.task} alone has "
-                f"{example.prefix_length} tokens; set row_tokens well above that"
+                f"sequence_length {self.sequence_length}: the instruction of task {example.task} alone has "
+                f"{example.prefix_length} tokens; set sequence_length well above that"
             )
-        fits = len(example.prompt_ids) + len(example.completion_ids) <= self.row_tokens
+        fits = len(example.prompt_ids) + len(example.completion_ids) <= self.sequence_length
         (self.kept if fits else self.dropped)[example.task] += 1
         return fits
 

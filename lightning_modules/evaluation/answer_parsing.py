@@ -28,7 +28,7 @@ _ID_PARTS = [re.compile(part) for part in (r"[^\W\d_]", r"\d", r"[_-]")]
 
 
 @dataclass(frozen=True)
-class Judged:
+class ParsedAnswer:
     """One answer, read once for all metrics.
 
     Attributes:
@@ -54,14 +54,14 @@ class Judged:
     category: str = ""
 
 
-def judge(task: Task, pair: Pair, text: str, complete: bool = True) -> Judged:
+def parse_answer(task: Task, pair: Pair, text: str, complete: bool = True) -> ParsedAnswer:
     """Reads an answer to a pair of the task."""
     answer = parse(text)
     valid = answer is not None and _validator(orjson.dumps(task.answer_schema)).is_valid(answer)
     expected = parse(pair.completion)
     if expected is None:
         raise ValueError(f"the expected answer of a {pair.task} pair is no JSON object: {pair.completion[:200]}")
-    return Judged(
+    return ParsedAnswer(
         text=text, content=pair.content, expected=expected, answer=answer, cut=parse(cut_out(text)), valid=valid,
         complete=complete, severity=pair.severity, category=pair.category,
     )  # fmt: skip

@@ -63,7 +63,7 @@ class TitleLookup:
         return self._answers.get(_title(content)) or self._otherwise(content)
 
 
-def told_categories(pairs: Sequence[Pair], least: int = 10, share: float = 0.99) -> set[str]:
+def input_determined_categories(pairs: Sequence[Pair], least: int = 10, share: float = 0.99) -> set[str]:
     """Categories in which the input tells the severity: findings alike but for their numbers have the same one.
 
     Some data carry severities that follow from nothing a scanner says. Where findings that are alike disagree, no model
@@ -77,13 +77,13 @@ def told_categories(pairs: Sequence[Pair], least: int = 10, share: float = 0.99)
     alike: dict[str, dict[str, Counter[str]]] = defaultdict(lambda: defaultdict(Counter))
     for pair in pairs:
         alike[pair.category][re.sub(r"\d+", "0", pair.content)][pair.severity] += 1
-    told = set()
+    input_determined = set()
     for category, groups in alike.items():
         repeated = [group for group in groups.values() if group.total() > 1]
         count = sum(group.total() for group in repeated)
         if count >= least and sum(max(group.values()) for group in repeated) >= share * count:
-            told.add(category)
-    return told
+            input_determined.add(category)
+    return input_determined
 
 
 def typical(answers: Iterable[dict[str, Any]]) -> str:

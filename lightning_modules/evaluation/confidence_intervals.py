@@ -9,13 +9,13 @@ import torch
 from numpy.typing import NDArray
 
 from datamodules.records import SEVERITIES
-from lightning_modules.evaluation.answer_parsing import Judged, as_number
+from lightning_modules.evaluation.answer_parsing import ParsedAnswer, as_number
 from lightning_modules.evaluation.metrics import INVALID, f1_scores, severity_classes
 
 _CELLS = len(SEVERITIES) * (INVALID + 1)  # of a confusion matrix
 
 
-def intervals(judged: Sequence[Judged], seed: int = 0) -> dict[str, tuple[float, float]]:
+def intervals(judged: Sequence[ParsedAnswer], seed: int = 0) -> dict[str, tuple[float, float]]:
     """95 % intervals of the table's figures, by the names of ``AnswerMetrics``.
 
     Shares get Wilson's interval, macro-F1 and the mean error of the risk score the bootstrap's.
@@ -72,6 +72,6 @@ def _macro_f1(classes_RN2: NDArray[np.intp]) -> NDArray[np.float64]:
     return ((f1_scores(confusion) * occurs).sum(-1) / occurs.sum(-1)).numpy()
 
 
-def _risk_error(item: Judged) -> float:
+def _risk_error(item: ParsedAnswer) -> float:
     expected, answered = (as_number(value.get("risk_score")) for value in (item.expected, item.answer or {}))
     return abs(expected - answered) if expected is not None and answered is not None else float("nan")

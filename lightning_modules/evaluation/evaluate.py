@@ -11,13 +11,13 @@ import numpy as np
 from torch import nn
 
 from datamodules.records import SEVERITIES
-from lightning_modules.evaluation.answer_parsing import Judged, judge, parse
+from lightning_modules.evaluation.answer_parsing import ParsedAnswer, parse, parse_answer
 from lightning_modules.evaluation.confidence_intervals import bootstrap, intervals, wilson
 from lightning_modules.evaluation.metrics import AnswerMetrics
-from lightning_modules.generation.engine import answer_questions, constrained, generate
+from lightning_modules.generation.engine import constrained, generate, generate_requests
 from lightning_modules.generation.loglikelihood import completion_nll, forced_choice
 from lightning_modules.generation.prefix_cache import known_positions
-from lightning_modules.generation.requests import Answer, Constraint, Question
+from lightning_modules.generation.requests import GenerationOutput, GenerationRequest, LogitsConstraint
 
 if TYPE_CHECKING:
     from datamodules.tasks.base import Pair, Task
@@ -29,7 +29,7 @@ SEVERITY = '"severity":"'  #: what comes before an answer's severity
 
 
 @dataclass(frozen=True)
-class Outcome:
+class PredictionResult:
     """What came of one pair.
 
     Attributes:
@@ -49,11 +49,11 @@ class Outcome:
     tokens: int = 0
     prompt_tokens_cut: int = 0
     forced: str = ""
-    held: Outcome | None = None
+    held: PredictionResult | None = None
 
 
 @dataclass(frozen=True)
-class Scores:
+class EvaluationScores:
     """The figures of one model or baseline on a sample.
 
     Attributes:
@@ -71,7 +71,7 @@ class Scores:
     confusion: list[list[int]] | None
     groups: dict[str, dict[str, dict[str, float]]]
     reliability: list[tuple[float, float, float]] | None
-    outcomes: list[Outcome]
+    outcomes: list[PredictionResult]
 
 
 def answer_pairs(
@@ -83,10 +83,10 @@ def answer_pairs(
     max_new_tokens: int | None = None,
     batch_size: int = 25,
     forced: bool = False,
-    constraint: Constraint | None = None,
-    give_up: int | None = None,
+    constraint: LogitsConstraint | None = None,
+    max_preamble_tokens: int | None = None,
     progress: Callable[[float], None] = lambda share: None,
-) -> list[Outcome]:
+) -> list[PredictionResult]:
     """Lets a model answer pairs freely and scores their expected answers.
 
     Args:
@@ -98,8 +98,9 @@ def answer_pairs(
         batch_size: rows at once.
         forced: whether to ask also for the most likely severity without generation, behind the expected answer's
             beginning: its tags name what was seen, so this says how well the model rates what is named.
-        constraint: a grammar that the answers are held to besides (:attr:`Outcome.held`); costs only what leaves it.
-        give_up: a free answer that has no ``{`` after so many tokens is ended there, as at the token limit.
+        constraint: a grammar that the answers are held to besides (:attr:`PredictionResult.held`); costs only what
+            leaves it.
+        max_preamble_tokens: a free answer that has no ``{`` after so many tokens is ended there, as at the token limit.
         progress: called with the share of the work done.
     """
     if not pairs:
@@ -113,28 +114,28 @@ def answer_pairs(
     choices = forced_severities(model, chat, task, pairs, batch_size=batch_size) if forced else [""] * len(pairs)
     options: Any = {"max_new_tokens": limit, "batch_size": batch_size}
     answers = generate(
-        model, chat, task, contents, **options, give_up=_hopeless(chat, give_up),
+        model, chat, task, contents, **options, max_preamble_tokens=_hopeless(chat, max_preamble_tokens),
         progress=lambda done: progress(share + (0.9 - share) * done),
     )  # fmt: skip
-    held: list[Outcome | None] = [None] * len(pairs)
+    held: list[PredictionResult | None] = [None] * len(pairs)
     if constraint is not None:
         positions = known_positions(model.config)
 
-        def write(indices: list[int], begun: list[list[int]]) -> list[Answer]:
+        def write(indices: list[int], forced_prefix: list[list[int]]) -> list[GenerationOutput]:
             """Gives a schema's bounds the room to end an answer that goes round in circles."""
             some = [contents[index] for index in indices]
             rooms = [min(limit * HELD_ROOM, positions - len(prompt)) for prompt in chat.prompt_ids(task, some)]
             questions = [
-                Question(task, content, max(room, limit), constraint, tokens)
-                for content, room, tokens in zip(some, rooms, begun, strict=True)
+                GenerationRequest(task, content, max(room, limit), constraint, tokens)
+                for content, room, tokens in zip(some, rooms, forced_prefix, strict=True)
             ]
-            return answer_questions(model, chat, questions, batch_size=batch_size)
+            return generate_requests(model, chat, questions, batch_size=batch_size)
 
         for index, written in enumerate(constrained(answers, constraint, chat.eos_id, write)):
-            held[index] = Outcome(written.text, written.stopped)
+            held[index] = PredictionResult(written.text, written.stopped)
     progress(1.0)
     return [
-        Outcome(answer.text, answer.stopped, loss, count, answer.prompt_tokens_cut, choice, other)
+        PredictionResult(answer.text, answer.stopped, loss, count, answer.prompt_tokens_cut, choice, other)
         for answer, loss, count, choice, other in zip(
             answers, nll.tolist(), tokens.tolist(), choices, held, strict=True
         )
@@ -170,19 +171,22 @@ def token_limit(chat: ChatFormat, task: Task, pairs: Sequence[Pair]) -> int:
 
 
 def score(
-    task: Task, pairs: Sequence[Pair], outcomes: Sequence[Outcome], told: Collection[str] = frozenset()
-) -> Scores:
+    task: Task,
+    pairs: Sequence[Pair],
+    outcomes: Sequence[PredictionResult],
+    input_determined: Collection[str] = frozenset(),
+) -> EvaluationScores:
     """Turns outcomes into figures; no communication between ranks: all outcomes are here.
 
     Args:
         task: of the pairs.
         pairs: the questions.
         outcomes: one for each.
-        told: categories whose severity the input tells
-        (:func:`lightning_modules.evaluation.baselines.told_categories`); the
+        input_determined: categories whose severity the input tells
+        (:func:`lightning_modules.evaluation.baselines.input_determined_categories`); the
             accuracy in these is a figure of its own.
     """
-    judged = [judge(task, pair, item.text, item.complete) for pair, item in zip(pairs, outcomes, strict=True)]
+    judged = [parse_answer(task, pair, item.text, item.complete) for pair, item in zip(pairs, outcomes, strict=True)]
     metrics = _metrics(task, judged)
     figures, bounds = metrics.results(), intervals(judged)
     figures["prompts_cut"] = _share(item.prompt_tokens_cut > 0 for item in outcomes)
@@ -193,22 +197,24 @@ def score(
     forced = [(item.forced, one.expected.get("severity")) for item, one in zip(outcomes, judged, strict=True)]
     _agreement("forced_severity_accuracy", [pair for pair in forced if pair[0]], figures, bounds)
     severities = [
-        ((one.answer or {}).get("severity"), one.expected.get("severity")) for one in judged if one.category in told
+        ((one.answer or {}).get("severity"), one.expected.get("severity"))
+        for one in judged
+        if one.category in input_determined
     ]
     _agreement("told_severity_accuracy", severities, figures, bounds)
     groups = {key: _by(task, judged, key) for key in ("category", "severity")}
-    return Scores(figures, bounds, metrics.confusion(), groups, metrics.reliability(), list(outcomes))
+    return EvaluationScores(figures, bounds, metrics.confusion(), groups, metrics.reliability(), list(outcomes))
 
 
-def _metrics(task: Task, judged: Sequence[Judged]) -> AnswerMetrics:
+def _metrics(task: Task, judged: Sequence[ParsedAnswer]) -> AnswerMetrics:
     metrics = AnswerMetrics(task, sync_on_compute=False)
     metrics.update(judged)
     return metrics
 
 
-def _by(task: Task, judged: Sequence[Judged], key: str) -> dict[str, dict[str, float]]:
+def _by(task: Task, judged: Sequence[ParsedAnswer], key: str) -> dict[str, dict[str, float]]:
     """Figures of the answers that share a category or severity, the most frequent first."""
-    parts: dict[str, list[Judged]] = {}
+    parts: dict[str, list[ParsedAnswer]] = {}
     for item in judged:
         parts.setdefault(getattr(item, key), []).append(item)
     ranked = sorted(parts.items(), key=lambda part: (-len(part[1]), part[0]))

@@ -1,7 +1,7 @@
 """What answers are worth: torchmetrics over judged answers, each a few sums that add up over batches and ranks.
 
-They know nothing of the model: they read :class:`~lightning_modules.evaluation.answer_parsing.Judged` answers, so a
-baseline, a model
+They know nothing of the model: they read :class:`~lightning_modules.evaluation.answer_parsing.ParsedAnswer` answers,
+so a baseline, a model
 and a remote service are measured alike. What is counted is strict: an answer that is not one JSON object has no
 severity (so it is wrong), no number (so it is missing from the error, whose own count is given) and no tags.
 """
@@ -17,7 +17,7 @@ from torchmetrics import Metric, MetricCollection
 
 from datamodules.records import SEVERITIES
 from lightning_modules.evaluation.answer_parsing import (
-    Judged,
+    ParsedAnswer,
     as_number,
     embedded,
     identifiers,
@@ -50,13 +50,13 @@ class AnswerMetric(Metric):
         for name in self.sums:
             self.add_state(name, torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
 
-    def update(self, judged: Sequence[Judged]) -> None:
+    def update(self, judged: Sequence[ParsedAnswer]) -> None:
         """Adds answers."""
         for item in judged:
             for name, value in self.count(item).items():
                 setattr(self, name, self.total(name) + value)
 
-    def count(self, item: Judged) -> dict[str, float]:
+    def count(self, item: ParsedAnswer) -> dict[str, float]:
         """What one answer adds to each sum; a sum that is left out gets nothing."""
         raise NotImplementedError
 
@@ -79,7 +79,7 @@ class Validity(AnswerMetric):
 
     sums = ("answers", "json", "json_cut", "schema_valid", "exact_keys", "complete")
 
-    def count(self, item: Judged) -> dict[str, float]:
+    def count(self, item: ParsedAnswer) -> dict[str, float]:
         """One for each property that holds."""
         exact = item.answer is not None and item.answer.keys() == item.expected.keys()
         return {
@@ -111,7 +111,7 @@ class SeverityAgreement(Metric):
             "confusion", torch.zeros(len(SEVERITIES), INVALID + 1, dtype=torch.float64), dist_reduce_fx="sum"
         )
 
-    def update(self, judged: Sequence[Judged]) -> None:
+    def update(self, judged: Sequence[ParsedAnswer]) -> None:
         """Adds answers; those whose expected answer has no severity don't count."""
         for item in judged:
             expected, answered = severity_classes(item)
@@ -145,7 +145,7 @@ class NumberError(AnswerMetric):
         super().__init__(**kwargs)
         self.name, self.read = name, read
 
-    def count(self, item: Judged) -> dict[str, float]:
+    def count(self, item: ParsedAnswer) -> dict[str, float]:
         """The absolute errors of the numbers that both have."""
         expected, answer = self.read(item.expected), self.read(item.answer or {})
         both = expected.keys() & answer.keys()
@@ -177,7 +177,7 @@ class Calibration(Metric):
         self.add_state("bins", torch.zeros(ECE_BINS, 3, dtype=torch.float64), dist_reduce_fx="sum")  # n, sum p, sum q
         self.add_state("brier", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
 
-    def update(self, judged: Sequence[Judged]) -> None:
+    def update(self, judged: Sequence[ParsedAnswer]) -> None:
         """Adds answers; those without a probability in 0..1 on either side don't count."""
         for item in judged:
             q = as_number(item.expected.get("probability_actionable"))
@@ -215,7 +215,7 @@ class SetF1(AnswerMetric):
         super().__init__(**kwargs)
         self.name, self.read = name, read
 
-    def count(self, item: Judged) -> dict[str, float]:
+    def count(self, item: ParsedAnswer) -> dict[str, float]:
         """Sizes of the two sets and of their intersection."""
         expected, answered = self.read(item.expected), self.read(item.answer or {})
         return {
@@ -242,7 +242,7 @@ class Faithfulness(AnswerMetric):
 
     sums = ("ids", "false_ids", "numbers", "false_numbers", "faithful", "answers")
 
-    def count(self, item: Judged) -> dict[str, float]:
+    def count(self, item: ParsedAnswer) -> dict[str, float]:
         """The ids and numbers of one answer and how many are invented."""
         if item.answer is None:
             return {"answers": 1}
@@ -277,7 +277,7 @@ class WordOverlap(AnswerMetric):
 
     sums = ("overlap", "answers")
 
-    def count(self, item: Judged) -> dict[str, float]:
+    def count(self, item: ParsedAnswer) -> dict[str, float]:
         """F1 of the two multisets of words."""
         expected, answered = (words(list(strings(value))) for value in (item.expected, item.answer or {}))
         both = sum(min(expected.count(word), answered.count(word)) for word in set(answered))
@@ -338,7 +338,7 @@ class AnswerMetrics(MetricCollection):
         return None
 
 
-def severity_classes(item: Judged) -> tuple[int, int]:
+def severity_classes(item: ParsedAnswer) -> tuple[int, int]:
     """Expected and answered severity as indices; :data:`INVALID` where there is none."""
     return _severity(item.expected), _severity(item.answer or {})
 

@@ -9,21 +9,21 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lightning_modules.evaluation.evaluate import Outcome, Scores, score
+from lightning_modules.evaluation.evaluate import EvaluationScores, PredictionResult, score
 
 if TYPE_CHECKING:
     from datamodules.tasks.base import Pair, Task
 
 
 @dataclass
-class Exam:
+class TaskResults:
     """The questions of one task and everybody's answers so far.
 
     Attributes:
         task: what is asked.
         split: where the pairs come from.
         pairs: the questions, held out.
-        told: categories whose severity the input tells.
+        input_determined: categories whose severity the input tells.
         baselines: names of the columns that are no models.
         columns: heading -> scores, in the table's order.
         seconds: heading -> how long the model took.
@@ -33,9 +33,9 @@ class Exam:
     task: Task
     split: str
     pairs: list[Pair]
-    told: set[str] = field(default_factory=set)
+    input_determined: set[str] = field(default_factory=set)
     baselines: list[str] = field(default_factory=list)
-    columns: dict[str, Scores] = field(default_factory=dict)
+    columns: dict[str, EvaluationScores] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     about: dict[str, dict[str, Any]] = field(default_factory=dict)
 
@@ -46,16 +46,16 @@ class Exam:
         return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
     @property
-    def models(self) -> dict[str, Scores]:
+    def models(self) -> dict[str, EvaluationScores]:
         """The columns of models, without baselines."""
         return {name: scores for name, scores in self.columns.items() if name not in self.baselines}
 
-    def add(self, heading: str, outcomes: list[Outcome], baseline: bool = False) -> None:
+    def add(self, heading: str, outcomes: list[PredictionResult], baseline: bool = False) -> None:
         """Scores answers into a column: models first, the untuned one before all; then the baselines."""
         if baseline and heading not in self.baselines:
             self.baselines.append(heading)
         columns = {name: old for name, old in self.columns.items() if name != heading}
-        columns[heading] = score(self.task, self.pairs, outcomes, self.told)
+        columns[heading] = score(self.task, self.pairs, outcomes, self.input_determined)
         names = sorted(columns, key=lambda name: (name in self.baselines, name != "untuned"))
         self.columns = {name: columns[name] for name in names}
 
@@ -63,7 +63,7 @@ class Exam:
         """The exam as JSON; NaN becomes null."""
         return {
             "split": self.split, "n": len(self.pairs), "digest": self.digest, "baselines": self.baselines,
-            "severity_told_in": sorted(self.told),
+            "severity_told_in": sorted(self.input_determined),
             "columns": {name: self._column(name, scores) for name, scores in self.columns.items()},
             "questions": [
                 {"content": p.content, "expected": p.completion, "severity": p.severity, "category": p.category}
@@ -71,7 +71,7 @@ class Exam:
             ],
         }  # fmt: skip
 
-    def _column(self, name: str, scores: Scores) -> dict[str, Any]:
+    def _column(self, name: str, scores: EvaluationScores) -> dict[str, Any]:
         facts = {
             "figures": scores.figures, "intervals": scores.intervals, "confusion": scores.confusion,
             "groups": scores.groups, "reliability": scores.reliability, "seconds": self.seconds.get(name),
@@ -89,7 +89,7 @@ class Exam:
         self.seconds[heading], self.about[heading] = column["seconds"], column.get("about", {})
 
 
-def scores_of(column: dict[str, Any]) -> Scores:
+def scores_of(column: dict[str, Any]) -> EvaluationScores:
     """Scores as they were before they were written; null becomes NaN."""
 
     def number(value: float | None) -> float:
@@ -99,11 +99,11 @@ def scores_of(column: dict[str, Any]) -> Scores:
         key: {name: {k: number(v) for k, v in figures.items()} for name, figures in parts.items()}
         for key, parts in column["groups"].items()
     }
-    return Scores(
+    return EvaluationScores(
         {name: number(value) for name, value in column["figures"].items()},
         {name: (number(low), number(high)) for name, (low, high) in column["intervals"].items()},
         column["confusion"], groups, column["reliability"],
-        [Outcome(**item | {"nll": number(item["nll"])}) for item in column["outcomes"]],
+        [PredictionResult(**item | {"nll": number(item["nll"])}) for item in column["outcomes"]],
     )  # fmt: skip
 
 
@@ -116,7 +116,7 @@ def finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def write_exams(file: Path, exams: list[Exam], **facts: Any) -> None:
+def write_results(file: Path, exams: list[TaskResults], **facts: Any) -> None:
     """Writes exams to a file, replaced as a whole."""
     file.parent.mkdir(parents=True, exist_ok=True)
     unfinished = file.with_name(f"{file.name}.unfinished")
@@ -125,7 +125,7 @@ def write_exams(file: Path, exams: list[Exam], **facts: Any) -> None:
     unfinished.replace(file)
 
 
-def read_exams(file: Path) -> dict[str, Any]:
+def read_results(file: Path) -> dict[str, Any]:
     """The records of a file by task; none where there is no such file, or it is damaged."""
     try:
         tasks = json.loads(file.read_text(encoding="utf-8"))["tasks"]

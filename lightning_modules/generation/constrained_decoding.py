@@ -1,8 +1,8 @@
 """Answers that can't break their schema: a grammar compiled from JSON Schema masks the tokens of each step.
 
 Done by llguidance (Microsoft, MIT licence; ``pip install llguidance``), imported where it is used. An answer that ends
-by itself always validates; one that runs into the token limit is cut and says so (``Answer.stopped``). The cost is some
-50 us a row and step on the host, for the mask of a 49,152-word vocabulary; rows are masked in parallel.
+by itself always validates; one that runs into the token limit is cut and says so (``GenerationOutput.stopped``). The
+cost is some 50 us a row and step on the host, for the mask of a 49,152-word vocabulary; rows are masked in parallel.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 class JsonGrammar:
-    """Makes matchers for one schema; a :class:`~lightning_modules.generation.engine.Constraint`.
+    """Makes matchers for one schema; a :class:`~lightning_modules.generation.engine.LogitsConstraint`.
 
     The JSON is compact, its keys stand in the schema's order, numbers have at most two decimals, as in training: a
     model that drifts can't fill its answer with spaces or digits. A space may stand before it, since a SentencePiece
@@ -52,11 +52,11 @@ class JsonGrammar:
         if self._matcher.is_error():
             raise ValueError(f"the schema can't be compiled to a grammar: {self._matcher.get_error()}")
 
-    def start(self) -> GrammarMatcher:
+    def start(self) -> GrammarState:
         """Makes the matcher of one answer, from the grammar compiled before."""
-        return GrammarMatcher(self._matcher.deep_copy())
+        return GrammarState(self._matcher.deep_copy())
 
-    def allowed(self, matchers: Sequence[GrammarMatcher | None]) -> Tensor:
+    def allowed(self, matchers: Sequence[GrammarState | None]) -> Tensor:
         """Returns int32 [B, W]: a bit for each token that may come next; all bits where there is no matcher."""
         words = -(-self._tokenizer.vocab_size // 32)
         bits_BW = torch.full((len(matchers), words), -1, dtype=torch.int32)
@@ -70,7 +70,7 @@ class JsonGrammar:
         return count
 
 
-class GrammarMatcher:
+class GrammarState:
     """Follows one answer through the grammar.
 
     Args:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from lightning_modules.generation.kv_cache import Slots, grouped_attention
+from lightning_modules.generation.kv_cache import SlotKVCache, grouped_attention
 from lightning_modules.generation.merged_weights import free_memory, merged
 from lightning_modules.generation.prefix_cache import (
     Prefix,
@@ -28,8 +28,8 @@ from lightning_modules.generation.prefix_cache import (
     evaluating,
     known_positions,
 )
-from lightning_modules.generation.requests import Answer, Constraint, Question
-from lightning_modules.generation.scheduler import Progress, Queue, Row, Share
+from lightning_modules.generation.requests import GenerationOutput, GenerationRequest, LogitsConstraint
+from lightning_modules.generation.scheduler import Progress, ProgressTracker, RunningSequence, Scheduler
 
 if TYPE_CHECKING:
     from datamodules.tasks.base import Task
@@ -47,11 +47,11 @@ def generate(
     max_new_tokens: int = 256,
     batch_size: int = 16,
     progress: Progress | None = None,
-    constraint: Constraint | None = None,
-    begun: Sequence[Sequence[int]] | None = None,
-    give_up: Callable[[list[int]], bool] | None = None,
-    on_answer: Callable[[int, Answer], None] | None = None,
-) -> list[Answer]:
+    constraint: LogitsConstraint | None = None,
+    forced_prefix: Sequence[Sequence[int]] | None = None,
+    max_preamble_tokens: Callable[[list[int]], bool] | None = None,
+    on_answer: Callable[[int, GenerationOutput], None] | None = None,
+) -> list[GenerationOutput]:
     """Writes one answer for each content, greedily.
 
     Args:
@@ -64,9 +64,9 @@ def generate(
         batch_size: slots; fewer where the cache would not fit the device's memory.
         progress: called after every step.
         constraint: restricts the tokens of each answer, for instance to a grammar.
-        begun: for each content the tokens that its answer begins with; the model goes on from there. Their probability
-            is not in ``logprob``.
-        give_up: asked after every step with an answer's tokens; true ends it as the token limit would.
+        forced_prefix: for each content the tokens that its answer begins with; the model continues them. Their
+            probability is not in ``logprob``.
+        max_preamble_tokens: asked after every step with an answer's tokens; true ends it as the token limit would.
         on_answer: called with index and answer as answers end.
 
     Returns:
@@ -75,25 +75,32 @@ def generate(
     Raises:
         UserError: a prompt leaves no room for an answer within the positions that the model knows.
     """
-    tokens = begun if begun is not None else [()] * len(contents)
+    tokens = forced_prefix if forced_prefix is not None else [()] * len(contents)
     questions = [
-        Question(task, content, max_new_tokens, constraint, ids) for content, ids in zip(contents, tokens, strict=True)
+        GenerationRequest(task, content, max_new_tokens, constraint, ids)
+        for content, ids in zip(contents, tokens, strict=True)
     ]
-    return answer_questions(
-        model, chat, questions, batch_size=batch_size, progress=progress, give_up=give_up, on_answer=on_answer
+    return generate_requests(
+        model,
+        chat,
+        questions,
+        batch_size=batch_size,
+        progress=progress,
+        max_preamble_tokens=max_preamble_tokens,
+        on_answer=on_answer,
     )
 
 
-def answer_questions(
+def generate_requests(
     model: nn.Module,
     chat: ChatFormat,
-    questions: Sequence[Question],
+    questions: Sequence[GenerationRequest],
     *,
     batch_size: int = 16,
     progress: Progress | None = None,
-    give_up: Callable[[list[int]], bool] | None = None,
-    on_answer: Callable[[int, Answer], None] | None = None,
-) -> list[Answer]:
+    max_preamble_tokens: Callable[[list[int]], bool] | None = None,
+    on_answer: Callable[[int, GenerationOutput], None] | None = None,
+) -> list[GenerationOutput]:
     """Answers questions of any tasks together, greedily.
 
     Args:
@@ -102,7 +109,7 @@ def answer_questions(
         questions: those of one task share more of their prompts.
         batch_size: slots; fewer where the cache would not fit the device's memory.
         progress: called after every step.
-        give_up: asked after every step with an answer's tokens; true ends it as the token limit would.
+        max_preamble_tokens: asked after every step with an answer's tokens; true ends it as the token limit would.
         on_answer: called with index and answer as answers end.
 
     Returns:
@@ -114,21 +121,21 @@ def answer_questions(
     if not questions:
         return []
     prompts, cuts = _prompts(chat, questions, known_positions(model.config))
-    answers: list[Answer | None] = [None] * len(prompts)
-    share = Share(len(prompts), max(question.max_new_tokens for question in questions), progress)
+    answers: list[GenerationOutput | None] = [None] * len(prompts)
+    share = ProgressTracker(len(prompts), max(question.max_new_tokens for question in questions), progress)
     with ExitStack() as stack:
         base = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
         for context in (evaluating(model), torch.no_grad(), grouped_attention(base), merged(model)):
             stack.enter_context(context)
         prefix = Prefix(model, common_prefix(chat.prefix_ids(questions[0].task), prompts))
         rows = [
-            Row(index, question, [*prompt, *question.begun], list(question.begun))
+            RunningSequence(index, question, [*prompt, *question.forced_prefix], list(question.forced_prefix))
             for index, (prompt, question) in enumerate(zip(prompts, questions, strict=True))
         ]
         length = max(len(row.prompt) - len(row.tokens) + row.question.max_new_tokens for row in rows)
-        slots = Slots(prefix, _slots(prefix, min(batch_size, len(rows)), length), length)
-        for row in Queue(slots, rows, chat.eos_id, give_up).run(share):
-            written = Answer(
+        slots = SlotKVCache(prefix, _slots(prefix, min(batch_size, len(rows)), length), length)
+        for row in Scheduler(slots, rows, chat.eos_id, max_preamble_tokens).run(share):
+            written = GenerationOutput(
                 chat.decode(row.tokens, row.question.task), row.ended, row.tokens, row.logprob, cuts[row.index]
             )
             answers[row.index] = written
@@ -137,7 +144,9 @@ def answer_questions(
     return [written for written in answers if written is not None]
 
 
-def _prompts(chat: ChatFormat, questions: Sequence[Question], positions: int) -> tuple[list[list[int]], list[int]]:
+def _prompts(
+    chat: ChatFormat, questions: Sequence[GenerationRequest], positions: int
+) -> tuple[list[list[int]], list[int]]:
     """Prompts of all questions, and the tokens that were cut from each; a task's are made at once."""
     groups: dict[tuple[int, int], list[int]] = {}
     for index, question in enumerate(questions):
@@ -153,11 +162,11 @@ def _prompts(chat: ChatFormat, questions: Sequence[Question], positions: int) ->
 
 
 def constrained(
-    free: Sequence[Answer],
-    constraint: Constraint,
+    free: Sequence[GenerationOutput],
+    constraint: LogitsConstraint,
     eos_id: int,
-    write: Callable[[list[int], list[list[int]]], list[Answer]],
-) -> list[Answer]:
+    write: Callable[[list[int], list[list[int]]], list[GenerationOutput]],
+) -> list[GenerationOutput]:
     """The answers that greedy generation gives under a constraint, from those that it gave freely.
 
     As long as every token of a free answer is allowed, the constrained one is the same: only an answer that leaves the

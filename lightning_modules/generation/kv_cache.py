@@ -38,7 +38,7 @@ EAGER = 1  #: steps of a shape before its graph is recorded; they warm its kerne
 FEWEST = 8  #: a step of fewer slots is computed as one of so many
 
 
-class Slots:
+class SlotKVCache:
     """A cache of equal rows behind one prefix.
 
     Args:
@@ -140,7 +140,7 @@ class Slots:
 class _Layer(DynamicLayer):
     """One layer's keys and values; where new ones go is the slots' to say."""
 
-    def __init__(self, owner: Slots, keys_1HPD: Tensor, values_1HPD: Tensor) -> None:
+    def __init__(self, owner: SlotKVCache, keys_1HPD: Tensor, values_1HPD: Tensor) -> None:
         super().__init__()
         self.lazy_initialization(keys_1HPD, values_1HPD)
         self._owner = owner

@@ -12,17 +12,17 @@ if TYPE_CHECKING:
     from datamodules.tasks.base import Task
 
 
-class Matcher(Protocol):
+class ConstraintState(Protocol):
     """Follows one answer."""
 
     def accept(self, token: int) -> None:
         """Takes the answer's newest token."""
 
 
-class Constraint(Protocol):
+class LogitsConstraint(Protocol):
     """Says which tokens may come next, for many answers at once."""
 
-    def start(self) -> Matcher:
+    def start(self) -> ConstraintState:
         """Makes the matcher of one answer."""
 
     def allowed(self, matchers: Sequence[Any]) -> Tensor:
@@ -33,7 +33,7 @@ class Constraint(Protocol):
 
 
 @dataclass(frozen=True)
-class Question:
+class GenerationRequest:
     """What one answer is asked for.
 
     Attributes:
@@ -41,24 +41,24 @@ class Question:
         content: the part of the prompt that differs (a finding as JSON, say).
         max_new_tokens: limit of the answer.
         constraint: restricts the answer's tokens, for instance to a grammar.
-        begun: tokens that the answer begins with; the model goes on from there. Their probability is not in
+        forced_prefix: tokens that the answer begins with; the model goes on from there. Their probability is not in
             ``logprob``.
     """
 
     task: Task
     content: str
     max_new_tokens: int = 256
-    constraint: Constraint | None = None
-    begun: Sequence[int] = ()
+    constraint: LogitsConstraint | None = None
+    forced_prefix: Sequence[int] = ()
 
 
 @dataclass(frozen=True)
-class Answer:
+class GenerationOutput:
     """What the model wrote after one prompt.
 
     Attributes:
         text: the answer without control tokens.
-        stopped: whether the model ended it; False: it ran into the token limit (or ``give_up``) and is cut.
+        stopped: whether the model ended it; False: it ran into the token limit (or ``max_preamble_tokens``) and is cut.
         token_ids: as generated, the end-of-sequence token left out.
         logprob: natural logarithm of the answer's probability, its end-of-sequence token included.
         prompt_tokens_cut: tokens of the content that did not fit the model's positions.

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from datamodules.errors import UserError
-from lightning_modules.generation.engine import answer_questions
-from lightning_modules.generation.requests import Answer, Constraint, Question
+from lightning_modules.generation.engine import generate_requests
+from lightning_modules.generation.requests import GenerationOutput, GenerationRequest, LogitsConstraint
 
 if TYPE_CHECKING:
     from datamodules.tasks.base import Task
@@ -28,7 +28,7 @@ MAX_NEW_TOKENS = {"risk": 256, "correlation": 512, "summary": 512, "triage": 102
 
 
 @dataclass(frozen=True)
-class Reply:
+class Response:
     """What the model wrote to one question.
 
     Attributes:
@@ -42,11 +42,11 @@ class Reply:
     prompt_tokens_cut: int = 0
 
 
-class Inquiry:
+class CachedGenerator:
     """Asks one model.
 
     Args:
-        model: as in :func:`lightning_modules.generation.engine.answer_questions`.
+        model: as in :func:`lightning_modules.generation.engine.generate_requests`.
         chat: of its tokenizer.
         identity: digest of the model, for the journal.
         batch_size: questions at once.
@@ -74,7 +74,9 @@ class Inquiry:
         self._journal, self._kept = journal, _read_journal(journal)
         self.reused = 0
 
-    def __call__(self, questions: Sequence[tuple[Task, str]], progress: Progress = lambda share: None) -> list[Reply]:
+    def __call__(
+        self, questions: Sequence[tuple[Task, str]], progress: Progress = lambda share: None
+    ) -> list[Response]:
         """Answers questions of any tasks together, equal ones once.
 
         Args:
@@ -92,19 +94,22 @@ class Inquiry:
         tasks = {id(task): task for task, _ in questions}
         constraints = {key: self._constraint(task) for key, task in tasks.items()}
 
-        def keep(index: int, written: Answer) -> None:
-            self._keep(keys[index], Reply(written.text, written.stopped, written.prompt_tokens_cut))
+        def keep(index: int, written: GenerationOutput) -> None:
+            self._keep(keys[index], Response(written.text, written.stopped, written.prompt_tokens_cut))
 
-        answer_questions(
+        generate_requests(
             self.model,
             self.chat,
-            [Question(task, content, self.limits[task.name], constraints[id(task)]) for task, content in questions],
+            [
+                GenerationRequest(task, content, self.limits[task.name], constraints[id(task)])
+                for task, content in questions
+            ],
             batch_size=self.batch_size,
             progress=progress,
             on_answer=keep,
         )
 
-    def _constraint(self, task: Task) -> Constraint | None:
+    def _constraint(self, task: Task) -> LogitsConstraint | None:
         if not self.constrained:
             return None
         from lightning_modules.generation.constrained_decoding import JsonGrammar
@@ -116,7 +121,7 @@ class Inquiry:
         text = json.dumps([*settings, self.limits[task.name], content])
         return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
 
-    def _keep(self, key: str, reply: Reply) -> None:
+    def _keep(self, key: str, reply: Response) -> None:
         self._kept[key] = reply
         if self._journal is None:
             return
@@ -128,16 +133,16 @@ class Inquiry:
             raise UserError(f"{self._journal}: {error.strerror or error}; choose another place for --output") from error
 
 
-def _read_journal(journal: Path | None) -> dict[str, Reply]:
+def _read_journal(journal: Path | None) -> dict[str, Response]:
     """Reads what is there; a line that an interrupt cut short is left out and asked again."""
-    kept: dict[str, Reply] = {}
+    kept: dict[str, Response] = {}
     if journal is None or not journal.is_file():
         return kept
     for line in journal.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             record = json.loads(line)
             key = record.pop("key")
-            kept[key] = Reply(**record)
+            kept[key] = Response(**record)
         except (ValueError, TypeError, KeyError, AttributeError):
             continue
     return kept

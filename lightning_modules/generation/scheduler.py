@@ -14,15 +14,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_modules.generation.kv_cache import Slots
-from lightning_modules.generation.requests import Matcher, Question
+from lightning_modules.generation.kv_cache import SlotKVCache
+from lightning_modules.generation.requests import ConstraintState, GenerationRequest
 
 Progress = Callable[[float], None]  #: called with the share of the work done, 0..1, never falling
 FILL_TOKENS = 1 << 14  #: tokens of prompts that go through the model at once: more gain no speed and cost memory
 
 
 @dataclass
-class Row:
+class RunningSequence:
     """An answer on its way.
 
     Attributes:
@@ -36,12 +36,12 @@ class Row:
     """
 
     index: int
-    question: Question
+    question: GenerationRequest
     prompt: list[int]
     tokens: list[int]
     logprob: float = 0.0
     ended: bool = False
-    matcher: Matcher | None = field(init=False)
+    matcher: ConstraintState | None = field(init=False)
     newest: int = field(init=False)
     position: int = field(init=False)
 
@@ -58,20 +58,24 @@ class Row:
         return len(self.tokens) >= self.question.max_new_tokens
 
 
-class Queue:
+class Scheduler:
     """Prompts that wait, those in slots, and the steps between."""
 
     def __init__(
-        self, slots: Slots, rows: Sequence[Row], eos_id: int, give_up: Callable[[list[int]], bool] | None
+        self,
+        slots: SlotKVCache,
+        rows: Sequence[RunningSequence],
+        eos_id: int,
+        max_preamble_tokens: Callable[[list[int]], bool] | None,
     ) -> None:
-        self.slots, self.eos_id, self.give_up = slots, eos_id, give_up
+        self.slots, self.eos_id, self.max_preamble_tokens = slots, eos_id, max_preamble_tokens
         # the longest first: if memory is short it shows at once, and neighbours need little padding
         self.waiting = sorted(rows, key=lambda row: (len(row.prompt), -row.index))
-        self.rows: list[Row | None] = [None] * slots.slots
+        self.rows: list[RunningSequence | None] = [None] * slots.slots
         # a prompt alone keeps a GPU idle, while a free slot costs a CPU a row's arithmetic
         self.patience = max(1, slots.slots // 8) if slots.device.type == "cuda" else 1
 
-    def run(self, share: Share) -> Iterator[Row]:
+    def run(self, share: ProgressTracker) -> Iterator[RunningSequence]:
         """Yields rows as they end."""
         done = [row for row in self.waiting if row.full]
         self.waiting = [row for row in self.waiting if not row.full]
@@ -101,7 +105,7 @@ class Queue:
                     self.slots.move(last, hole)
                     self.rows[hole], self.rows[last] = self.rows[last], None
 
-    def _step(self) -> Iterator[Row]:
+    def _step(self) -> Iterator[RunningSequence]:
         count = 1 + max(slot for slot, row in enumerate(self.rows) if row is not None)
         rows, start = self.rows[:count], len(self.slots.prefix.ids)
         ids = [row.newest if row is not None else 0 for row in rows]
@@ -112,7 +116,7 @@ class Queue:
                 self.rows[slot] = None
                 yield row
 
-    def _advance(self, row: Row, token: int, logprob: float) -> bool:
+    def _advance(self, row: RunningSequence, token: int, logprob: float) -> bool:
         """Books a token; returns whether the answer is over."""
         row.logprob += logprob
         row.ended = token == self.eos_id
@@ -122,11 +126,11 @@ class Queue:
         if row.matcher is not None:
             row.matcher.accept(token)
         row.newest, row.position = token, row.position + 1
-        return row.full or (self.give_up is not None and self.give_up(row.tokens))
+        return row.full or (self.max_preamble_tokens is not None and self.max_preamble_tokens(row.tokens))
 
 
-def _allowed(rows: Sequence[Row | None]) -> Tensor | None:
-    """A bit for each token that may come next; see :class:`Constraint`."""
+def _allowed(rows: Sequence[RunningSequence | None]) -> Tensor | None:
+    """A bit for each token that may come next; see :class:`LogitsConstraint`."""
     constraints = {id(row.question.constraint): row.question.constraint for row in rows if row is not None}
     bits = [
         constraint.allowed([row.matcher if row and row.question.constraint is constraint else None for row in rows])
@@ -136,7 +140,7 @@ def _allowed(rows: Sequence[Row | None]) -> Tensor | None:
     return reduce(torch.bitwise_and, bits) if bits else None
 
 
-def _parts(taken: list[tuple[int, Row]], start: int) -> Iterator[list[tuple[int, Row]]]:
+def _parts(taken: list[tuple[int, RunningSequence]], start: int) -> Iterator[list[tuple[int, RunningSequence]]]:
     """Parts of a few prompts each, the longest first, so that a part is no more than :data:`FILL_TOKENS`."""
     while taken:
         most = max(1, FILL_TOKENS // max(len(taken[0][1].prompt) - start, 1))
@@ -144,14 +148,14 @@ def _parts(taken: list[tuple[int, Row]], start: int) -> Iterator[list[tuple[int,
         taken = taken[most:]
 
 
-class Share:
+class ProgressTracker:
     """Turns steps into the share of all work done, for a progress bar."""
 
     def __init__(self, answers: int, limit: int, progress: Progress | None) -> None:
         self.answers, self.limit, self.progress = answers, limit, progress
         self.finished, self.steps, self.share = 0, 0, 0.0
 
-    def ended(self, rows: Sequence[Row]) -> None:
+    def ended(self, rows: Sequence[RunningSequence]) -> None:
         """Counts answers that are over."""
         self.finished += len(rows)
         self.steps += sum(len(row.tokens) + row.ended for row in rows)
@@ -161,6 +165,6 @@ class Share:
         if self.progress is None:
             return
         expected = max(self.steps / self.finished if self.finished else self.limit, 1)  # steps of an answer
-        begun = sum(min(len(row.tokens) / expected, 0.99) for row in rows)
-        self.share = max(self.share, min((self.finished + begun) / self.answers, 1.0))
+        forced_prefix = sum(min(len(row.tokens) / expected, 0.99) for row in rows)
+        self.share = max(self.share, min((self.finished + forced_prefix) / self.answers, 1.0))
         self.progress(self.share)

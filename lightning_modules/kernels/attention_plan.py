@@ -54,7 +54,7 @@ class BlockTables:
 
 
 @dataclass(frozen=True)
-class SegmentPlan:
+class AttentionPlan:
     """The segments of a batch.
 
     Attributes:
@@ -73,12 +73,12 @@ class SegmentPlan:
         own = max(end - start for start, end in zip(self.bounds, self.bounds[1:], strict=False))
         return own + max((prefix.end - prefix.first for prefix in self.prefixes), default=0)
 
-    def to(self, device: torch.device | str, non_blocking: bool = True) -> SegmentPlan:
+    def to(self, device: torch.device | str, non_blocking: bool = True) -> AttentionPlan:
         """Copies the tables to a device; the rest stays on the host, where it is used."""
         return replace(self, tables=self.tables.to(device, non_blocking))
 
 
-def plan_segments(segment_ids_BT: Tensor, group: int) -> SegmentPlan:
+def build_attention_plan(segment_ids_BT: Tensor, group: int) -> AttentionPlan:
     """Reads a batch's segment ids, on the CPU.
 
     Args:
@@ -96,7 +96,7 @@ def plan_segments(segment_ids_BT: Tensor, group: int) -> SegmentPlan:
             first = row * tokens
             prefixes.append(Prefix(first, first + int(length), first + int(last)))
     tables = _tables(bounds, ids_BT, prefixes, query_tokens(group))
-    return SegmentPlan(tuple(bounds.tolist()), tuple(prefixes), tables)
+    return AttentionPlan(tuple(bounds.tolist()), tuple(prefixes), tables)
 
 
 def query_tokens(group: int) -> int:

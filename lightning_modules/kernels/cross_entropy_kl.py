@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 from datamodules.batch import IGNORE_INDEX
 
 
-def token_loss(
+def cross_entropy_kl(
     logits_NV: Tensor, labels_N: Tensor, teacher_NV: Tensor | None, ce_weight: float, kl_weight: float, t: float
 ) -> tuple[Tensor, Tensor]:
     """Computes ``ce_weight CE + kl_weight KL(teacher || student)`` of each token, apart, and its gradient.
@@ -37,14 +37,14 @@ def token_loss(
     if logits_NV.is_cuda and logits_NV.dtype == torch.float32:
         from lightning_modules.kernels import cross_entropy_kl_triton
 
-        return cross_entropy_kl_triton.token_loss(logits_NV, labels_N, teacher_NV, ce_weight, kl_weight, t)
-    return token_loss_reference(logits_NV, labels_N, teacher_NV, ce_weight, kl_weight, t)
+        return cross_entropy_kl_triton.cross_entropy_kl(logits_NV, labels_N, teacher_NV, ce_weight, kl_weight, t)
+    return cross_entropy_kl_reference(logits_NV, labels_N, teacher_NV, ce_weight, kl_weight, t)
 
 
-def token_loss_reference(
+def cross_entropy_kl_reference(
     logits_NV: Tensor, labels_N: Tensor, teacher_NV: Tensor | None, ce_weight: float, kl_weight: float, t: float
 ) -> tuple[Tensor, Tensor]:
-    """See :func:`token_loss`."""
+    """See :func:`cross_entropy_kl`."""
     counts_N1 = (labels_N != IGNORE_INDEX)[:, None]
     labels_N1 = labels_N.clamp(min=0)[:, None]
     log_probs_NV = logits_NV.log_softmax(dim=-1)
@@ -62,8 +62,8 @@ def token_loss_reference(
     return torch.where(counts_N1, figures_N3, 0), torch.where(counts_N1, grad_NV, 0)
 
 
-class TokenLoss(torch.autograd.Function):
-    """:func:`token_loss` summed over tokens: the weighted loss, whether labels are right, cross-entropy, KL."""
+class CrossEntropyKL(torch.autograd.Function):
+    """:func:`cross_entropy_kl` summed over tokens: the weighted loss, whether labels are right, cross-entropy, KL."""
 
     @staticmethod
     def forward(
@@ -75,8 +75,8 @@ class TokenLoss(torch.autograd.Function):
         kl_weight: float,
         t: float,
     ) -> tuple[Tensor, ...]:
-        """Takes what :func:`token_loss` does."""
-        figures_N3, grad_NV = token_loss(logits_NV, labels_N, teacher_NV, ce_weight, kl_weight, t)
+        """Takes what :func:`cross_entropy_kl` does."""
+        figures_N3, grad_NV = cross_entropy_kl(logits_NV, labels_N, teacher_NV, ce_weight, kl_weight, t)
         ctx.save_for_backward(grad_NV)
         ce, kl, correct = figures_N3.sum(dim=0).unbind()
         loss = ce_weight * ce + kl_weight * kl

@@ -77,10 +77,10 @@ def _token_loss_kernel(
         tl.store(GRAD + c, grad, mask=c < width)
 
 
-def token_loss(
+def cross_entropy_kl(
     logits_NV: Tensor, labels_N: Tensor, teacher_NV: Tensor | None, ce_weight: float, kl_weight: float, t: float
 ) -> tuple[Tensor, Tensor]:
-    """See :func:`lightning_modules.kernels.cross_entropy_kl.token_loss`."""
+    """See :func:`lightning_modules.kernels.cross_entropy_kl.cross_entropy_kl`."""
     tokens, width = logits_NV.shape
     figures_N3 = torch.empty(tokens, 3, dtype=torch.float32, device=logits_NV.device)
     grad_NV = torch.empty(tokens, width, dtype=torch.float32, device=logits_NV.device)

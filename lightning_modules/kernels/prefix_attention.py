@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_modules.kernels.attention_plan import SegmentPlan
+from lightning_modules.kernels.attention_plan import AttentionPlan
 
 Inputs = tuple[Tensor, Tensor, Tensor]  #: queries, keys and values
 
@@ -35,7 +35,7 @@ def kernels_for(tensor: Tensor) -> Any:
 
 
 def attend(
-    query_NHD: Tensor, key_NKD: Tensor, value_NKD: Tensor, plan: SegmentPlan, scale: float
+    query_NHD: Tensor, key_NKD: Tensor, value_NKD: Tensor, plan: AttentionPlan, scale: float
 ) -> tuple[Tensor, Tensor]:
     """Attends within segments and to the prefix; grouped-query heads are shared, not repeated.
 
@@ -44,7 +44,7 @@ def attend(
             lie together; tokens may be apart, as in a view of one buffer for all three.
         key_NKD: keys with rotary positions applied, H a multiple of K.
         value_NKD: values.
-        plan: from :func:`lightning_modules.kernels.attention_plan.plan_segments`, on the same device.
+        plan: from :func:`lightning_modules.kernels.attention_plan.build_attention_plan`, on the same device.
         scale: factor of the scores, 1/sqrt(D) as a rule.
 
     Returns:
@@ -69,7 +69,7 @@ def attend(
 
 
 def attend_backward(
-    grad_NHD: Tensor, inputs: Inputs, out_NHD: Tensor, lse_HN: Tensor, plan: SegmentPlan, scale: float, grads: Inputs
+    grad_NHD: Tensor, inputs: Inputs, out_NHD: Tensor, lse_HN: Tensor, plan: AttentionPlan, scale: float, grads: Inputs
 ) -> None:
     """Writes the gradients of queries, keys and values into ``grads``.
 
@@ -100,7 +100,7 @@ def attend_backward(
         target.copy_(total)
 
 
-def _runs(plan: SegmentPlan) -> Iterator[tuple[slice, slice, bool]]:
+def _runs(plan: AttentionPlan) -> Iterator[tuple[slice, slice, bool]]:
     """Runs of queries, the keys that they meet, and whether only those up to themselves."""
     for start, end in zip(plan.bounds, plan.bounds[1:], strict=False):
         yield slice(start, end), slice(start, end), True

@@ -26,7 +26,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lightning_modules.kernels.attention_plan import CHUNK, KEYS, BlockTables, SegmentPlan, query_tokens
+from lightning_modules.kernels.attention_plan import CHUNK, KEYS, AttentionPlan, BlockTables, query_tokens
 
 NOTHING = tl.constexpr(-1e30)  #: score of a masked pair; no infinity, whose difference to itself is no number
 LOG2E = 1.4426950408889634
@@ -204,7 +204,7 @@ def attend_backward(
     inputs: tuple[Tensor, Tensor, Tensor],
     out_NHD: Tensor,
     lse_HN: Tensor,
-    plan: SegmentPlan,
+    plan: AttentionPlan,
     scale: float,
     grads: tuple[Tensor, Tensor, Tensor],
 ) -> None:

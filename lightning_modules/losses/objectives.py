@@ -24,7 +24,7 @@ from torch.nn.functional import log_softmax
 
 from datamodules.batch import IGNORE_INDEX
 from datamodules.errors import UserError
-from lightning_modules.kernels.cross_entropy_kl import TokenLoss
+from lightning_modules.kernels.cross_entropy_kl import CrossEntropyKL
 from lightning_modules.losses.teacher_cache import CachedTeacher, TeacherCache, cache_key
 from lightning_modules.losses.teacher_shards import Targets
 from lightning_modules.models.backbone import Backbone
@@ -40,7 +40,7 @@ class Objective(ABC):
     """A loss over supervised tokens. Subclasses are frozen dataclasses of plain data, so that checkpoints hold them."""
 
     @property
-    def teacher_recipe(self) -> Backbone | Literal["base"] | None:
+    def teacher_backbone(self) -> Backbone | Literal["base"] | None:
         """The teacher that has to be built for the call; None for none."""
         return None
 
@@ -75,7 +75,7 @@ class Objective(ABC):
 class CompletionCrossEntropy(Objective):
     """Cross-entropy of the labels: maximum likelihood of the completions."""
 
-    chunk: int = 1024
+    chunk_size: int = 1024
     """Tokens whose logits exist at a time."""
 
     def __call__(
@@ -84,10 +84,10 @@ class CompletionCrossEntropy(Objective):
         """See :class:`Objective`."""
 
         def sums(hidden_NC: Tensor, labels_N: Tensor) -> tuple[Tensor, ...]:
-            loss, correct, *_ = TokenLoss.apply(student.head(hidden_NC), labels_N, None, 1.0, 0.0, 1.0)
+            loss, correct, *_ = CrossEntropyKL.apply(student.head(hidden_NC), labels_N, None, 1.0, 0.0, 1.0)
             return loss, correct
 
-        loss, correct = _chunked(sums, self.chunk, student, labels_N)
+        loss, correct = _chunked(sums, self.chunk_size, student, labels_N)
         return {"loss": loss, "correct": correct}
 
 
@@ -147,7 +147,7 @@ class Distillation(Objective):
     the teacher's best; jsd: the generalised Jensen-Shannon divergence between them (GKD, arXiv 2306.13649, eq. 1)."""
     beta: float = 0.5
     """Weight of the teacher in the mixture of jsd, in (0, 1)."""
-    chunk: int = 1024
+    chunk_size: int = 1024
     """Tokens whose logits, of both models, exist at a time."""
     hidden: HiddenMatch | None = None
     """Also matches hidden states, which ``hidden`` of the result is the mean of; null matches none."""
@@ -169,7 +169,7 @@ class Distillation(Objective):
         return self.alpha > 0 or self.hidden is not None
 
     @property
-    def teacher_recipe(self) -> Backbone | Literal["base"] | None:
+    def teacher_backbone(self) -> Backbone | Literal["base"] | None:
         """The teacher, or None where it would have no weight, or is in a cache."""
         return self.teacher if self._wants_teacher and self.cache is None else None
 
@@ -189,7 +189,7 @@ class Distillation(Objective):
     ) -> dict[str, Tensor]:
         """See :class:`Objective`; adds ``ce``, ``kl`` and ``hidden``."""
         if not self._wants_teacher:
-            sums = CompletionCrossEntropy(self.chunk)(student, labels_N)
+            sums = CompletionCrossEntropy(self.chunk_size)(student, labels_N)
             return {**sums, "ce": sums["loss"].detach()}
         if teacher is None:
             raise UserError(
@@ -209,13 +209,13 @@ class Distillation(Objective):
             if self.divergence == "forward_kl" and isinstance(teacher, Predictions):
                 with torch.no_grad():
                     teacher_NV = teacher.head(*teaching)
-                return TokenLoss.apply(logits_NV, labels_N, teacher_NV, *weights, self.temperature)
+                return CrossEntropyKL.apply(logits_NV, labels_N, teacher_NV, *weights, self.temperature)
             kl_N = self._divergence(*log_probs(logits_NV, *teaching))
             kl = (kl_N * (labels_N != IGNORE_INDEX)).sum()
-            loss, correct, ce, _ = TokenLoss.apply(logits_NV, labels_N, None, weights[0], 0.0, 1.0)
+            loss, correct, ce, _ = CrossEntropyKL.apply(logits_NV, labels_N, None, weights[0], 0.0, 1.0)
             return loss + weights[1] * kl, correct, ce, kl.detach()
 
-        totals = _chunked(sums_of, self.chunk, student, labels_N, *teaching)
+        totals = _chunked(sums_of, self.chunk_size, student, labels_N, *teaching)
         found = dict(zip(("loss", "correct", "ce", "kl"), totals, strict=True))
         if self.hidden is None:
             return found

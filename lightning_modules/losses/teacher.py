@@ -18,7 +18,7 @@ from datamodules.errors import UserError
 from datamodules.pretrained.locate import loading_error
 from lightning_modules.models.backbone import RANDOM, Backbone
 from lightning_modules.models.decoder import Decoder, Predictions
-from lightning_modules.models.fused_decoder import FastDecoder, decoder_for
+from lightning_modules.models.fused_decoder import FusedDecoder, build_decoder
 
 
 class Teacher:
@@ -33,7 +33,7 @@ class Teacher:
     def __init__(self, model: nn.Module, recipe: Backbone, decoder: Decoder | None = None) -> None:
         self.model = model.eval().requires_grad_(False)
         device = next(model.parameters()).device
-        self.decoder = decoder or decoder_for(model, recipe.kernels, "full", device, recipe.fp8)[0]
+        self.decoder = decoder or build_decoder(model, recipe.kernels, "none", device, recipe.fp8)[0]
 
     @torch.no_grad()
     def predict(self, batch: Batch, positions_N: Tensor | None, layers: Sequence[str] = ()) -> Predictions:
@@ -41,8 +41,8 @@ class Teacher:
         if self.decoder.model.device != batch.input_ids_BT.device:
             self.model.to(batch.input_ids_BT.device)
         if not layers:
-            return Predictions(self.decoder.hidden_at(batch, positions_N), self.decoder.head)
-        hidden_NC, states = self.decoder.states_at(batch, positions_N, layers)
+            return Predictions(self.decoder.hidden_states_at(batch, positions_N), self.decoder.head)
+        hidden_NC, states = self.decoder.hidden_states_of_layers(batch, positions_N, layers)
         return Predictions(hidden_NC, self.decoder.head, states=states)
 
 
@@ -72,10 +72,10 @@ def build_teacher(
             "set backbone.lora, or name another model as the teacher"
         )
     if recipe == "base":
-        base = decoder.without_adapter() if isinstance(decoder, FastDecoder) else None
-        return Teacher(base_of(model), student, base)
+        base = decoder.without_adapter() if isinstance(decoder, FusedDecoder) else None
+        return Teacher(base_model_view(model), student, base)
     if shared:
-        return Teacher(replace(recipe, lora=None).wrap(base_of(model)), replace(student, fp8=recipe.fp8))
+        return Teacher(replace(recipe, lora=None).wrap(base_model_view(model)), replace(student, fp8=recipe.fp8))
     check_same_tokenizer(student, recipe)
     return Teacher(recipe.build(device), recipe)
 
@@ -88,7 +88,7 @@ def widths(student: Backbone, teacher: Backbone | Literal["base"]) -> tuple[int,
         try:
             config = AutoConfig.from_pretrained(backbone.location, revision=backbone.revision or "main")
         except (OSError, ValueError) as error:
-            raise loading_error("model", backbone.model, error) from error
+            raise loading_error("model", backbone.model_name_or_path, error) from error
         return int(config.get_text_config().hidden_size)
 
     own = width(student)
@@ -96,7 +96,7 @@ def widths(student: Backbone, teacher: Backbone | Literal["base"]) -> tuple[int,
     return own, own if shared or teacher == "base" else width(teacher)
 
 
-def base_of(model: nn.Module) -> Any:
+def base_model_view(model: nn.Module) -> Any:
     """A second view of a model's weights without its adapter.
 
     The modules are new, so that they have a mode of their own and can carry another adapter; parameters are the same
@@ -125,9 +125,11 @@ def check_same_tokenizer(student: Backbone, teacher: Backbone) -> None:
     """
     from datamodules.tokenization.chat_format import load_tokenizer
 
-    if student.model == teacher.model or any(name.startswith(RANDOM) for name in (student.model, teacher.model)):
+    if student.model_name_or_path == teacher.model_name_or_path or any(
+        name.startswith(RANDOM) for name in (student.model_name_or_path, teacher.model_name_or_path)
+    ):
         return
-    ours, theirs = (load_tokenizer(b.model, b.revision).get_vocab() for b in (student, teacher))
+    ours, theirs = (load_tokenizer(b.model_name_or_path, b.revision).get_vocab() for b in (student, teacher))
     if ours == theirs:
         return
     differing = sorted((ids, token) for token, ids in ours.items() if theirs.get(token) != ids)
@@ -136,6 +138,7 @@ def check_same_tokenizer(student: Backbone, teacher: Backbone) -> None:
         ids, token = differing[0]
         detail += f"; {len(differing):,} of the student's are elsewhere or absent, the first is {token!r} (id {ids})"
     raise UserError(
-        f"objective.teacher {teacher.model}: its tokenizer differs from that of {student.model}: {detail}; "
+        f"objective.teacher {teacher.model_name_or_path}: its tokenizer differs from that of "
+        f"{student.model_name_or_path}: {detail}; "
         "choose a teacher of the same family, or teacher base"
     )

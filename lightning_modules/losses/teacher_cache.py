@@ -43,16 +43,16 @@ WAY_OUT = "run `python main.py cache-teacher` with this config, into a folder of
 class TeacherCache:
     """Where a teacher's predictions are kept, and how much of them."""
 
-    folder: str
+    dir: str
     """Written by ``python main.py cache-teacher``, read by ``fit``."""
-    k: int = 32
+    top_k: int = 32
     """Most probable tokens kept a position; the others are one bucket."""
     temperatures: tuple[float, ...] = ()
     """Temperatures beside the objective's whose tails are kept too, so that one cache serves several runs."""
 
     def __post_init__(self) -> None:
-        if self.k < 1:
-            raise ValueError(f"objective.cache.k {self.k} is not positive; 32 is usual")
+        if self.top_k < 1:
+            raise ValueError(f"objective.cache.top_k {self.top_k} is not positive; 32 is usual")
         if any(t <= 0 for t in self.temperatures):
             raise ValueError(f"objective.cache.temperatures {list(self.temperatures)}: one is not positive")
 
@@ -70,24 +70,24 @@ class CachedTeacher:
     """
 
     def __init__(self, recipe: TeacherCache, key: dict[str, Any], temperature: float) -> None:
-        folder = Path(recipe.folder)
+        folder = Path(recipe.dir)
         stored = read_record(folder / "key.json")
         if stored is None:
-            raise UserError(f"objective.cache.folder {folder}: no teacher's cache there; {WAY_OUT}")
+            raise UserError(f"objective.cache.dir {folder}: no teacher's cache there; {WAY_OUT}")
         check_key(stored, key, folder)
         if temperature not in stored["temperatures"]:
             known = ", ".join(f"{t:g}" for t in stored["temperatures"])
             raise UserError(f"objective.temperature {temperature:g}: the cache {folder} has {known}; {WAY_OUT}")
         self.done = read_record(folder / "done.json") or {}
         if not self.done:
-            raise UserError(f"objective.cache.folder {folder}: not finished; run `python main.py cache-teacher` again")
-        self.k, self.vocabulary = int(stored["k"]), int(stored["vocabulary"])
+            raise UserError(f"objective.cache.dir {folder}: not finished; run `python main.py cache-teacher` again")
+        self.k, self.vocabulary = int(stored["top_k"]), int(stored["vocabulary"])
         self._column = stored["temperatures"].index(temperature)
         self._folder = folder
         try:
             self._shards = [Shard(folder / name, digest(stored)) for name in self.done["shards"]]
         except BrokenShard as error:
-            raise UserError(f"objective.cache.folder {folder}: {error}; cache-teacher makes it again") from error
+            raise UserError(f"objective.cache.dir {folder}: {error}; cache-teacher makes it again") from error
         keys = [shard.keys for shard in self._shards]
         flat = np.concatenate(keys) if keys else np.empty(0, np.uint64)
         self._order = np.argsort(flat, kind="stable")
@@ -102,7 +102,7 @@ class CachedTeacher:
         """
         if self.done["rows"] is not None and rows > self.done["rows"]:
             raise UserError(
-                f"objective.cache.folder {self._folder}: it covers {self.done['rows']:,} rows of training and the run "
+                f"objective.cache.dir {self._folder}: it covers {self.done['rows']:,} rows of training and the run "
                 f"takes {rows:,}; run `python main.py cache-teacher` again with this config, it goes on there"
             )
 
@@ -132,13 +132,13 @@ class CachedTeacher:
     def _read(self, key: int, tokens: int) -> list[Any]:
         at = int(np.searchsorted(self._sorted, np.uint64(key)))
         if at == len(self._sorted) or self._sorted[at] != np.uint64(key):
-            raise UserError(f"objective.cache.folder {self._folder}: an example is not in it; {WAY_OUT}")
+            raise UserError(f"objective.cache.dir {self._folder}: an example is not in it; {WAY_OUT}")
         index = int(self._order[at])
         shard = int(np.searchsorted(self._starts, index, side="right")) - 1
         parts = self._shards[shard].read(index - int(self._starts[shard]))
         if len(parts[0]) != tokens:
             raise UserError(
-                f"objective.cache.folder {self._folder}: an example has {len(parts[0])} positions there and {tokens} "
+                f"objective.cache.dir {self._folder}: an example has {len(parts[0])} positions there and {tokens} "
                 f"here; {WAY_OUT}"
             )
         return parts
@@ -168,7 +168,7 @@ def cache_key(
         data: set up.
         teacher: of the objective.
         student: whose base it may be.
-        cache: its ``k`` is a part.
+        cache: its ``top_k`` is a part.
     """
     tokenizer = data.chat.tokenizer
     state = json.loads(tokenizer.backend_tokenizer.to_str()) | {"padding": None, "truncation": None}
@@ -177,12 +177,12 @@ def cache_key(
         "tokenizer": digest(state),
         "template": digest(template_source(tokenizer)),
         "data": {
-            "sources": [source.fingerprint() for source in data._preparer.sources],
+            "sources": [source.fingerprint() for source in data.document_processor.sources],
             "instructions": {name: digest(data.chat.prefix_ids(task)) for name, task in sorted(data.tasks.items())},
             **data._settings(),
         },
         "teacher": _teacher_key(student_base(student) if teacher == "base" else teacher),
-        "k": cache.k,
+        "top_k": cache.top_k,
     }
 
 
@@ -195,7 +195,7 @@ def check_key(stored: dict[str, Any], key: dict[str, Any], folder: Path) -> None
     differing = list(_differences(stored, json.loads(json.dumps(key))))
     if differing:
         raise UserError(
-            f"objective.cache.folder {folder} was made for something else: {'; '.join(differing[:4])}; {WAY_OUT}"
+            f"objective.cache.dir {folder} was made for something else: {'; '.join(differing[:4])}; {WAY_OUT}"
         )
 
 
@@ -216,7 +216,7 @@ def student_base(student: Backbone) -> Backbone:
 
 def _teacher_key(teacher: Backbone) -> dict[str, Any]:
     try:
-        location = resolve(teacher.model.removeprefix(RANDOM), weights=False)
+        location = resolve(teacher.model_name_or_path.removeprefix(RANDOM), weights=False)
     except UserError:
         location = ABSENT
     local = location == ABSENT or Path(location).is_dir()

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 OwnAttention = Literal["blockwise", "pallas"]  #: what transformers does not bring itself
-Attention = Literal["sdpa", "flex_attention", "eager", OwnAttention]
+AttnImplementation = Literal["sdpa", "flex_attention", "eager", OwnAttention]
 
 
 def segment_mask(segment_ids_BT: Tensor, position_ids_BT: Tensor | None = None, window: int | None = None) -> Tensor:
@@ -81,7 +81,7 @@ def attention_mask(batch: Batch, attention: str, dtype: torch.dtype, window: int
         return mask
     if attention == "eager":
         return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, torch.finfo(dtype).min)
-    raise ValueError(f"attention {attention}: no mask is known for it; use {', '.join(get_args(Attention))}")
+    raise ValueError(f"attention {attention}: no mask is known for it; use {', '.join(get_args(AttnImplementation))}")
 
 
 def register_attention(attention: str) -> None:
@@ -134,7 +134,9 @@ def _pallas(
     from torch_xla.experimental.custom_kernel import flash_attention
 
     if sliding_window is not None and sliding_window < query_BHTD.shape[2]:
-        raise UserError(f"backbone.attention pallas: it has no window of {sliding_window}; set it to blockwise")
+        raise UserError(
+            f"backbone.attn_implementation pallas: it has no window of {sliding_window}; set it to blockwise"
+        )
     groups = query_BHTD.shape[1] // key_BKTD.shape[1]
     key_BHTD, value_BHTD = (x.repeat_interleave(groups, 1) for x in (key_BKTD, value_BKTD))
     segments_BT = attention_mask[:, 0, 0]
@@ -161,7 +163,7 @@ def _sdpa(*args: Any, **kwargs: Any) -> tuple[Tensor, None]:
 
 def _refuse_dropout(attention: str, kwargs: dict[str, Any]) -> None:
     if kwargs.get("dropout"):
-        raise UserError(f"backbone.attention {attention}: it computes no attention dropout; set it to sdpa")
+        raise UserError(f"backbone.attn_implementation {attention}: it computes no attention dropout; set it to sdpa")
 
 
 def _check_tpu(device: torch.device) -> None:
@@ -170,7 +172,9 @@ def _check_tpu(device: torch.device) -> None:
 
         if xr.device_type() == "TPU":
             return
-    raise UserError("backbone.attention pallas: its kernel needs a TPU, and there is none; set it to blockwise")
+    raise UserError(
+        "backbone.attn_implementation pallas: its kernel needs a TPU, and there is none; set it to blockwise"
+    )
 
 
 def _rule(segment_ids_BT: Tensor, position_ids_BT: Tensor | None, window: int | None) -> Callable[..., Tensor]:

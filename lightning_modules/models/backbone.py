@@ -12,10 +12,10 @@ from torch import nn
 
 from datamodules.errors import UserError
 from datamodules.pretrained.locate import loading_error, resolve
-from lightning_modules.models.attention_masks import Attention, register_attention
+from lightning_modules.models.attention_masks import AttnImplementation, register_attention
 
 Quantization = Literal["nf4", "int8", "none"]
-ActivationMemory = Literal["full", "balanced", "low"]
+ActivationCheckpointing = Literal["none", "selective", "full", "offload"]
 RANDOM = "random:"  #: prefix of a model name: the architecture of a folder's config.json with random weights
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -27,16 +27,16 @@ class LoRA:
     rank: int = 16
     """Inner width r of the update B A."""
     alpha: float = 32
-    """The update is scaled by alpha / rank (with rslora by alpha / sqrt(rank))."""
+    """The update is scaled by alpha / rank (with use_rslora by alpha / sqrt(rank))."""
     dropout: float = 0.0
     """Share of the adapter's inputs that are dropped in training."""
-    targets: tuple[str, ...] | Literal["all-linear"] = PROJECTIONS
+    target_modules: tuple[str, ...] | Literal["all-linear"] = PROJECTIONS
     """Names of the linear layers that get one, or all-linear: every one but the head, whatever they are called."""
-    layers: int | None = None
+    num_top_layers: int | None = None
     """Only the top so many layers; the backward pass stops below them. None for all."""
-    dora: bool = False
+    use_dora: bool = False
     """Trains each column's magnitude apart from its direction (DoRA, arXiv 2402.09353)."""
-    rslora: bool = False
+    use_rslora: bool = False
     """Scales by alpha / sqrt(rank), so that large ranks learn as fast (rsLoRA, arXiv 2312.03732)."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Type of the adapter's weights; products use the base's type all the same. A step of Lion, 5e-5, is lost on a
@@ -47,26 +47,25 @@ class LoRA:
 class Backbone:
     """A causal language model, to be trained or to teach."""
 
-    model: str
+    model_name_or_path: str
     """Local folder, name on the Hugging Face hub, embedded:smollm2-135m-instruct, or random:FOLDER (the architecture of
     the folder's config.json with seeded random weights, for benchmarks)."""
     quantization: Quantization = "none"
     """How the frozen linear layers are stored: nf4 (4 bits, double quantisation), int8, or none."""
     dtype: Literal["bfloat16", "float32", "float16", "auto"] = "auto"
     """Type of all other weights and of the products; auto takes the checkpoint's."""
-    attention: Attention = "sdpa"
+    attn_implementation: AttnImplementation = "sdpa"
     """Attention implementation: flex_attention skips empty blocks of packed rows, on GPUs; blockwise needs no T x T
     scores anywhere, for long rows on TPUs; pallas is torch_xla's flash attention, on TPUs, without a shared prefix."""
     lora: LoRA | None = None
     """Adapters to train; null trains every weight (of an unquantised model)."""
-    gradient_checkpointing: bool = False
-    """Computes each layer twice instead of keeping its activations: a third slower, far less memory."""
-    kernels: Literal["auto", "fast", "plain"] = "auto"
-    """Forward and backward pass in training: fast are the fused functions for Llama and Mistral, plain is transformers'
-    and PEFT's own modules, for everything; auto takes fast where it can."""
-    activation_memory: ActivationMemory = "full"
-    """What the fast path keeps for the backward pass: full, balanced (computes the MLP's inner products twice), or low
-    (whole layers twice, their inputs in host memory)."""
+    kernels: Literal["auto", "fused", "eager"] = "auto"
+    """Forward and backward pass in training: fused uses this project's fused blocks, for Llama and Mistral; eager uses
+    the modules of transformers and PEFT, for every architecture; auto uses fused where it is supported."""
+    activation_checkpointing: ActivationCheckpointing = "none"
+    """Activations that are recomputed in the backward pass instead of being kept: none; selective (the inner products
+    of the MLP); full (each layer, from its input); offload (as full, and the inputs of the layers are kept in host
+    memory). selective and offload need fused kernels."""
     fp8: bool = False
     """Products with the frozen base in FP8 on the fast path (Ada, Hopper and newer): 1.4 times as fast on an H100, 2
     bytes a weight more memory, 1.4 % more held-out loss after 300 steps of SmolLM2-135M: off by default."""
@@ -90,7 +89,7 @@ class Backbone:
         target = torch.device(device) if device is not None else torch.device("cpu")
         with _float32_default(), out_of_memory_advice():
             model = self._load(target)
-            if self.gradient_checkpointing:
+            if self.activation_checkpointing != "none":  # the fused blocks have their own and ignore this
                 _enable_checkpointing(model)
             if self.quantization != "none":
                 model.requires_grad_(False)
@@ -105,11 +104,15 @@ class Backbone:
     @property
     def location(self) -> str:
         """What ``from_pretrained`` takes: a local folder or a hub name."""
-        return self.model.removeprefix(RANDOM) if self.model.startswith(RANDOM) else resolve(self.model)
+        return (
+            self.model_name_or_path.removeprefix(RANDOM)
+            if self.model_name_or_path.startswith(RANDOM)
+            else resolve(self.model_name_or_path)
+        )
 
     def shares_weights_with(self, other: Backbone) -> bool:
         """Whether both describe the same stored base, whatever their adapters are."""
-        ours, theirs = ((b.model, b.revision, b.quantization, b.dtype) for b in (self, other))
+        ours, theirs = ((b.model_name_or_path, b.revision, b.quantization, b.dtype) for b in (self, other))
         return ours == theirs
 
     def _load(self, device: torch.device) -> Any:
@@ -117,7 +120,7 @@ class Backbone:
 
         if self.quantization != "none":
             _check_bitsandbytes(self.quantization, device)
-        register_attention(self.attention)
+        register_attention(self.attn_implementation)
         location = self.location
         options: dict[str, Any] = {"trust_remote_code": False}
         if self.revision is not None:
@@ -125,26 +128,32 @@ class Backbone:
         try:
             config = AutoConfig.from_pretrained(location, **options)
             dtype = self._dtype(config)
-            if self.model.startswith(RANDOM) or device.type == "meta":  # shapes only: nothing is loaded
+            if self.model_name_or_path.startswith(RANDOM) or device.type == "meta":  # shapes only: nothing is loaded
                 from lightning_modules.models.random_init import random_model
 
                 return random_model(
-                    config, quantization=self.quantization, dtype=dtype, device=device, attention=self.attention
+                    config,
+                    quantization=self.quantization,
+                    dtype=dtype,
+                    device=device,
+                    attention=self.attn_implementation,
                 )
             return AutoModelForCausalLM.from_pretrained(
                 location,
                 dtype=dtype,
                 quantization_config=_quantization_config(self.quantization, dtype),
                 device_map={"": device},  # pinned: "auto" would put layers of a rank on its neighbour's GPU
-                attn_implementation=self.attention,
+                attn_implementation=self.attn_implementation,
                 use_safetensors=True,  # no pickles
                 **options,
             )
         except (OSError, ValueError, ImportError) as error:
             if isinstance(error, OSError) or "trust_remote_code" in str(error):
-                raise loading_error("model", self.model, error) from error
-            settings = f"quantization {self.quantization}, dtype {self.dtype}, attention {self.attention}"
-            raise UserError(f"model {self.model} can't be built with {settings}: {_cause(error)}") from error
+                raise loading_error("model", self.model_name_or_path, error) from error
+            settings = f"quantization {self.quantization}, dtype {self.dtype}, attention {self.attn_implementation}"
+            raise UserError(
+                f"model {self.model_name_or_path} can't be built with {settings}: {_cause(error)}"
+            ) from error
 
     def _dtype(self, config: Any) -> torch.dtype:
         if self.dtype != "auto":
@@ -155,22 +164,26 @@ class Backbone:
     def _with_lora(self, model: Any, lora: LoRA) -> Any:
         from peft import LoraConfig, get_peft_model
 
-        if lora.dora and self.quantization == "int8":
-            raise UserError("backbone.lora.dora true with backbone.quantization int8 is not served; use nf4 or none")
+        if lora.use_dora and self.quantization == "int8":
+            raise UserError(
+                "backbone.lora.use_dora true with backbone.quantization int8 is not served; use nf4 or none"
+            )
         config = LoraConfig(
             task_type="CAUSAL_LM",
             r=lora.rank,
             lora_alpha=lora.alpha,
             lora_dropout=lora.dropout,
             target_modules=_target_modules(model, lora),
-            layers_to_transform=_top_layers(model, lora.layers),
-            use_dora=lora.dora,
-            use_rslora=lora.rslora,
+            layers_to_transform=_top_layers(model, lora.num_top_layers),
+            use_dora=lora.use_dora,
+            use_rslora=lora.use_rslora,
         )
         try:
             wrapped = get_peft_model(model, config)
         except ValueError as error:
-            raise UserError(_adapter_message(f"backbone.lora.targets {_text(lora.targets)}", model, error)) from error
+            raise UserError(
+                _adapter_message(f"backbone.lora.target_modules {_text(lora.target_modules)}", model, error)
+            ) from error
         return self._finish(wrapped, lora.dtype)
 
     def _with_adapter(self, model: Any) -> Any:
@@ -203,7 +216,7 @@ class Backbone:
 
 
 @contextmanager
-def out_of_memory_advice(rows: str = "data.init_args.row_tokens or batch_rows") -> Iterator[None]:
+def out_of_memory_advice(rows: str = "data.init_args.sequence_length or batch_size") -> Iterator[None]:
     """Turns an accelerator's out-of-memory error into a UserError that says what to set.
 
     Args:
@@ -214,7 +227,7 @@ def out_of_memory_advice(rows: str = "data.init_args.row_tokens or batch_rows") 
     except torch.OutOfMemoryError as error:
         raise UserError(
             f"out of memory on the accelerator: lower {rows} (and raise trainer.accumulate_grad_batches as much), or "
-            "set model.init_args.backbone.gradient_checkpointing true, or backbone.quantization nf4 "
+            "set model.init_args.backbone.activation_checkpointing full, or backbone.quantization nf4 "
             f"({str(error).split('. ')[0]})"
         ) from error
 
@@ -260,9 +273,9 @@ def _quantization_config(quantization: str, dtype: torch.dtype) -> Any:
 
 def _target_modules(model: Any, lora: LoRA) -> list[str] | str:
     """PEFT takes no number of layers beside all-linear, so that the names are looked up here then."""
-    if lora.targets != "all-linear":
-        return list(lora.targets)
-    if lora.layers is None:
+    if lora.target_modules != "all-linear":
+        return list(lora.target_modules)
+    if lora.num_top_layers is None:
         return "all-linear"
     linear = {name for name, module in model.get_decoder().named_modules() if isinstance(module, nn.Linear)}
     return sorted({name.rpartition(".")[2] for name in linear})
@@ -274,7 +287,7 @@ def _top_layers(model: Any, layers: int | None) -> list[int] | None:
     count = model.config.get_text_config().num_hidden_layers
     if not 1 <= layers <= count:
         raise UserError(
-            f"backbone.lora.layers {layers}: the model has {count} layers; set 1 to {count}, or null for all"
+            f"backbone.lora.num_top_layers {layers}: the model has {count} layers; set 1 to {count}, or null for all"
         )
     return list(range(count - layers, count))
 

@@ -29,10 +29,10 @@ class Backend:
     """PyTorch as it is.
 
     Attributes:
-        plain_only: why the fast path can't run; None where it can.
+        fused_unsupported_reason: why the fast path can't run; None where it can.
     """
 
-    plain_only: str | None = None
+    fused_unsupported_reason: str | None = None
 
     def check(self, quantization: str, teacher: bool = False) -> None:
         """Refuses what this backend can't run, before anything is loaded.
@@ -60,11 +60,11 @@ class Backend:
         """Copies tensors to the host; every rank calls it."""
         return {name: tensor.cpu() for name, tensor in tensors.items()}
 
-    def for_generation(self, model: nn.Module) -> nn.Module:
+    def generation_model(self, model: nn.Module) -> nn.Module:
         """The model where it can write answers: as it is."""
         return model
 
-    def unevenly_called(self, model: nn.Module) -> AbstractContextManager[Any]:
+    def uneven_forward_context(self, model: nn.Module) -> AbstractContextManager[Any]:
         """Within it ranks may call the model unequally often, each for answers of its own; every rank enters it."""
         return nullcontext()
 
@@ -129,7 +129,7 @@ def is_divided(tensor: Tensor) -> bool:
     return hasattr(tensor, "to_local")
 
 
-def take(tensor_N: Tensor, positions_N: Tensor | None) -> Tensor:
+def gather_positions(tensor_N: Tensor, positions_N: Tensor | None) -> Tensor:
     """The given entries of the first axis; all where None."""
     return tensor_N if positions_N is None else tensor_N.index_select(0, positions_N)
 

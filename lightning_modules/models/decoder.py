@@ -19,7 +19,7 @@ from torch import Tensor
 from datamodules.batch import Batch
 from datamodules.errors import UserError
 from lightning_modules.models.attention_masks import attention_mask
-from lightning_modules.models.backend import EAGER, Backend, take
+from lightning_modules.models.backend import EAGER, Backend, gather_positions
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -72,11 +72,13 @@ class Decoder:
         hidden_BTC: Tensor = output.last_hidden_state
         return hidden_BTC
 
-    def hidden_at(self, batch: Batch, positions_N: Tensor | None) -> Tensor:
+    def hidden_states_at(self, batch: Batch, positions_N: Tensor | None) -> Tensor:
         """Computes the last hidden states [N, C] of some positions of the flattened rows, of all where None."""
-        return take(self.hidden_states(batch).flatten(0, 1), positions_N)
+        return gather_positions(self.hidden_states(batch).flatten(0, 1), positions_N)
 
-    def states_at(self, batch: Batch, positions_N: Tensor | None, names: Sequence[str]) -> tuple[Tensor, list[Tensor]]:
+    def hidden_states_of_layers(
+        self, batch: Batch, positions_N: Tensor | None, names: Sequence[str]
+    ) -> tuple[Tensor, list[Tensor]]:
         """The same, and the outputs [N, C] of named layers (``layers.3``: the fourth block, before any final norm).
 
         Raises:
@@ -94,12 +96,12 @@ class Decoder:
 
         handles = [blocks[name].register_forward_hook(watching(name)) for name in names]
         try:
-            hidden_NC = self.hidden_at(batch, positions_N)
+            hidden_NC = self.hidden_states_at(batch, positions_N)
         finally:
             for handle in handles:
                 handle.remove()
         # not in the hooks: a checkpointed layer that is computed again would lack them
-        return hidden_NC, [take(found[name].flatten(0, 1), positions_N) for name in names]
+        return hidden_NC, [gather_positions(found[name].flatten(0, 1), positions_N) for name in names]
 
     def head(self, hidden_NC: Tensor) -> Tensor:
         """Computes logits [N, V] in float32 (float64 where the model is), scaled and capped as the model does it."""

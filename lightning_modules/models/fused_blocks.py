@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_modules.kernels.attention_plan import SegmentPlan
+from lightning_modules.kernels.attention_plan import AttentionPlan
 from lightning_modules.kernels.pointwise import rms_norm, rms_norm_backward, rotate_, swiglu, swiglu_backward
 from lightning_modules.kernels.prefix_attention import attend, attend_backward
 from lightning_modules.models.fused_lora import Group
@@ -77,7 +77,7 @@ class AttentionBlock(torch.autograd.Function):
         block: Attention,
         cos_ND: Tensor,
         sin_ND: Tensor,
-        plan: SegmentPlan,
+        plan: AttentionPlan,
         rows: Tensor | None,
         *parameters: Tensor | None,
     ) -> Tensor:

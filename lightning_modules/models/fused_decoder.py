@@ -1,16 +1,18 @@
 """The fast path: a Llama or Mistral decoder run block by fused block, over packed rows.
 
-``activation_memory`` trades memory for time. A layer of a 7B model keeps, a token:
+``activation_checkpointing`` trades memory for time. A layer of a 7B model keeps, a token:
 
-- ``full``: 94 KB; nothing expensive is computed twice;
-- ``balanced``: 37 KB; gate and up (57 KB) are computed again in the backward pass, 1.3 times the forward's work;
-- ``low``: 8 KB, held in host memory; whole layers are computed again.
+- ``none``: 94 KB; nothing expensive is computed twice;
+- ``selective``: 37 KB; gate and up (57 KB) are computed again in the backward pass, 1.3 times the forward's work;
+- ``full``: 8 KB, the layer's input; the whole layer is computed again;
+- ``offload``: as ``full``, and the 8 KB are kept in host memory.
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,10 +22,10 @@ from torch.utils.checkpoint import checkpoint
 
 from datamodules.batch import Batch
 from datamodules.errors import UserError
-from lightning_modules.kernels.attention_plan import SegmentPlan, plan_segments
+from lightning_modules.kernels.attention_plan import AttentionPlan, build_attention_plan
 from lightning_modules.kernels.fp8 import CAPABILITY
-from lightning_modules.models.backbone import ActivationMemory
-from lightning_modules.models.backend import take
+from lightning_modules.models.backbone import ActivationCheckpointing
+from lightning_modules.models.backend import gather_positions
 from lightning_modules.models.decoder import Decoder, check_names
 from lightning_modules.models.fused_blocks import MLP, Attention, AttentionBlock, MLPBlock, Norm
 from lightning_modules.models.fused_lora import Group, Projection
@@ -75,19 +77,21 @@ class _Layer:
         return self.mlp.wide.parameters() + self.mlp.down.parameters()
 
 
-class FastDecoder(Decoder):
+class FusedDecoder(Decoder):
     """Runs a Hugging Face decoder's blocks by :mod:`lightning_modules.models.fused_blocks`' fused functions.
 
     Args:
         model: a causal LM, as it is or wrapped by PEFT; it keeps owning every parameter.
-        activation_memory: see the module's docstring.
+        activation_checkpointing: see the module's docstring.
         fp8: whether products with the frozen base are computed in FP8.
 
     Raises:
         NotImplementedError: the model has something that the fused functions do not compute; the message says what.
     """
 
-    def __init__(self, model: Any, activation_memory: ActivationMemory = "full", fp8: bool = False) -> None:
+    def __init__(
+        self, model: Any, activation_checkpointing: ActivationCheckpointing = "none", fp8: bool = False
+    ) -> None:
         super().__init__(model)
         config = self.config
         if config.model_type not in MODEL_TYPES:
@@ -97,16 +101,16 @@ class FastDecoder(Decoder):
         self.decoder = self.model.model
         if any(parameter.requires_grad for parameter in self.decoder.embed_tokens.parameters()):
             raise NotImplementedError("the embeddings are trained")
-        self.activation_memory = activation_memory
+        self.activation_checkpointing = activation_checkpointing
         self.window = getattr(config, "sliding_window", None)
         heads = (config.num_attention_heads, config.num_key_value_heads)
         self.group = heads[0] // heads[1]
         self.head_width = self.decoder.layers[0].self_attn.head_dim
-        self.layers = [_Layer.of(layer, heads, activation_memory != "low") for layer in self.decoder.layers]
+        self.layers = [_Layer.of(layer, heads, activation_checkpointing != "offload") for layer in self.decoder.layers]
         for group in (g for layer in self.layers for g in layer.groups() if fp8):
             group.to_fp8(self.dtype)
 
-    def without_adapter(self) -> FastDecoder:
+    def without_adapter(self) -> FusedDecoder:
         """The base alone; it shares every weight, those of FP8 and the scales of NF4 too."""
         base = copy.copy(self)
         base.layers = [layer.without_adapter() for layer in self.layers]
@@ -116,11 +120,13 @@ class FastDecoder(Decoder):
         """Computes the last hidden states [B, T, C], behind the final norm."""
         return self.decoder.norm(self._blocks(batch).view(*batch.input_ids_BT.shape, -1))
 
-    def hidden_at(self, batch: Batch, positions_N: Tensor | None) -> Tensor:
+    def hidden_states_at(self, batch: Batch, positions_N: Tensor | None) -> Tensor:
         """The same at some positions [N, C]; the last layer's output and MLP are computed there only."""
         return self.decoder.norm(self._blocks(batch, positions_N))
 
-    def states_at(self, batch: Batch, positions_N: Tensor | None, names: Sequence[str]) -> tuple[Tensor, list[Tensor]]:
+    def hidden_states_of_layers(
+        self, batch: Batch, positions_N: Tensor | None, names: Sequence[str]
+    ) -> tuple[Tensor, list[Tensor]]:
         """The same, and the outputs [N, C] of named layers."""
         layers = [f"layers.{number}" for number in range(len(self.layers))]
         check_names(names, layers)
@@ -129,14 +135,14 @@ class FastDecoder(Decoder):
         def watch(name: str, hidden_NC: Tensor) -> None:
             if name in names:
                 # the last layer's output has these positions alone
-                found[name] = hidden_NC if name == layers[-1] else take(hidden_NC, positions_N)
+                found[name] = hidden_NC if name == layers[-1] else gather_positions(hidden_NC, positions_N)
 
         hidden_NC = self.decoder.norm(self._blocks(batch, positions_N, watch))
         return hidden_NC, [found[name] for name in names]
 
-    def plan(self, segment_ids_BT: Tensor) -> SegmentPlan:
+    def plan(self, segment_ids_BT: Tensor) -> AttentionPlan:
         """Lays out the attention of a batch whose segments are on the host."""
-        return plan_segments(segment_ids_BT, self.group)
+        return build_attention_plan(segment_ids_BT, self.group)
 
     def _blocks(self, batch: Batch, positions_N: Tensor | None = None, watch: Watch | None = None) -> Tensor:
         plan = batch.plan if batch.plan is not None else self.plan(batch.segment_ids_BT.cpu())
@@ -147,7 +153,7 @@ class FastDecoder(Decoder):
         self,
         input_ids_BT: Tensor,
         position_ids_BT: Tensor,
-        plan: SegmentPlan,
+        plan: AttentionPlan,
         positions_N: Tensor | None = None,
         watch: Watch | None = None,
     ) -> Tensor:
@@ -176,72 +182,87 @@ class FastDecoder(Decoder):
         return hidden_NC
 
     def _layer(self, layer: _Layer, hidden_NC: Tensor, *rest: Any) -> Tensor:
-        if self.activation_memory != "low" or not torch.is_grad_enabled():
+        if self.activation_checkpointing not in ("full", "offload") or not torch.is_grad_enabled():
             return self._block(layer, hidden_NC, *rest)
         adapted = any(p is not None for p in (*layer.attention_parameters(), *layer.mlp_parameters()))
         if not hidden_NC.requires_grad and not adapted:
             return self._block(layer, hidden_NC, *rest)
-        with _offloaded(hidden_NC.shape):
+        with _offloaded(hidden_NC.shape) if self.activation_checkpointing == "offload" else nullcontext():
             return checkpoint(self._block, layer, hidden_NC, *rest, use_reentrant=False)
 
     def _block(
-        self, layer: _Layer, hidden_NC: Tensor, cos: Tensor, sin: Tensor, plan: SegmentPlan, positions_N: Tensor | None
+        self,
+        layer: _Layer,
+        hidden_NC: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        plan: AttentionPlan,
+        positions_N: Tensor | None,
     ) -> Tensor:
         hidden_NC = AttentionBlock.apply(
             hidden_NC, layer.attention, cos, sin, plan, positions_N, *layer.attention_parameters()
         )
-        return MLPBlock.apply(hidden_NC, layer.mlp, self.activation_memory == "full", CHUNK, *layer.mlp_parameters())
+        return MLPBlock.apply(
+            hidden_NC, layer.mlp, self.activation_checkpointing in ("none", "full"), CHUNK, *layer.mlp_parameters()
+        )
 
 
-def decoder_for(
+def build_decoder(
     model: Any,
     kernels: str,
-    activation_memory: ActivationMemory,
+    activation_checkpointing: ActivationCheckpointing,
     device: torch.device,
     fp8: bool = False,
-    plain_only: str | None = None,
+    fused_unsupported_reason: str | None = None,
 ) -> tuple[Decoder, str]:
     """Chooses the path of a model's forward and backward pass.
 
     Args:
         model: a causal LM, as it is or wrapped by PEFT.
-        kernels: ``auto``, ``fast`` or ``plain``.
-        activation_memory: see the module's docstring.
+        kernels: ``auto``, ``fused`` or ``eager``.
+        activation_checkpointing: see the module's docstring.
         device: where the model is.
-        fp8: whether products with the frozen base are computed in FP8, which the fast path can.
-        plain_only: why the fast path can't run where the model is, if so.
+        fp8: whether products with the frozen base are computed in FP8, which only the fused kernels can.
+        fused_unsupported_reason: why the fast path can't run where the model is, if so.
 
     Returns:
         The decoder, and one line that says which it is and why.
 
     Raises:
-        UserError: ``fast`` was asked for and can't be had.
+        UserError: the options need the fused kernels, which do not support the model or the device.
     """
     if fp8:
         _check_fp8(kernels, device)
-    if kernels == "plain":
-        return Decoder(model), "plain path: backbone.kernels is plain"
+    if kernels == "eager":
+        if activation_checkpointing in ("selective", "offload"):
+            raise UserError(
+                f"backbone.activation_checkpointing={activation_checkpointing}: needs fused kernels, and "
+                "backbone.kernels is eager. Fix: set activation_checkpointing to none or full"
+            )
+        return Decoder(model), f"eager kernels (as configured), activation_checkpointing {activation_checkpointing}"
     try:
-        if plain_only is not None:
-            raise NotImplementedError(plain_only)
+        if fused_unsupported_reason is not None:
+            raise NotImplementedError(fused_unsupported_reason)
         if device.type not in ("cuda", "cpu"):
             raise NotImplementedError(f"the device is {device.type}")
-        fast = FastDecoder(model, activation_memory, fp8)
+        fused = FusedDecoder(model, activation_checkpointing, fp8)
         if device.type == "cuda":
-            _check_kernels(fast)
+            _check_kernels(fused)
     except NotImplementedError as error:
-        if kernels == "fast" or fp8:
-            option = "backbone.fp8 true" if fp8 else "backbone.kernels fast"
-            way_out = "false" if fp8 else "auto or plain"
-            raise UserError(f"{option}: {error}; set it to {way_out}") from error
-        return Decoder(model), f"plain path: {error}"
+        if kernels == "fused" or fp8:
+            option, fix = ("fp8=true", "false") if fp8 else ("kernels=fused", "auto or eager")
+            raise UserError(f"backbone.{option}: {error}. Fix: set it to {fix}") from error
+        used = "full" if activation_checkpointing in ("selective", "offload") else activation_checkpointing
+        instead = f" instead of {activation_checkpointing}" if used != activation_checkpointing else ""
+        return Decoder(model), f"eager kernels ({error}), activation_checkpointing {used}{instead}"
     products = ", FP8 products with the base" if fp8 else ""
-    return fast, f"fast path: fused {fast.config.model_type} blocks, activation_memory {activation_memory}{products}"
+    kind = fused.config.model_type
+    return fused, f"fused kernels for {kind}, activation_checkpointing {activation_checkpointing}{products}"
 
 
 def _check_fp8(kernels: str, device: torch.device) -> None:
-    if kernels == "plain":
-        raise UserError("backbone.fp8 true: only the fast path computes it; set backbone.kernels auto, or fp8 false")
+    if kernels == "eager":
+        raise UserError("backbone.fp8=true: needs fused kernels. Fix: set backbone.kernels auto, or backbone.fp8 false")
     if device.type == "cuda" and torch.cuda.get_device_capability(device) < CAPABILITY:
         raise UserError(
             f"backbone.fp8 true: {torch.cuda.get_device_name(device)} has no FP8 products, as Ada and Hopper have; "
@@ -249,7 +270,7 @@ def _check_fp8(kernels: str, device: torch.device) -> None:
         )
 
 
-def _check_kernels(decoder: FastDecoder) -> None:
+def _check_kernels(decoder: FusedDecoder) -> None:
     """Raises NotImplementedError for a model that the GPU's attention kernels do not compute."""
     if decoder.dtype not in (torch.bfloat16, torch.float16):
         raise NotImplementedError(f"its attention kernels take 16-bit numbers, the model is {decoder.dtype}")

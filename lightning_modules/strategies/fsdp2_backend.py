@@ -38,7 +38,9 @@ class FSDP2Backend(Backend):
         device: this rank's.
     """
 
-    plain_only = "trainer.strategy divides the weights over GPUs, which gathers them for modules' own forward pass only"
+    fused_unsupported_reason = (
+        "trainer.strategy divides the weights over GPUs, which gathers them for modules' own forward pass only"
+    )
 
     def __init__(self, mesh: DeviceMesh, device: torch.device) -> None:
         self.mesh, self.device = mesh, device
@@ -84,7 +86,8 @@ class FSDP2Backend(Backend):
         whole = {p for p in model.parameters() if not isinstance(p, DTensor)}
         if trained := [n for n, p in model.named_parameters() if p in whole and p.requires_grad]:
             raise UserError(
-                f"backbone.lora.targets: {trained[0]} lies outside of the decoder's layers, which FSDP2Strategy can't "
+                f"backbone.lora.target_modules: {trained[0]} lies outside of the decoder's layers, which "
+                "FSDP2Strategy can't "
                 f"train; name projections of the layers only, {ANOTHER_STRATEGY}"
             )
         fully_shard(decoder, mesh=self.mesh, ignored_params=whole)  # the root, which has one layer fetch the next
@@ -121,7 +124,7 @@ class FSDP2Backend(Backend):
         return {name: gather(tensor).cpu() for name, tensor in tensors.items()}
 
     @contextmanager
-    def unevenly_called(self, model: nn.Module) -> Iterator[None]:
+    def uneven_forward_context(self, model: nn.Module) -> Iterator[None]:
         """Has ranks that are done take part in the gathering of the others' calls.
 
         Before every call each rank says that it makes one; a rank that is done says so instead, and computes one token
@@ -174,8 +177,9 @@ def _check_recipe(recipe: Backbone) -> None:
             "backbone.lora null with trainer.strategy FSDP2Strategy: it divides a frozen base and its adapters; set "
             f"backbone.lora (rank 16, alpha 32), {ANOTHER_STRATEGY}"
         )
-    if recipe.activation_memory != "full":
+    if recipe.activation_checkpointing in ("selective", "offload"):
         raise UserError(
-            f"backbone.activation_memory {recipe.activation_memory} with trainer.strategy FSDP2Strategy: only the fast "
-            "path has it, which can't run there; set it to full, and backbone.gradient_checkpointing true"
+            f"backbone.activation_checkpointing={recipe.activation_checkpointing}: needs fused kernels, which "
+            "do not run with "
+            "trainer.strategy FSDP2Strategy. Fix: set activation_checkpointing to full"
         )

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from callbacks import AdapterExport
+from callbacks import AdapterCheckpoint
 from tests.helpers.tiny_run import TinyData, TinyModule, best_and_last, make_trainer
 
 
@@ -33,7 +33,7 @@ class WorseAndWorse(TinyModule):
 
 
 def test_last_and_best_are_those_of_the_checkpoints(tmp_path):
-    trainer = make_trainer(tmp_path, [AdapterExport(), best_and_last()], val_check_interval=3)
+    trainer = make_trainer(tmp_path, [AdapterCheckpoint(), best_and_last()], val_check_interval=3)
     module = WorseAndWorse()
     trainer.fit(module, TinyData())
     run = tmp_path / "version_0"
@@ -47,7 +47,7 @@ def test_last_and_best_are_those_of_the_checkpoints(tmp_path):
 
 
 def test_the_end_of_training_is_written_without_a_checkpoint(tmp_path):
-    trainer = make_trainer(tmp_path, [AdapterExport()], enable_checkpointing=False)
+    trainer = make_trainer(tmp_path, [AdapterCheckpoint()], enable_checkpointing=False)
     module = TinyModule()
     trainer.fit(module, TinyData())
     assert_equal(weights(tmp_path / "version_0", "last"), dict(module.model.state_dict()))
@@ -55,11 +55,11 @@ def test_the_end_of_training_is_written_without_a_checkpoint(tmp_path):
 
 
 def test_a_resumed_run_keeps_the_better_adapter(tmp_path):
-    trainer = make_trainer(tmp_path, [AdapterExport(), best_and_last()], val_check_interval=6)
+    trainer = make_trainer(tmp_path, [AdapterCheckpoint(), best_and_last()], val_check_interval=6)
     trainer.fit(WorseAndWorse(), TinyData())
     run = tmp_path / "version_0"
     before = weights(run, "best")
-    trainer = make_trainer(tmp_path, [AdapterExport(), best_and_last()], val_check_interval=6, max_epochs=2)
+    trainer = make_trainer(tmp_path, [AdapterCheckpoint(), best_and_last()], val_check_interval=6, max_epochs=2)
     module = WorseAndWorse()
     module.validations = 2
     trainer.fit(module, TinyData(), ckpt_path="last", weights_only=True)
@@ -70,7 +70,7 @@ def test_a_resumed_run_keeps_the_better_adapter(tmp_path):
 
 def test_a_failed_write_leaves_the_old_adapter(tmp_path):
     run = tmp_path / "version_0"
-    make_trainer(tmp_path, [AdapterExport(), best_and_last()]).fit(TinyModule(), TinyData())
+    make_trainer(tmp_path, [AdapterCheckpoint(), best_and_last()]).fit(TinyModule(), TinyData())
     before = weights(run, "last")
 
     class Broken(TinyModule):
@@ -79,17 +79,17 @@ def test_a_failed_write_leaves_the_old_adapter(tmp_path):
             raise OSError("disk full")
 
     with pytest.raises(OSError, match="disk full"):
-        make_trainer(tmp_path, [AdapterExport()], enable_checkpointing=False).fit(Broken(), TinyData())
+        make_trainer(tmp_path, [AdapterCheckpoint()], enable_checkpointing=False).fit(Broken(), TinyData())
     assert_equal(weights(run, "last"), before)
 
 
 def test_a_datamodule_without_chat_is_enough(tmp_path, monkeypatch):
     monkeypatch.delattr(TinyData, "chat")
-    make_trainer(tmp_path, [AdapterExport()], enable_checkpointing=False).fit(TinyModule(), TinyData())
+    make_trainer(tmp_path, [AdapterCheckpoint()], enable_checkpointing=False).fit(TinyModule(), TinyData())
     assert [file.name for file in (tmp_path / "version_0/adapter/last").iterdir()] == ["adapter.pt"]
 
 
 def test_a_trial_run_writes_nothing(tmp_path):
-    trainer = make_trainer(tmp_path, [AdapterExport()], fast_dev_run=True, default_root_dir=tmp_path)
+    trainer = make_trainer(tmp_path, [AdapterCheckpoint()], fast_dev_run=True, default_root_dir=tmp_path)
     trainer.fit(TinyModule(), TinyData())
     assert not list(tmp_path.rglob("adapter*"))

@@ -23,12 +23,12 @@ from transformers import AutoModelForCausalLM
 from callbacks.evaluation import Evaluation
 from callbacks.reporting.figures import pictures
 from callbacks.reporting.tables import comparison, markdown
-from callbacks.task_progress import Gauge
+from callbacks.task_progress import TaskProgress
 from datamodules.errors import UserError
 from datamodules.tasks import RiskTask, SummaryTask
 from datamodules.tasks.base import Pair, compact
 from datamodules.tokenization.chat_format import ChatFormat
-from lightning_modules.evaluation.evaluate import Outcome, answer_pairs, differences, score, token_limit
+from lightning_modules.evaluation.evaluate import PredictionResult, answer_pairs, differences, score, token_limit
 
 BASELINES = ["majority class", "title look-up", "boosted trees"]
 
@@ -124,7 +124,7 @@ def read(folder, name="evaluation.json"):
 
 
 def test_fit_compares_before_and_after_with_baselines(tmp_path, tiny_llama, chatml_tokenizer):
-    callback, data, module = Evaluation(samples=5, batch_size=2), Data(chatml_tokenizer), Module(tiny_llama)
+    callback, data, module = Evaluation(num_samples=5, batch_size=2), Data(chatml_tokenizer), Module(tiny_llama)
     logger = TensorBoardLogger(tmp_path, name="", version="")
     make_trainer(tmp_path, callback, 20, logger).fit(module, datamodule=data)
     result = read(tmp_path)
@@ -184,14 +184,16 @@ def test_token_limit_has_room_for_the_longest_expected_answer(chatml_tokenizer):
 def test_training_is_what_it_is_without_evaluation(tmp_path, tiny_llama, chatml_tokenizer):
     """Neither weights nor random states notice; a module in evaluation mode stays so."""
     weights = []
-    for name, extra in (("with", Evaluation(samples=2, every_n_validations=1)), ("without", None)):
+    for name, extra in (("with", Evaluation(num_samples=2, every_n_validations=1)), ("without", None)):
         torch.manual_seed(0)
         random.seed(0)
         data, module = Data(chatml_tokenizer), Module(tiny_llama)
         module.configure_model()
         module.model.lm_head.eval()
         modes = [m.training for m in module.modules()]
-        trainer = make_trainer(tmp_path / name, extra or Evaluation(before=False, samples=1), 3, val_check_interval=2)
+        trainer = make_trainer(
+            tmp_path / name, extra or Evaluation(evaluate_untuned=False, num_samples=1), 3, val_check_interval=2
+        )
         if extra is None:
             trainer.callbacks.clear()
         trainer.fit(module, datamodule=data)
@@ -204,14 +206,14 @@ def test_training_is_what_it_is_without_evaluation(tmp_path, tiny_llama, chatml_
 
 def test_resumed_fit_remembers_the_untuned_model(tmp_path, tiny_llama, chatml_tokenizer):
     data, module = Data(chatml_tokenizer), Module(tiny_llama)
-    trainer = make_trainer(tmp_path, Evaluation(samples=3), 1)
+    trainer = make_trainer(tmp_path, Evaluation(num_samples=3), 1)
     trainer.fit(module, datamodule=data)
     trainer.save_checkpoint(tmp_path / "last.ckpt")
     before = read(tmp_path)["columns"]["untuned"]
     module = Module(tiny_llama)
-    make_trainer(tmp_path, Evaluation(samples=3), 2).fit(module, datamodule=data, ckpt_path=tmp_path / "last.ckpt")
+    make_trainer(tmp_path, Evaluation(num_samples=3), 2).fit(module, datamodule=data, ckpt_path=tmp_path / "last.ckpt")
     assert read(tmp_path)["columns"]["untuned"] == before
-    make_trainer(tmp_path, Evaluation(samples=4), 3).fit(module, datamodule=data, ckpt_path=tmp_path / "last.ckpt")
+    make_trainer(tmp_path, Evaluation(num_samples=4), 3).fit(module, datamodule=data, ckpt_path=tmp_path / "last.ckpt")
     assert list(read(tmp_path)["columns"]) == ["tuned", *BASELINES]  # other questions
 
 
@@ -231,7 +233,7 @@ def test_best_checkpoint_is_measured_and_the_last_weights_stay(tmp_path, tiny_ll
     """Trained with a rate that spoils it after the first validation: the best weights are the first ones."""
     data, module, seen = Data(chatml_tokenizer), Module(tiny_llama), []
     monkeypatch.setattr(module, "validation_step", lambda *arguments: module.log("val/loss", float(module.global_step)))
-    callback = Evaluation(samples=2, before=False, max_new_tokens=4)
+    callback = Evaluation(num_samples=2, evaluate_untuned=False, max_new_tokens=4)
     best = ModelCheckpoint(tmp_path, filename="best", monitor="val/loss")
     trainer = make_trainer(tmp_path, callback, 4, val_check_interval=2, check_val_every_n_epoch=None)
     trainer.callbacks.append(best)
@@ -251,7 +253,11 @@ def test_best_checkpoint_is_measured_and_the_last_weights_stay(tmp_path, tiny_ll
 
 
 def test_forced_choice_is_logged_after_each_validation(tmp_path, tiny_llama, chatml_tokenizer):
-    data, module, callback = Data(chatml_tokenizer), Module(tiny_llama), Evaluation(samples=4, before=False)
+    data, module, callback = (
+        Data(chatml_tokenizer),
+        Module(tiny_llama),
+        Evaluation(num_samples=4, evaluate_untuned=False),
+    )
     callback.forced_choice, callback.max_new_tokens = True, 2
     logger = TensorBoardLogger(tmp_path, name="", version="")
     make_trainer(tmp_path, callback, 4, logger, val_check_interval=2, check_val_every_n_epoch=None).fit(
@@ -266,7 +272,7 @@ def test_constrained_answers_stand_beside_the_free_ones(tmp_path, tiny_llama, ch
     pytest.importorskip("llguidance")
     data, module = Data(chatml_tokenizer), Module(tiny_llama)
     data.tasks["risk"].answer_schema = SEVERITY_ONLY
-    callback = Evaluation(samples=3, constrained=True, max_new_tokens=40, give_up=9)
+    callback = Evaluation(num_samples=3, constrained=True, max_new_tokens=40, max_preamble_tokens=9)
     make_trainer(tmp_path, callback).validate(module, datamodule=data)
     columns = read(tmp_path, "evaluation_val.json")["columns"]
     assert list(columns) == ["this model", "this model, constrained", *BASELINES]
@@ -304,16 +310,16 @@ def test_pictures_are_drawn_of_what_there_is():
     pairs = [replace(make_pair(i), category=f"c{i % 2}") for i in range(6)]
     answers = [compact(json.loads(p.completion) | {"probability_actionable": 0.3}) for p in pairs]
     pairs = [replace(p, completion=a) for p, a in zip(pairs, answers, strict=True)]
-    drawn = pictures(score(RiskTask(), pairs, [Outcome(answer) for answer in answers]))
+    drawn = pictures(score(RiskTask(), pairs, [PredictionResult(answer) for answer in answers]))
     assert list(drawn) == ["confusion", "calibration", "error_by_category"]
     axes = drawn["confusion"].axes[0]
     assert [text.get_text() for text in axes.texts] == ["2", "2", "2"]
-    assert pictures(score(RiskTask(), pairs[:1], [Outcome("")])).keys() == {"confusion"}
+    assert pictures(score(RiskTask(), pairs[:1], [PredictionResult("")])).keys() == {"confusion"}
     assert not pictures(score(SummaryTask(), [], []))
 
 
 def test_interrupted_fit_is_not_measured(tmp_path, tiny_llama, chatml_tokenizer):
-    callback = Evaluation(before=False, samples=2)
+    callback = Evaluation(evaluate_untuned=False, num_samples=2)
     callback._exams = [object()]
     callback.on_train_end(SimpleNamespace(interrupted=True), None)  # would fail on the object
     make_trainer(tmp_path, Evaluation(), 1, fast_dev_run=True).fit(
@@ -331,10 +337,12 @@ def test_each_rank_answers_its_share_and_sees_all(monkeypatch, tmp_path, tiny_ll
 
         def exchange(everybody, mine, rank=rank, ranks=ranks):
             sent[rank] = mine
-            everybody[:] = [sent.get(other, [Outcome("")] * len(PAIRS["val"][other::ranks])) for other in range(ranks)]
+            everybody[:] = [
+                sent.get(other, [PredictionResult("")] * len(PAIRS["val"][other::ranks])) for other in range(ranks)
+            ]
 
         monkeypatch.setattr(torch.distributed, "all_gather_object", exchange)
-        callback = Evaluation(samples=7, max_new_tokens=5)
+        callback = Evaluation(num_samples=7, max_new_tokens=5)
         trainer = SimpleNamespace(
             world_size=ranks, global_rank=rank, is_global_zero=False, datamodule=data,
             precision_plugin=SimpleNamespace(forward_context=nullcontext),
@@ -358,8 +366,8 @@ def test_unknown_task_and_empty_split_are_the_users_to_mend(tmp_path, tiny_llama
         make_trainer(tmp_path, Evaluation()).validate(module, datamodule=data)
     with pytest.raises(UserError, match="data module"):
         make_trainer(tmp_path, Evaluation()).validate(module, dataloaders=data.loader("train"))
-    with pytest.raises(ValueError, match="samples 0"):
-        Evaluation(samples=0)
+    with pytest.raises(ValueError, match="num_samples 0"):
+        Evaluation(num_samples=0)
 
 
 def test_differences_and_escaped_markdown():
@@ -367,7 +375,7 @@ def test_differences_and_escaped_markdown():
     assert differences(pair.completion, '{"risk_score":10,"severity":"high"}') == {"severity": ("low", "high")}
     assert set(differences(pair.completion, "nonsense")) == {"severity", "risk_score"}
     hostile = Pair("risk", '{"title":"<script>|x"}', pair.completion, "low", "network", 1)
-    scores = score(RiskTask(), [hostile], [Outcome("a|b\n<b>", nll=1.0, tokens=2)])
+    scores = score(RiskTask(), [hostile], [PredictionResult("a|b\n<b>", nll=1.0, tokens=2)])
     table = markdown([hostile], {"tuned": scores})
     assert "<" not in table
     assert all(line.count("|") == 5 for line in table.splitlines())
@@ -375,8 +383,12 @@ def test_differences_and_escaped_markdown():
 
 def test_table_writes_what_could_not_be_measured_as_a_dash():
     pairs = [make_pair(0), make_pair(1)]
-    half = score(RiskTask(), pairs, [Outcome(pairs[0].completion, nll=2.0, tokens=4), Outcome("", nll=6.0, tokens=4)])
-    none = score(RiskTask(), pairs, [Outcome(""), Outcome("")])
+    half = score(
+        RiskTask(),
+        pairs,
+        [PredictionResult(pairs[0].completion, nll=2.0, tokens=4), PredictionResult("", nll=6.0, tokens=4)],
+    )
+    none = score(RiskTask(), pairs, [PredictionResult(""), PredictionResult("")])
     assert half.figures["loss"] == 1.0
     assert math.isnan(none.figures["risk_error"])
     console = Console(file=StringIO(), width=100)
@@ -390,7 +402,7 @@ def test_table_writes_what_could_not_be_measured_as_a_dash():
 
 def test_gauge_writes_lines_with_time_left_where_there_is_no_terminal():
     console = Console(file=StringIO(), width=80)
-    with Gauge("work", console, line_seconds=0) as gauge:
+    with TaskProgress("work", console, log_interval_seconds=0) as gauge:
         gauge(0.25)
         gauge(1.0)
     lines = console.file.getvalue().splitlines()
@@ -398,13 +410,13 @@ def test_gauge_writes_lines_with_time_left_where_there_is_no_terminal():
     assert lines[1].startswith("work 25%")
     assert lines[1].endswith("left")
     assert len(lines) == 4
-    with Gauge("silent", None) as gauge:
+    with TaskProgress("silent", None) as gauge:
         gauge(0.5)
 
 
 def test_gauge_is_a_bar_on_a_terminal_even_beside_another():
     console = Console(file=StringIO(), width=80, force_terminal=True)
-    with Gauge("outer", console) as outer, Gauge("inner", console) as inner:
+    with TaskProgress("outer", console) as outer, TaskProgress("inner", console) as inner:
         inner(0.5)
         outer(0.5)
     assert "inner" in console.file.getvalue()

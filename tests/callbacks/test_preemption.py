@@ -10,7 +10,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 
-from callbacks import AdapterExport, Interrupted, Preemption, RunRecord
+from callbacks import AdapterCheckpoint, Interrupted, Preemption, RunRecord
 from tests.helpers.tiny_run import TinyData, TinyModule, best_and_last, make_trainer
 
 SCRIPT = Path(__file__).parents[1] / "helpers/tiny_run.py"
@@ -173,7 +173,7 @@ def test_the_resumed_run_goes_on_with_the_same_file(tmp_path):
 
 
 def test_the_adapter_is_that_of_the_checkpoint(tmp_path):
-    trainer = make_trainer(tmp_path, [AdapterExport(), Preemption(), best_and_last()])
+    trainer = make_trainer(tmp_path, [AdapterCheckpoint(), Preemption(), best_and_last()])
     with pytest.raises(Interrupted):
         trainer.fit(TinyModule(send(signal.SIGTERM, "train", 4)), TinyData())
     adapter = torch.load(tmp_path / "version_0/adapter/last/adapter.pt", weights_only=True)

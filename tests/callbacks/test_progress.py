@@ -22,7 +22,7 @@ def fit(tmp_path, callback, **options):
 
 
 def test_plain_lines_say_step_loss_speed_rate_and_time_left(tmp_path):
-    trainer, text = fit(tmp_path, make(False, line_seconds=0.0), accumulate_grad_batches=2)
+    trainer, text = fit(tmp_path, make(False, log_interval_seconds=0.0), accumulate_grad_batches=2)
     lines = [line for line in text.splitlines() if line.startswith("fit ")]
     assert [line.split()[1] for line in lines] == [f"{step}/6" for step in range(1, 7)]
     figures = r"fit \d/6  loss \d\.\d{4}  [\d,]+ tokens/s  [\d,.]+ findings/s  lr \d\.\d\de-\d\d  \d+:\d\d left"
@@ -45,7 +45,7 @@ def test_plain_lines_come_no_more_often_than_asked(tmp_path, monkeypatch):
         return original(self, batch, batch_idx)
 
     monkeypatch.setattr(TinyModule, "training_step", step)
-    _, text = fit(tmp_path, make(False, line_seconds=5.0), limit_val_batches=0)
+    _, text = fit(tmp_path, make(False, log_interval_seconds=5.0), limit_val_batches=0)
     lines = [line for line in text.splitlines() if line.startswith("fit ")]
     assert [line.split()[1] for line in lines] == ["1/12", "6/12", "11/12", "12/12"]
     assert [line.split("  ")[-1] for line in lines] == ["0:11 left", "0:06 left", "0:01 left", "0:00 left"]
@@ -56,7 +56,7 @@ def test_a_resumed_run_starts_at_its_step(tmp_path):
     trainer = make_trainer(tmp_path, [make(False)], max_epochs=1)
     trainer.fit(TinyModule(), TinyData())
     trainer.save_checkpoint(tmp_path / "half.ckpt")
-    callback = make(False, line_seconds=0.0)
+    callback = make(False, log_interval_seconds=0.0)
     trainer = make_trainer(tmp_path, [callback], max_epochs=2, enable_checkpointing=False)
     trainer.fit(TinyModule(), TinyData(), ckpt_path=tmp_path / "half.ckpt", weights_only=True)
     assert re.findall(r"^fit (\S+)", callback.console.file.getvalue(), re.MULTILINE)[0] == "13/24"
@@ -73,12 +73,12 @@ def test_validate_and_test_and_the_sanity_check(tmp_path, terminal, monkeypatch)
     monkeypatch.setattr(TinyModule, "test_step", TinyModule.validation_step, raising=False)
     monkeypatch.setattr(TinyData, "test_dataloader", TinyData.val_dataloader, raising=False)
     for stage in ("validate", "test"):
-        callback = make(terminal, refresh_seconds=0.0, line_seconds=0.0)
+        callback = make(terminal, refresh_seconds=0.0, log_interval_seconds=0.0)
         trainer = make_trainer(tmp_path, [callback], enable_checkpointing=False)
         getattr(trainer, stage)(TinyModule(), TinyData())
         text = callback.console.file.getvalue()
         assert stage in text and "3/3" in text
-    _, text = fit(tmp_path, make(terminal, refresh_seconds=0.0, line_seconds=0.0), num_sanity_val_steps=2)
+    _, text = fit(tmp_path, make(terminal, refresh_seconds=0.0, log_interval_seconds=0.0), num_sanity_val_steps=2)
     assert "sanity check" in text and "2/2" in text
 
 
@@ -100,7 +100,7 @@ def test_the_device_is_read_only_when_it_is_time(tmp_path):
 
 
 def test_disabled_it_says_nothing(tmp_path):
-    callback = make(False, line_seconds=0.0)
+    callback = make(False, log_interval_seconds=0.0)
     callback.disable()
     assert fit(tmp_path, callback)[1] == ""
     callback.enable()

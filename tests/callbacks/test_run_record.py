@@ -6,13 +6,13 @@ import sys
 import pytest
 import torch
 
-from callbacks import AdapterExport, RunRecord
-from callbacks.run_record import closing_words, device_names, git_state
+from callbacks import AdapterCheckpoint, RunRecord
+from callbacks.run_record import device_names, format_summary, git_state
 from tests.helpers.tiny_run import TinyData, TinyModule, best_and_last, make_trainer
 
 
 def fit(folder, module=None, callbacks=(), **options):
-    trainer = make_trainer(folder, [RunRecord(), AdapterExport(), *callbacks], **options)
+    trainer = make_trainer(folder, [RunRecord(), AdapterCheckpoint(), *callbacks], **options)
     trainer.fit(module or TinyModule(), TinyData(), ckpt_path=options.pop("ckpt_path", None))
     return json.loads((folder / "version_0/run.json").read_text())
 
@@ -90,7 +90,7 @@ def test_validate_and_a_trial_run_leave_no_record(tmp_path):
 def test_an_interrupted_run_says_how_to_go_on(tmp_path):
     (tmp_path / "checkpoints").mkdir()
     (tmp_path / "checkpoints/last.ckpt").touch()
-    words = closing_words(tmp_path, tmp_path / "checkpoints", "config.yaml", {"state": "interrupted", "step": 7})
+    words = format_summary(tmp_path, tmp_path / "checkpoints", "config.yaml", {"state": "interrupted", "step": 7})
     assert words.startswith(f"interrupted at step 7: {tmp_path}\n")
     assert f"fit --config {tmp_path}/config.yaml --ckpt_path {tmp_path}/checkpoints/last.ckpt" in words
     assert "adapter  " not in words

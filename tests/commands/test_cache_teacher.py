@@ -22,12 +22,12 @@ def arguments(folder, model, *more):
     """distill.yaml on a CPU, with a tiny model; without a folder the teacher is online."""
     cache = "--model.init_args.objective.init_args.cache."
     return [
-        "--config", "configs/distill.yaml", f"--model.init_args.backbone.model={model}",
+        "--config", "configs/distill.yaml", f"--model.init_args.backbone.model_name_or_path={model}",
         "--model.init_args.backbone.quantization=none", "--model.init_args.backbone.dtype=float32",
-        "--model.init_args.backbone.lora.rank=4", "--data.init_args.tasks={risk: 1.0}",
-        *([f"{cache}folder={folder}", f"{cache}k=8"] if folder else []),
-        "--data.init_args.sources=['synthetic://?findings=150&seed=1']", "--data.init_args.val=0.1",
-        "--data.init_args.test=0", "--data.init_args.num_workers=0", "--data.init_args.row_tokens=4096",
+        "--model.init_args.backbone.lora.rank=4", "--data.init_args.task_weights={risk: 1.0}",
+        *([f"{cache}dir={folder}", f"{cache}top_k=8"] if folder else []),
+        "--data.init_args.sources=['synthetic://?findings=150&seed=1']", "--data.init_args.val_fraction=0.1",
+        "--data.init_args.test_fraction=0", "--data.init_args.num_workers=0", "--data.init_args.sequence_length=4096",
         "--data.init_args.val_rows=4", "--trainer.max_steps=3", *more,
     ]  # fmt: skip
 
@@ -64,7 +64,7 @@ def test_every_example_is_there_once(cached):
     keys = np.concatenate([shard.keys for shard in shards])
     assert len(keys) == len(set(keys.tolist())) == done["examples"] == 150
     assert sum(int(shard.ends[-1]) for shard in shards) == done["tokens"]
-    assert (done["rows"], key["k"], key["temperatures"], key["vocabulary"]) == (3, 8, [2.0], 259)
+    assert (done["rows"], key["top_k"], key["temperatures"], key["vocabulary"]) == (3, 8, [2.0], 259)
 
 
 def test_killed_half_way_and_resumed_it_leaves_the_same_bytes(cached, tmp_path, tiny_llama):
@@ -127,7 +127,7 @@ def test_a_longer_run_goes_on_in_the_same_cache(tmp_path, tiny_llama):
     found = []
     sources = [f"synthetic://?findings=20&seed={seed}" for seed in range(6)]
     for steps in (1, 12):
-        options = "--data.init_args.block_findings=8", f"--trainer.max_steps={steps}", "--data.init_args.val=0"
+        options = "--data.init_args.block_findings=8", f"--trainer.max_steps={steps}", "--data.init_args.val_fraction=0"
         options += (f"--data.init_args.sources={sources}",)
         assert cache(tmp_path / "cache", tiny_llama, *options) == 0
         found.append(json.loads((tmp_path / "cache" / "done.json").read_text()))
@@ -142,8 +142,9 @@ def test_fit_reads_it_without_a_teacher_and_sees_what_a_teacher_would_say(tiny_l
     for parameter in model.parameters():
         parameter.data += 0.05 * torch.randn_like(parameter)
     model.save_pretrained(other)
-    teacher = f"--model.init_args.objective.init_args.teacher={{model: {other}, quantization: none, dtype: float32}}"
-    every = "--model.init_args.objective.init_args.cache.k=258"
+    options = f"{{model_name_or_path: {other}, quantization: none, dtype: float32}}"
+    teacher = f"--model.init_args.objective.init_args.teacher={options}"
+    every = "--model.init_args.objective.init_args.cache.top_k=258"
     assert cache(tmp_path / "cache", tiny_llama, teacher, every) == 0
     results, weights = [], []
     for folder in (tmp_path / "cache", None):
@@ -164,12 +165,12 @@ def test_fit_reads_it_without_a_teacher_and_sees_what_a_teacher_would_say(tiny_l
 REFUSALS = {
     "data.seed was 0, is 3": "--data.init_args.seed=3",
     "data.sources": "--data.init_args.sources=['synthetic://?findings=151&seed=1']",
-    "data.row_tokens was 4096, is 5000": "--data.init_args.row_tokens=5000",
+    "data.sequence_length was 4096, is 5000": "--data.init_args.sequence_length=5000",
     "teacher.dtype was float32, is bfloat16": "--model.init_args.backbone.dtype=bfloat16",
-    "k was 8, is 9": "--model.init_args.objective.init_args.cache.k=9",
+    "top_k was 8, is 9": "--model.init_args.objective.init_args.cache.top_k=9",
     "temperature 4: the cache": "--model.init_args.objective.init_args.temperature=4",
     "covers 3 rows of training and the run takes 4": "--trainer.max_steps=4",
-    "no teacher's cache there": "--model.init_args.objective.init_args.cache.folder=nowhere",
+    "no teacher's cache there": "--model.init_args.objective.init_args.cache.dir=nowhere",
 }
 
 
@@ -184,7 +185,7 @@ def test_another_tokenizer_template_and_teacher_are_named(cached, tiny_llama, ti
     cli = cli_of(cached, tiny_mistral, tmp_path)
     with pytest.raises(command.UserError, match=r"tokenizer was .*; template was .*; data\.instructions"):
         cli.trainer.fit(cli.model, cli.datamodule)
-    other = f"--model.init_args.objective.init_args.teacher={{model: {tiny_mistral}, quantization: none}}"
+    other = f"--model.init_args.objective.init_args.teacher={{model_name_or_path: {tiny_mistral}, quantization: none}}"
     cli = cli_of(cached, tiny_llama, tmp_path, other)
     with pytest.raises(command.UserError, match=r"teacher\.weights was .*; teacher\.dtype was float32, is auto"):
         cli.trainer.fit(cli.model, cli.datamodule)
@@ -192,9 +193,9 @@ def test_another_tokenizer_template_and_teacher_are_named(cached, tiny_llama, ti
 
 MISTAKES = {
     "has no teacher to cache": ["--model.init_args.objective.init_args.alpha=0"],
-    "the vocabulary has 259 tokens": ["--model.init_args.objective.init_args.cache.k=259"],
+    "the vocabulary has 259 tokens": ["--model.init_args.objective.init_args.cache.top_k=259"],
     "--devices 0 is too small": ["--devices=0"],
-    "was made for something else: k was 8": ["--model.init_args.objective.init_args.cache.k=9"],
+    "was made for something else: top_k was 8": ["--model.init_args.objective.init_args.cache.top_k=9"],
     "how much to cache is not known": ["--trainer.max_steps=-1", "--trainer.max_epochs=-1"],
 }
 

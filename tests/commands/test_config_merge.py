@@ -58,15 +58,15 @@ def test_the_word_init_args_may_be_left_out(tmp_path):
 @pytest.mark.parametrize(
     ("key", "expected"),
     [
-        ("model.init_args.lora.layers", {"lora": {"rank": 4, "layers": None}, **LION}),
-        ("model.lora.layers", {"lora": {"rank": 4, "layers": None}, **LION}),
+        ("model.init_args.lora.num_top_layers", {"lora": {"rank": 4, "num_top_layers": None}, **LION}),
+        ("model.lora.num_top_layers", {"lora": {"rank": 4, "num_top_layers": None}, **LION}),
         ("model.init_args.lora", {"lora": None, **LION}),
-        ("model.init_args.optimizer", {"lora": {"rank": 4, "layers": 3}, "optimizer": None}),
-        ("model.init_args.adapter.name", {"lora": {"rank": 4, "layers": 3}, **LION, "adapter": {"name": None}}),
+        ("model.init_args.optimizer", {"lora": {"rank": 4, "num_top_layers": 3}, "optimizer": None}),
+        ("model.init_args.adapter.name", {"lora": {"rank": 4, "num_top_layers": 3}, **LION, "adapter": {"name": None}}),
     ],
 )
 def test_null_on_the_command_line_is_null(tmp_path, form, key, expected):
-    content = {"model": {"class_path": "Module", "init_args": {"lora": {"rank": 4, "layers": 3}, **LION}}}
+    content = {"model": {"class_path": "Module", "init_args": {"lora": {"rank": 4, "num_top_layers": 3}, **LION}}}
     words = [word.format(key) for word in form]
     args = compose(["--config", write(tmp_path, "a.yaml", content), "--print_config", *words, "--seed", "1"])
     assert merged(args)["model"]["init_args"] == expected

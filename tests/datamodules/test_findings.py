@@ -15,7 +15,7 @@ from datamodules import FindingsDataModule
 from datamodules.errors import UserError
 from datamodules.sources.byte_stream import ByteStream
 from datamodules.sources.seek_index import SeekIndex
-from datamodules.stream.loading import Share
+from datamodules.stream.loading import DataShard
 from tests.helpers.findings_data import document, finding, row_ids, write_archive, write_folder
 
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create", "ignore:Consider setting `persistent")
@@ -34,7 +34,13 @@ def make(tokenizer, tmp_path):
     folder = write_folder(tmp_path / "shards", [30, 20, 1, 40, 9])
 
     def build(**changes):
-        options = {"row_tokens": 1024, "batch_rows": 1, "packing": "none", "val": 0.2, "test": 0.1}
+        options = {
+            "sequence_length": 1024,
+            "batch_size": 1,
+            "packing": "none",
+            "val_fraction": 0.2,
+            "test_fraction": 0.1,
+        }
         options |= {"num_workers": 0, "block_findings": 16, "sources": [str(folder)]} | changes
         module = FindingsDataModule(tokenizer=tokenizer, **options)
         module.setup("fit")
@@ -53,15 +59,15 @@ def examples(batches):
 @pytest.mark.parametrize("ranks", [1, 2, 3])
 @pytest.mark.parametrize("workers", [0, 1, 3])
 def test_ranks_and_workers_lose_and_double_nothing(make, ranks, workers):
-    alone = make(batch_rows=1)
+    alone = make(batch_size=1)
     everything = examples(alone.train_batches())
     held_out = examples(alone.eval_batches("val"))
     assert len(set(everything)) == len(everything) == alone.counts["examples.risk"] > 50
 
-    module = make(batch_rows=2, num_workers=workers)
+    module = make(batch_size=2, num_workers=workers)
     trained, validated = [], []
     for rank in range(ranks):
-        share = Share(rank, ranks)
+        share = DataShard(rank, ranks)
         trained.append(list(module.train_batches(share=share)))
         assert module.counts["examples.risk"] - module.counts["tail"] == len(everything) // (2 * ranks) * 2 * ranks
         validated.append(list(module.eval_batches("val", share)))
@@ -79,7 +85,7 @@ def test_ranks_and_workers_lose_and_double_nothing(make, ranks, workers):
 
 def test_ranks_deal_one_global_sequence(make):
     alone = list(make().train_batches())
-    ranks = [list(make().train_batches(share=Share(rank, 3))) for rank in range(3)]
+    ranks = [list(make().train_batches(share=DataShard(rank, 3))) for rank in range(3)]
     dealt = [ids for group in zip(*ranks, strict=True) for batch in group for ids in row_ids(batch)]
     # blocks pass other leftovers on where a group is of 3 rows, so only the first block's order is the same
     first = sum(batch.cursor.start.index == 0 for batch in alone)
@@ -92,7 +98,12 @@ def test_ranks_deal_one_global_sequence(make):
 def test_the_sequence_is_the_same_however_it_is_read(make, tmp_path, change):
     if "cache_dir" in change:
         change = {"cache_dir": str(tmp_path / change["cache_dir"])}
-    options = {"packing": "shared_prefix", "tasks": {"risk": 1.0, "triage": 1.0}, "balance": 0.7, "row_tokens": 4096}
+    options = {
+        "packing": "shared_prefix",
+        "task_weights": {"risk": 1.0, "triage": 1.0},
+        "severity_balance": 0.7,
+        "sequence_length": 4096,
+    }
     expected, module = make(**options), make(**options, **change)
     for epoch in (0, 1, 1):
         for a, b in zip(expected.train_batches(epoch), module.train_batches(epoch), strict=True):
@@ -118,7 +129,7 @@ def test_the_first_batch_does_not_wait_for_the_archives_end(make, tmp_path, monk
     module = make(sources=[str(archive)], prefetch_batches=0)
     batches = module.train_batches()
     next(batches)
-    (source,) = module._preparer.sources
+    (source,) = module.document_processor.sources
     assert max(read) < len(gzip.decompress(archive.read_bytes())) / 4
     assert not source.index_path.exists()
     assert len(list(batches)) > 1000
@@ -137,7 +148,7 @@ def test_splits_share_nothing(make):
 
 
 def test_validation_is_bounded_by_val_rows(make):
-    module = make(val_rows=5, batch_rows=2)
+    module = make(val_rows=5, batch_size=2)
     batches = list(module.eval_batches("val"))
     assert [len(row_ids(batch)) for batch in batches] == [2, 2, 1]
     assert [batch.supervised for batch in batches] == [(b.labels_BT != -100).sum().item() for b in batches]
@@ -157,8 +168,13 @@ def through_a_file(state):
 @pytest.mark.parametrize("packing", ["none", "shared_prefix"])
 @pytest.mark.parametrize("archive", [False, True])
 def test_resuming_anywhere_goes_on_exactly(make, tmp_path, packing, archive):
-    options = {"packing": packing, "batch_rows": 2, "tasks": {"risk": 1.5, "triage": 0.5}, "balance": 0.5}
-    options |= {"row_tokens": 4096}
+    options = {
+        "packing": packing,
+        "batch_size": 2,
+        "task_weights": {"risk": 1.5, "triage": 0.5},
+        "severity_balance": 0.5,
+    }
+    options |= {"sequence_length": 4096}
     if archive:
         options["sources"] = [str(write_archive(tmp_path / "findings.tar.gz", [30, 20, 1, 40, 9]))]
     module = make(**options)
@@ -187,7 +203,7 @@ def test_resuming_on_more_or_fewer_ranks_loses_and_doubles_nothing(make):
         modules = [make() for _ in range(before)]
         consumed, states = [], []
         for rank, module in enumerate(modules):
-            stream = module.train_batches(share=Share(rank, before))
+            stream = module.train_batches(share=DataShard(rank, before))
             for _ in range(7):
                 batch = next(stream)
                 module.consumed(batch)
@@ -199,7 +215,7 @@ def test_resuming_on_more_or_fewer_ranks_loses_and_doubles_nothing(make):
         for rank in range(after):
             module = make(num_workers=rank)
             module.load_state_dict(states[0])
-            rest += examples(module._epoch(module._cursor, Share(rank, after)))
+            rest += examples(module._epoch(module._cursor, DataShard(rank, after)))
         assert len(set(consumed + rest)) == len(consumed + rest) == len(everything) - module.counts["tail"]
         assert set(consumed + rest) <= set(everything)
 
@@ -264,7 +280,7 @@ CASES = [
 def test_killed_twice_and_resumed_equals_uninterrupted(make, tmp_path, case):
     case = dict(case)
     estimated = case.pop("estimated", False)
-    options = {"batch_rows": 4}  # 17 steps an epoch
+    options = {"batch_size": 4}  # 17 steps an epoch
     if case.pop("archive", False):
         options["sources"] = [str(write_archive(tmp_path / "findings.tar.gz", [30, 20, 1, 40, 9]))]
     whole, data = Tiny(estimated=estimated), make(**options)
@@ -298,7 +314,7 @@ def test_killed_twice_and_resumed_equals_uninterrupted(make, tmp_path, case):
 @pytest.mark.parametrize("step", [16, 17, 18, 34])
 @pytest.mark.parametrize("accumulate", [1, 4])
 def test_a_checkpoint_at_the_end_of_an_epoch_resumes_exactly(make, tmp_path, step, accumulate):
-    options = {"batch_rows": 4}
+    options = {"batch_size": 4}
     case = {"max_steps": -1, "max_epochs": 3, "accumulate_grad_batches": accumulate, "every": 1}
     whole = Tiny()
     fit(whole, make(**options), tmp_path / "whole", **case)
@@ -314,7 +330,7 @@ def test_a_checkpoint_at_the_end_of_an_epoch_resumes_exactly(make, tmp_path, ste
 
 @pytest.mark.filterwarnings("ignore")
 def test_a_step_that_was_interrupted_is_not_consumed(make, tmp_path):
-    module, data = Tiny(die_at=5), make(batch_rows=4)
+    module, data = Tiny(die_at=5), make(batch_size=4)
     with pytest.raises(KeyError):
         fit(module, data, tmp_path)
     assert data.state_dict()["batches"] == 5
@@ -322,7 +338,7 @@ def test_a_step_that_was_interrupted_is_not_consumed(make, tmp_path):
 
 @pytest.mark.filterwarnings("ignore")
 def test_a_new_fit_begins_anew(make, tmp_path):
-    data, runs = make(batch_rows=4), []
+    data, runs = make(batch_size=4), []
     for run in range(2):
         module = Tiny()
         fit(module, data, tmp_path / str(run), max_steps=5)
@@ -355,7 +371,7 @@ def test_duplicates_are_dropped_and_conflicts_follow_the_option(make, tmp_path):
     sources = write(tmp_path / "copies", findings)
     counts, texts = {}, {}
     for conflicts in ("keep", "drop", "merge"):
-        module = make(sources=sources, conflicts=conflicts, val=0.0, test=0.0)
+        module = make(sources=sources, conflicts=conflicts, val_fraction=0.0, test_fraction=0.0)
         batches = list(module.train_batches())
         counts[conflicts] = module.counts
         answers = [batch.labels_BT[batch.labels_BT != -100] for batch in batches]
@@ -368,21 +384,27 @@ def test_duplicates_are_dropped_and_conflicts_follow_the_option(make, tmp_path):
 
 
 def test_task_shares_draw_other_examples_in_each_epoch_and_repeat(make):
-    module = make(tasks={"risk": 0.5})
+    module = make(task_weights={"risk": 0.5})
     first, second = (set(examples(module.train_batches(epoch))) for epoch in (0, 1))
     everything = set(examples(make().train_batches()))
     assert 0.3 * len(everything) < len(first) < 0.7 * len(everything)
     assert first != second
-    repeated = examples(make(tasks={"risk": 2.0}).train_batches())
+    repeated = examples(make(task_weights={"risk": 2.0}).train_batches())
     assert sorted(repeated) == sorted([*everything, *everything])
 
 
 def test_balance_evens_out_severities_within_a_block(make, tmp_path):
     findings = [finding(n, "info" if n % 8 else "critical") for n in range(400)]
-    module = make(sources=write(tmp_path / "skewed", findings), val=0.0, test=0.0, balance=1.0, block_findings=400)
+    module = make(
+        sources=write(tmp_path / "skewed", findings),
+        val_fraction=0.0,
+        test_fraction=0.0,
+        severity_balance=1.0,
+        block_findings=400,
+    )
     critical = sum('"critical"' in module.chat.decode(ids) for ids in examples(module.train_batches()))
     assert critical == 200
-    module = make(sources=write(tmp_path / "skewed", findings), val=0.0, test=0.0, block_findings=400)
+    module = make(sources=write(tmp_path / "skewed", findings), val_fraction=0.0, test_fraction=0.0, block_findings=400)
     assert sum('"critical"' in module.chat.decode(ids) for ids in examples(module.train_batches())) == 50
 
 
@@ -430,19 +452,19 @@ def test_what_a_user_can_mend_is_said_in_one_line(make, tmp_path, workers):
     prefix = len(module.chat.prefix_ids(module.tasks["risk"]))
     cases = [
         (r"sources: none given", {"sources": []}),
-        (r"row_tokens: 40 is less than the instruction of task risk alone, \d+ tokens", {"row_tokens": 40}),
+        (r"sequence_length: 40 is less than the instruction of task risk alone, \d+ tokens", {"sequence_length": 40}),
         (
-            r"row_tokens: \d+ is less than each of the first \d+ examples, .* \d+ to \d+ tokens",
-            {"row_tokens": prefix + 9},
+            r"sequence_length: \d+ is less than each of the first \d+ examples, .* \d+ to \d+ tokens",
+            {"sequence_length": prefix + 9},
         ),
-        (r"val: 1e-09 leaves no val example", {"val": 1e-9}),
-        (r"batch_rows: \d+ training examples make less than the 500 rows", {"batch_rows": 500}),
-        (r"risky", {"tasks": {"risky": 1.0}}),
-        (r"tasks: the share of risk is -1", {"tasks": {"risk": -1}}),
-        (r"tasks: .* uses no example", {"tasks": {"risk": 0.0}}),
-        (r"balance: 2 is not in 0..1", {"balance": 2}),
-        (r"val=0.6 and test=0.4 must be shares", {"val": 0.6, "test": 0.4}),
-        (r"hold no training example of tasks \['correlation'\]", {"tasks": {"correlation": 1.0}}),
+        (r"val_fraction: 1e-09 leaves no val example", {"val_fraction": 1e-9}),
+        (r"batch_size: \d+ training examples make less than the 500 rows", {"batch_size": 500}),
+        (r"risky", {"task_weights": {"risky": 1.0}}),
+        (r"task_weights: the share of risk is -1", {"task_weights": {"risk": -1}}),
+        (r"task_weights: .* uses no example", {"task_weights": {"risk": 0.0}}),
+        (r"severity_balance: 2 is not in 0..1", {"severity_balance": 2}),
+        (r"val_fraction=0.6 and test_fraction=0.4 must be shares", {"val_fraction": 0.6, "test_fraction": 0.4}),
+        (r"hold no training example of tasks \['correlation'\]", {"task_weights": {"correlation": 1.0}}),
     ]
     for message, change in cases:
         with pytest.raises(UserError, match=message) as caught:
@@ -454,7 +476,7 @@ def test_what_a_user_can_mend_is_said_in_one_line(make, tmp_path, workers):
 
 def test_pairs_are_distinct_deterministic_and_balanced(make, tmp_path):
     findings = [finding(n, "info" if n % 10 else "critical") for n in range(200)] * 2
-    module = make(sources=write(tmp_path / "skewed", findings), val=0.4)
+    module = make(sources=write(tmp_path / "skewed", findings), val_fraction=0.4)
     pairs = module.pairs("val", "risk", 20)
     assert len({pair.content for pair in pairs}) == 20
     assert pairs == module.pairs("val", "risk", 20)

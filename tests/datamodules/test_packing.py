@@ -36,7 +36,7 @@ def lists(batch):
 
 def test_layout_is_the_contract_drawn_in_batch():
     a, b = example([1, 7, 10], [11, 2], prefix=2), example([1, 7, 20], [21, 2], prefix=2)
-    rows = pack([a, b], row_tokens=9, mode="shared_prefix")
+    rows = pack([a, b], sequence_length=9, mode="shared_prefix")
     batch = to_batch(rows, 9)
     assert lists(batch) == [
         [[1, 7, 10, 11, 2, 20, 21, 2, 0]],
@@ -50,13 +50,13 @@ def test_layout_is_the_contract_drawn_in_batch():
 
 def test_packed_restarts_positions_and_none_has_one_example_a_row():
     a, b = example([1, 7, 10], [11, 2], prefix=2), example([1, 7], [21, 2], prefix=1)
-    assert lists(to_batch(pack([a, b], row_tokens=10, mode="packed"), 10)) == [
+    assert lists(to_batch(pack([a, b], sequence_length=10, mode="packed"), 10)) == [
         [[1, 7, 10, 11, 2, 1, 7, 21, 2, 0]],
         [[1, 1, 1, 1, 1, 2, 2, 2, 2, -1]],
         [[0, 1, 2, 3, 4, 0, 1, 2, 3, 0]],
         [[-100, -100, 11, 2, -100, -100, 21, 2, -100, -100]],
     ]
-    assert lists(to_batch(pack([b, a], row_tokens=5, mode="none"), 5, batch_rows=3)) == [
+    assert lists(to_batch(pack([b, a], sequence_length=5, mode="none"), 5, batch_size=3)) == [
         [[1, 7, 21, 2, 0], [1, 7, 10, 11, 2], [0, 0, 0, 0, 0]],
         [[1, 1, 1, 1, -1], [1, 1, 1, 1, 1], [-1, -1, -1, -1, -1]],
         [[0, 1, 2, 3, 0], [0, 1, 2, 3, 4], [0, 0, 0, 0, 0]],
@@ -66,7 +66,7 @@ def test_packed_restarts_positions_and_none_has_one_example_a_row():
 
 def test_a_prompt_that_is_all_prefix_keeps_its_last_token():
     a, b = example([1, 7], [11, 2], prefix=2), example([1, 7, 20], [21, 2], prefix=2)
-    assert lists(to_batch(pack([a, b], row_tokens=8, mode="shared_prefix"), 8)) == [
+    assert lists(to_batch(pack([a, b], sequence_length=8, mode="shared_prefix"), 8)) == [
         [[1, 7, 20, 21, 2, 7, 11, 2]],
         [[0, 1, 1, 1, 1, 2, 2, 2]],
         [[0, 1, 2, 3, 4, 1, 2, 3]],
@@ -76,12 +76,16 @@ def test_a_prompt_that_is_all_prefix_keeps_its_last_token():
 
 def test_what_must_not_be_packed():
     with pytest.raises(ValueError, match="do not begin with the same 2 tokens"):
-        pack([example([1, 7, 9], [2], prefix=2), example([1, 8, 9], [2], prefix=2)], row_tokens=9, mode="shared_prefix")
+        pack(
+            [example([1, 7, 9], [2], prefix=2), example([1, 8, 9], [2], prefix=2)],
+            sequence_length=9,
+            mode="shared_prefix",
+        )
     with pytest.raises(ValueError, match="example of 5 tokens does not fit into a row of 4"):
-        pack([example([1, 2, 3], [4, 5])], row_tokens=4, mode="packed")
+        pack([example([1, 2, 3], [4, 5])], sequence_length=4, mode="packed")
     with pytest.raises(ValueError, match="packing: 'dense'"):
-        pack([], row_tokens=4, mode="dense")
-    assert pack([], row_tokens=4, mode="shared_prefix") == []
+        pack([], sequence_length=4, mode="dense")
+    assert pack([], sequence_length=4, mode="shared_prefix") == []
 
 
 @st.composite
@@ -105,16 +109,16 @@ def example_lists(draw):
 
 @given(example_lists(), st.sampled_from(["none", "packed", "shared_prefix"]), st.integers(28, 70))
 @settings(max_examples=150, deadline=None)
-def test_every_example_is_whole_and_in_one_row(examples, mode, row_tokens):
-    rows = pack(examples, row_tokens=row_tokens, mode=mode)
+def test_every_example_is_whole_and_in_one_row(examples, mode, sequence_length):
+    rows = pack(examples, sequence_length=sequence_length, mode=mode)
     assert sorted(e.key for row in rows for e in row.examples) == [e.key for e in examples]
-    batch = to_batch(rows, row_tokens)
+    batch = to_batch(rows, sequence_length)
     assert batch.supervised == (batch.labels_BT != -100).sum() == sum(len(e.completion_ids) for e in examples)
     for b, row in enumerate(rows):
         ids, segments, positions, labels = (
             t[b].numpy() for t in (batch.input_ids_BT, batch.segment_ids_BT, batch.position_ids_BT, batch.labels_BT)
         )
-        assert row.tokens == (segments >= 0).sum() <= row_tokens
+        assert row.tokens == (segments >= 0).sum() <= sequence_length
         assert mode != "none" or len(row.examples) == 1
         assert mode != "shared_prefix" or len({e.task for e in row.examples}) == 1
         for k, e in enumerate(row.examples, start=1):
@@ -144,7 +148,7 @@ def naive_best_fit_decreasing(lengths, capacity):
 @given(st.lists(st.integers(3, 50), min_size=1, max_size=120))
 @settings(max_examples=100, deadline=None)
 def test_no_more_rows_than_best_fit_decreasing_needs(lengths):
-    rows = pack([example([5] * n, [2]) for n in lengths], row_tokens=51, mode="packed")
+    rows = pack([example([5] * n, [2]) for n in lengths], sequence_length=51, mode="packed")
     naive = naive_best_fit_decreasing([n + 1 for n in lengths], 51)
     assert len(rows) <= len(naive)
     alone = _best_fit_decreasing([n + 1 for n in lengths], 51)
@@ -163,8 +167,10 @@ def test_the_first_row_by_sums_is_as_full_as_can_be(lengths):
 
 def test_real_tasks_rows_are_full(shared_data):
     tasks = dict.fromkeys(("risk", "correlation", "summary", "triage", "remediation"), 1.0)
-    options = {"row_tokens": 8192, "packing": "shared_prefix", "num_workers": 0}
-    data = FindingsDataModule([str(shared_data / "batches")], str(shared_data / "tokenizer"), tasks=tasks, **options)
+    options = {"sequence_length": 8192, "packing": "shared_prefix", "num_workers": 0}
+    data = FindingsDataModule(
+        [str(shared_data / "batches")], str(shared_data / "tokenizer"), task_weights=tasks, **options
+    )
     data.setup()
     used = [int((batch.segment_ids_BT >= 0).sum()) for batch in data.train_batches()]
     assert sum(used) / (8192 * len(used)) >= 0.98
@@ -174,7 +180,7 @@ def test_rows_of_8192_tokens_are_full():
     lengths = np.random.default_rng(0).integers(200, 1100, 4000)
     examples = [example(range(n - 1), [2], prefix=100) for n in lengths]
     for mode in ("packed", "shared_prefix"):
-        rows = pack(examples, row_tokens=8192, mode=mode)
+        rows = pack(examples, sequence_length=8192, mode=mode)
         assert sum(row.tokens for row in rows) / (8192 * len(rows)) > 0.99
 
 
@@ -184,7 +190,7 @@ def test_exact_ids_and_labels_through_the_toy_tokenizer(mistral_tokenizer):
     pairs = [Pair("toy", content, answer, "low", "network", 1) for content, answer in (("a", "x"), ("bc", "yz"))]
     examples = chat.encode(task, pairs)
     prefix = chat.prefix_ids(task)
-    batch = to_batch(pack(examples, row_tokens=200, mode="shared_prefix"), 200)
+    batch = to_batch(pack(examples, sequence_length=200, mode="shared_prefix"), 200)
     n = len(prefix) + sum(len(e.prompt_ids) + len(e.completion_ids) - len(prefix) for e in examples)
     text = mistral_tokenizer.decode(batch.input_ids_BT[0, :n])
     assert text == "<s>[INST] Sys\n\nSay:\nbc[/INST] yz</s>a[/INST] x</s>"
@@ -226,7 +232,7 @@ def test_modes_have_the_same_loss_and_gradients(tiny_llama, all_prefix):
         )
         for n, m in ((0 if all_prefix else 1, 3), (17, 1), (5, 8), (9, 4), (2, 2))
     ]
-    rows = {mode: pack(examples, row_tokens=53, mode=mode) for mode in ("none", "packed", "shared_prefix")}
+    rows = {mode: pack(examples, sequence_length=53, mode=mode) for mode in ("none", "packed", "shared_prefix")}
     assert len(rows["none"]) == 5 > len(rows["packed"]) >= len(rows["shared_prefix"])
     loss, gradients = loss_and_gradients(model, [to_batch([row], row.tokens) for row in rows["none"]])  # no padding
     for mode in rows:

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from datamodules.records import CATEGORIES, SEVERITIES, SUBSCORES
-from datamodules.sources.field_coercion import Ambiguous, Refused, flaw, measure
+from datamodules.sources.field_coercion import DuplicateKeys, InvalidRecord, measure, strict_json_error
 from datamodules.sources.record_validation import read_correlation, read_finding
 
 GOOD = {
@@ -112,7 +112,7 @@ def test_repairs_are_made_and_counted(changes, field, value, repairs):
     ],
 )
 def test_what_cannot_be_used_is_refused(changes, reason):
-    with pytest.raises(Refused) as caught:
+    with pytest.raises(InvalidRecord) as caught:
         read(**changes)
     assert caught.value.reason == reason
 
@@ -120,7 +120,7 @@ def test_what_cannot_be_used_is_refused(changes, reason):
 @pytest.mark.parametrize("record", [None, [], "text", 3, True])
 def test_a_record_that_is_no_object_is_refused(record):
     for reader in (read_finding, read_correlation):
-        with pytest.raises(Refused, match="not_an_object"):
+        with pytest.raises(InvalidRecord, match="not_an_object"):
             reader(record, Counter())
 
 
@@ -134,7 +134,7 @@ def test_deep_metadata_are_refused_at_the_limit(identity):
         deeper = deep
         for _ in range(extra):
             deeper = [deeper]
-        with pytest.raises(Refused, match="too_deep"):
+        with pytest.raises(InvalidRecord, match="too_deep"):
             read(metadata={"a": deeper}, id=identity)
 
 
@@ -191,11 +191,11 @@ def test_correlation_of_a_batch_and_of_ground_truth():
 
 
 def test_flaw_names_what_strict_json_refuses():
-    assert flaw({"a": [1, {"b": "ü"}]}) is None
-    assert flaw({"a": [math.nan]})[0] == "non_finite"
-    assert flaw({"a": [Ambiguous(b=1)]})[0] == "duplicate_keys"
-    assert flaw({"a": "\udcff"})[0] == "invalid_utf8"
-    assert flaw({"\udcff": "a"})[0] == "invalid_utf8"
+    assert strict_json_error({"a": [1, {"b": "ü"}]}) is None
+    assert strict_json_error({"a": [math.nan]})[0] == "non_finite"
+    assert strict_json_error({"a": [DuplicateKeys(b=1)]})[0] == "duplicate_keys"
+    assert strict_json_error({"a": "\udcff"})[0] == "invalid_utf8"
+    assert strict_json_error({"\udcff": "a"})[0] == "invalid_utf8"
 
 
 def test_measure_counts_keys_and_text_at_every_level():
@@ -215,7 +215,7 @@ def test_any_values_in_any_fields_are_refused_or_sound(changes):
     repairs = Counter()
     try:
         finding = read_finding({**GOOD, **changes}, repairs)
-    except Refused as refused:
+    except InvalidRecord as refused:
         assert refused.reason
         return
     assert finding.severity in SEVERITIES
@@ -241,7 +241,7 @@ CORRELATION_FIELDS = (
 def test_any_correlation_is_refused_or_sound(record):
     try:
         correlation = read_correlation(record, Counter())
-    except Refused:
+    except InvalidRecord:
         return
     assert correlation.id and correlation.title
     assert all(type(name) is str for name in correlation.finding_ids)

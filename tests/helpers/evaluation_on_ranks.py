@@ -8,7 +8,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 import torch
 from transformers import AutoTokenizer
 
-from lightning_modules.evaluation.answer_parsing import judge
+from lightning_modules.evaluation.answer_parsing import parse_answer
 from lightning_modules.evaluation.metrics import AnswerMetrics
 from tests.callbacks.test_evaluation import Data, Evaluation, Module, make_pair, make_trainer, short_task
 
@@ -20,7 +20,9 @@ if __name__ == "__main__":
     judged = []
     for index in range(17):
         pair = make_pair(index)
-        judged.append(judge(short_task(), pair, make_pair(index + index % 4).completion if index % 5 else "nonsense"))
+        judged.append(
+            parse_answer(short_task(), pair, make_pair(index + index % 4).completion if index % 5 else "nonsense")
+        )
     metrics = AnswerMetrics(short_task()).to(trainer.strategy.root_device)
     for start in range(trainer.global_rank, len(judged), 3 * ranks):  # several updates on each rank
         metrics.update(judged[start : start + 3 * ranks : ranks])

@@ -13,7 +13,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
-from callbacks import AdapterExport, Preemption, RunRecord
+from callbacks import AdapterCheckpoint, Preemption, RunRecord
 from datamodules.batch import IGNORE_INDEX, PADDING, Batch
 from optimizers import Lion, WarmupCosine
 
@@ -149,7 +149,7 @@ if __name__ == "__main__":
             os.write(1, f"batch {index}\n".encode())
             time.sleep(0.3)
 
-    callbacks = [RunRecord(), Preemption(agree_every_n_steps=1), AdapterExport(), best_and_last()]
+    callbacks = [RunRecord(), Preemption(agree_every_n_steps=1), AdapterCheckpoint(), best_and_last()]
     strategy = "ddp" if arguments.devices > 1 else "auto"
     options = {"accumulate_grad_batches": 3, "devices": arguments.devices, "strategy": strategy}
     make_trainer(arguments.folder, callbacks, **options).fit(TinyModule(tell), TinyData())

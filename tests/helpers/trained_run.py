@@ -32,12 +32,18 @@ REPORT = {
 def make_run(folder, base, tokenizer, *, tasks=TASKS, sources=("synthetic://?findings=60&seed=7",), seed=1, **backbone):
     """Writes config.yaml, run.json, evaluation.json and adapter/best; returns the folder."""
     settings = {
-        "model": str(base), "quantization": "none", "dtype": "float32", "attention": "sdpa",
-        "lora": {"rank": 4, "alpha": 8.0, "targets": ["q_proj", "v_proj", "down_proj"]},
-        "gradient_checkpointing": False, "kernels": "auto", "activation_memory": "full", "revision": None,
+        "model_name_or_path": str(base), "quantization": "none", "dtype": "float32", "attn_implementation": "sdpa",
+        "lora": {"rank": 4, "alpha": 8.0, "target_modules": ["q_proj", "v_proj", "down_proj"]},
+        "kernels": "auto", "activation_checkpointing": "none", "revision": None,
         "adapter": None,
     } | backbone  # fmt: skip
-    data = {"sources": list(sources), "tasks": dict.fromkeys(tasks, 1.0), "val": 0.2, "test": 0.2, "row_tokens": 4096}
+    data = {
+        "sources": list(sources),
+        "task_weights": dict.fromkeys(tasks, 1.0),
+        "val_fraction": 0.2,
+        "test_fraction": 0.2,
+        "sequence_length": 4096,
+    }
     config = {
         "model": {"class_path": "lightning_modules.CausalLMModule", "init_args": {"backbone": settings}},
         "data": {"class_path": "datamodules.FindingsDataModule", "init_args": data},

@@ -73,7 +73,7 @@ def one_by_one():
 def module_for(folder, objective=None, optimizer=SGD, lr_scheduler=None, **lora):
     module = CausalLMModule(
         Backbone(str(folder), lora=LoRA(rank=4, alpha=8, **lora)),
-        objective or CompletionCrossEntropy(chunk=5),
+        objective or CompletionCrossEntropy(chunk_size=5),
         optimizer,
         lr_scheduler,
     )
@@ -278,7 +278,7 @@ def run_rank(rank, port, folder, tmp_path):
     torch.set_num_threads(1)
     results = []
     for alpha in (0.0, 0.5):
-        module = module_for(folder, Distillation(alpha=alpha, chunk=5))
+        module = module_for(folder, Distillation(alpha=alpha, chunk_size=5))
         trainer = quiet_trainer(
             tmp_path, devices=2, strategy="ddp", max_steps=1, accumulate_grad_batches=4, use_distributed_sampler=False,
             enable_checkpointing=False, num_sanity_val_steps=0,
@@ -298,7 +298,7 @@ def test_two_ranks_equal_one(tiny_llama, tmp_path):
     one = module_for(tiny_llama)
     fit(one, one_by_one(), tmp_path, accumulate_grad_batches=8)
     after = quiet_trainer(tmp_path, enable_checkpointing=False).validate(one, Data(), verbose=False)[0]
-    taught = module_for(tiny_llama, Distillation(chunk=5))
+    taught = module_for(tiny_llama, Distillation(chunk_size=5))
     teaching = fit(taught, one_by_one(), tmp_path, accumulate_grad_batches=8).callback_metrics
     for rank in range(2):
         result, distilled = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
@@ -376,7 +376,7 @@ def test_teachers(kind, tiny_llama, tmp_path):
         "adapter": lambda: PeftModel.from_pretrained(base, adapter),
         "model": lambda: other,
     }
-    module = module_for(tiny_llama, Distillation(teacher=recipe, chunk=7), dropout=0.2)
+    module = module_for(tiny_llama, Distillation(teacher=recipe, chunk_size=7), dropout=0.2)
     names, keys = set(dict(module.named_parameters())), set(module.state_dict())
     expected = kl_by_hand(copy.deepcopy(module.model).eval(), teacher[kind]().eval(), examples())
     results = quiet_trainer(tmp_path, enable_checkpointing=False).validate(module, Data(), verbose=False)[0]
@@ -398,7 +398,7 @@ def test_teachers(kind, tiny_llama, tmp_path):
 def test_accumulation_with_a_teacher(tiny_llama, tmp_path):
     results = []
     for batches, accumulate in (([batch([row([e], 24) for e in examples()])], 1), (one_by_one(), 8)):
-        module = module_for(tiny_llama, Distillation(chunk=5))
+        module = module_for(tiny_llama, Distillation(chunk_size=5))
         trainer = fit(module, batches, tmp_path, accumulate_grad_batches=accumulate)
         results.append((trained(module), trainer.callback_metrics["train/kl"]))
     assert_same(results[0][0], results[1][0])
@@ -414,7 +414,7 @@ def test_a_fresh_student_of_its_own_base_has_kl_0_and_no_gradient(tiny_llama, tm
 
 def test_alpha_0_trains_as_without_a_teacher(tiny_llama, tmp_path):
     results = []
-    for objective in (CompletionCrossEntropy(chunk=5), Distillation(alpha=0.0, chunk=5)):
+    for objective in (CompletionCrossEntropy(chunk_size=5), Distillation(alpha=0.0, chunk_size=5)):
         module = module_for(tiny_llama, objective)
         fit(module, one_by_one(), tmp_path, max_steps=4)
         assert module._teacher is None
@@ -440,7 +440,7 @@ def test_no_adapter_to_switch_off(tiny_llama, tmp_path):
 
 
 def test_matrices_decay_and_vectors_do_not(tiny_llama, tmp_path):
-    module = module_for(tiny_llama, optimizer=partial(torch.optim.AdamW, lr=1e-3, weight_decay=0.3), dora=True)
+    module = module_for(tiny_llama, optimizer=partial(torch.optim.AdamW, lr=1e-3, weight_decay=0.3), use_dora=True)
     trainer = fit(module, one_by_one(), tmp_path)
     matrices, vectors = trainer.optimizers[0].param_groups
     assert {p.ndim for p in matrices["params"]} == {2}
@@ -451,7 +451,7 @@ def test_matrices_decay_and_vectors_do_not(tiny_llama, tmp_path):
 
 
 def test_the_schedule_runs_over_the_runs_steps(tiny_llama, tmp_path):
-    schedule = partial(WarmupCosine, warmup_steps=2, final_ratio=0.5)
+    schedule = partial(WarmupCosine, warmup_steps=2, min_lr_ratio=0.5)
     for options in ({"max_steps": 6}, {"max_steps": -1, "max_epochs": 3, "accumulate_grad_batches": 4}):
         module = module_for(tiny_llama, lr_scheduler=schedule)
         trainer = fit(module, one_by_one(), tmp_path, **options)
@@ -523,11 +523,11 @@ def test_out_of_memory_in_the_backward_pass(tiny_llama, tmp_path, monkeypatch):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB.")
 
     monkeypatch.setattr(LightningModule, "backward", fail)
-    with pytest.raises(UserError, match=r"batch_rows.*gradient_checkpointing true"):
+    with pytest.raises(UserError, match=r"batch_size.*activation_checkpointing full"):
         fit(module, one_by_one(), tmp_path)
     monkeypatch.undo()
     monkeypatch.setattr(module, "objective", type("Failing", (CompletionCrossEntropy,), {"__call__": fail})())
-    with pytest.raises(UserError, match=r"row_tokens 24 or batch_rows 1"):
+    with pytest.raises(UserError, match=r"sequence_length 24 or batch_size 1"):
         fit(module, one_by_one(), tmp_path)
 
 
@@ -572,9 +572,11 @@ def test_resume_equals_uninterrupted(tiny_llama, tmp_path):
 
 
 def test_a_module_made_in_python_loads_from_its_checkpoint_alone(tiny_llama, tmp_path):
-    schedule = partial(WarmupCosine, warmup_steps=1, final_ratio=0.2)
-    objective = Distillation(teacher=Backbone(str(tiny_llama), adapter="some/adapter"), alpha=0.0, chunk=9)
-    module = module_for(tiny_llama, objective, partial(torch.optim.AdamW, lr=3e-3), schedule, targets=("q_proj",))
+    schedule = partial(WarmupCosine, warmup_steps=1, min_lr_ratio=0.2)
+    objective = Distillation(teacher=Backbone(str(tiny_llama), adapter="some/adapter"), alpha=0.0, chunk_size=9)
+    module = module_for(
+        tiny_llama, objective, partial(torch.optim.AdamW, lr=3e-3), schedule, target_modules=("q_proj",)
+    )
     _, path = checkpointed(module, tmp_path)
     loaded = CausalLMModule.load_from_checkpoint(path)
     assert_same(trained(loaded), trained(module), atol=0)
@@ -592,7 +594,7 @@ def test_a_module_made_in_python_loads_from_its_checkpoint_alone(tiny_llama, tmp
 def test_arguments_replace_those_of_the_checkpoint(tiny_llama, tmp_path, made_by):
     module = module_for(tiny_llama) if made_by == "python" else cli(tmp_path, tiny_llama).model
     _, path = checkpointed(module, tmp_path)
-    backbone = Backbone(str(tiny_llama), lora=module.backbone.lora, gradient_checkpointing=True)
+    backbone = Backbone(str(tiny_llama), lora=module.backbone.lora, activation_checkpointing="full")
     optimizer = partial(torch.optim.SGD, lr=0.7)
     loaded = CausalLMModule.load_from_checkpoint(
         path, backbone=backbone, objective=Distillation(alpha=0.2), optimizer=optimizer, lr_scheduler=None
@@ -632,16 +634,16 @@ def test_a_subclass_keeps_its_own_arguments(tiny_llama, tmp_path):
 @pytest.mark.parametrize(
     ("lora", "message"),
     [
-        ({"layers": 1}, "checkpoint holds unknown 14 tensors"),
+        ({"num_top_layers": 1}, "checkpoint holds unknown 14 tensors"),
         ({"rank": 8}, "checkpoint does not fit: .* size mismatch"),
-        ({"targets": ("q_proj", "v_proj")}, "checkpoint holds unknown 20 tensors"),
+        ({"target_modules": ("q_proj", "v_proj")}, "checkpoint holds unknown 20 tensors"),
     ],
 )
 def test_a_checkpoint_of_another_backbone_is_refused(tiny_llama, tmp_path, lora, message):
     _, path = checkpointed(module_for(tiny_llama), tmp_path)
     with pytest.raises(UserError, match=message):
         CausalLMModule.load_from_checkpoint(path, backbone=Backbone(str(tiny_llama), lora=LoRA(**{"rank": 4} | lora)))
-    _, path = checkpointed(module_for(tiny_llama, targets=("q_proj",)), tmp_path)
+    _, path = checkpointed(module_for(tiny_llama, target_modules=("q_proj",)), tmp_path)
     with pytest.raises(UserError, match="checkpoint lacks 24 tensors"):
         quiet_trainer(tmp_path).validate(module_for(tiny_llama), Data(), ckpt_path=path, weights_only=True)
 
@@ -666,10 +668,16 @@ def test_the_adapter_loads_with_plain_peft(tiny_llama, tmp_path):
 
 def cli(tmp_path, folder, args=(), **init_args):
     arguments = {
-        "backbone": {"model": str(folder), "lora": {"rank": 4, "alpha": 8, "targets": ["q_proj", "v_proj"]}},
+        "backbone": {
+            "model_name_or_path": str(folder),
+            "lora": {"rank": 4, "alpha": 8, "target_modules": ["q_proj", "v_proj"]},
+        },
         "objective": {"class_path": "lightning_modules.CompletionCrossEntropy"},
         "optimizer": {"class_path": "torch.optim.AdamW", "init_args": {"lr": 0.01}},
-        "lr_scheduler": {"class_path": "optimizers.WarmupCosine", "init_args": {"warmup_steps": 1, "final_ratio": 0.1}},
+        "lr_scheduler": {
+            "class_path": "optimizers.WarmupCosine",
+            "init_args": {"warmup_steps": 1, "min_lr_ratio": 0.1},
+        },
     } | init_args
     config = {"model": {"class_path": "lightning_modules.CausalLMModule", "init_args": arguments}}
     path = tmp_path / "config.yaml"
@@ -689,14 +697,14 @@ def test_the_cli_builds_a_light_module(tmp_path, tiny_llama):
     module = cli(tmp_path, "a/model/that/is/nowhere").model
     assert isinstance(module, CausalLMModule)
     assert module.model is None
-    lora = LoRA(rank=4, alpha=8, targets=("q_proj", "v_proj"))
+    lora = LoRA(rank=4, alpha=8, target_modules=("q_proj", "v_proj"))
     assert module.backbone == Backbone("a/model/that/is/nowhere", lora=lora)
 
 
 def test_a_module_made_by_the_cli_loads_from_its_checkpoint_alone(tmp_path, tiny_llama):
     module = cli(tmp_path, tiny_llama, objective={
         "class_path": "lightning_modules.Distillation",
-        "init_args": {"teacher": {"model": str(tiny_llama), "quantization": "none"}, "alpha": 0.25},
+        "init_args": {"teacher": {"model_name_or_path": str(tiny_llama), "quantization": "none"}, "alpha": 0.25},
     }).model  # fmt: skip
     assert module.objective == Distillation(teacher=Backbone(str(tiny_llama)), alpha=0.25)
     _, path = checkpointed(module, tmp_path)

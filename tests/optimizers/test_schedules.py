@@ -25,14 +25,14 @@ def rates_of(scheduler, steps):
 
 
 def test_cosine_values():
-    rates = rates_of(WarmupCosine(make_optimizer(), 8, warmup_steps=3, final_ratio=0.2), 11)
+    rates = rates_of(WarmupCosine(make_optimizer(), 8, warmup_steps=3, min_lr_ratio=0.2), 11)
     cosine = [0.2 + 0.8 * (1 + math.cos(math.pi * k / 5)) / 2 for k in range(6)]
     assert rates == pytest.approx([1 / 4, 2 / 4, 3 / 4, *cosine, 0.2, 0.2])
     assert rates[3] == 1.0
 
 
 def test_linear_values():
-    rates = rates_of(WarmupLinear(make_optimizer(), 6, warmup_steps=2, final_ratio=0.0), 8)
+    rates = rates_of(WarmupLinear(make_optimizer(), 6, warmup_steps=2, min_lr_ratio=0.0), 8)
     assert rates == pytest.approx([1 / 3, 2 / 3, 1, 0.75, 0.5, 0.25, 0, 0])
 
 
@@ -89,7 +89,7 @@ def test_a_longer_run_follows_its_own_config_after_resume():
         ((10, -1), "warmup_steps -1"),
         ((10, -0.1), r"warmup_steps -0\.1"),
         ((10, 1.5), r"warmup_steps 1\.5"),
-        ((10, 2, 1.5), r"final_ratio 1\.5"),
+        ((10, 2, 1.5), r"min_lr_ratio 1\.5"),
     ],
 )
 def test_bad_arguments_are_refused(arguments, message):
@@ -102,7 +102,7 @@ def test_bad_arguments_are_refused(arguments, message):
 def test_schedules_are_named_by_class_path(name, warmup_steps):
     parser = ArgumentParser(exit_on_error=False)
     parser.add_argument("--scheduler", type=Callable[[Optimizer, int], LRScheduler] | None)
-    arguments = {"warmup_steps": warmup_steps, "final_ratio": 0.5}
+    arguments = {"warmup_steps": warmup_steps, "min_lr_ratio": 0.5}
     config = parser.parse_object({"scheduler": {"class_path": f"optimizers.{name}", "init_args": arguments}})
     assert config.scheduler.init_args.warmup_steps == warmup_steps
     scheduler = parser.instantiate(config).scheduler(make_optimizer(), 8)

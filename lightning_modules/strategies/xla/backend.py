@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from datamodules.errors import UserError
 from lightning_modules.models.backend import Backend
-from lightning_modules.strategies.xla.layer_scan import loop_layers
+from lightning_modules.strategies.xla.layer_scan import scan_layers
 
 if TYPE_CHECKING:
     from datamodules.batch import Batch
@@ -50,7 +50,7 @@ class XLABackend(Backend):
         """Divides weights over the devices, and has layers recomputed as XLA can, in a loop where they are alike."""
         self.sharding.place(model, self.device)
         self.use_own_checkpoints(model)
-        loop_layers(model, self.sharding)
+        scan_layers(model, self.sharding)
 
     def to_host(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Collects tensors; see :meth:`collect`."""
@@ -81,7 +81,7 @@ class XLABackend(Backend):
         hosted: list[Tensor] = torch_xla._XLAC._xla_get_cpu_tensors(copies)
         return hosted
 
-    def for_generation(self, model: nn.Module) -> nn.Module:
+    def generation_model(self, model: nn.Module) -> nn.Module:
         """A copy on the host, where answers of any length cost no compilation; it takes the weights' size of memory."""
         tensors = {id(tensor): tensor.detach() for tensor in (*model.parameters(), *model.buffers())}
         hosted = dict(zip(tensors, self.collect(list(tensors.values())), strict=True))

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 STACKED_BYTES = 4 << 30  #: of a device's memory that may go to stacked weights; a 7B model has 1.8 GiB on a v3-8's core
 
 
-class LayerLoop(nn.ModuleList):
+class LayerScan(nn.ModuleList):
     """The layers of a transformers model, which calls all of them one after the other: it is given a loop to call.
 
     A layer with hooks is called itself, between two loops. So are all where activations are to be kept, with dropout
@@ -151,14 +151,14 @@ def _computed_once(layer: Any) -> Iterator[None]:
         layer.gradient_checkpointing = was
 
 
-def loop_layers(model: nn.Module, sharding: Sharding) -> None:
+def scan_layers(model: nn.Module, sharding: Sharding) -> None:
     """Puts a loop in the place of a transformers model's layers, where they are alike and fit a device twice."""
     lists = [(parent, *child) for parent in model.modules() for child in parent.named_children()]
     for parent, name, layers in lists:
-        if not isinstance(layers, nn.ModuleList) or isinstance(layers, LayerLoop) or not alike(layers):
+        if not isinstance(layers, nn.ModuleList) or isinstance(layers, LayerScan) or not alike(layers):
             continue
         if sum(weight.nbytes for weight in layers.parameters()) <= STACKED_BYTES * sharding.fsdp:
-            setattr(parent, name, LayerLoop(layers, sharding))
+            setattr(parent, name, LayerScan(layers, sharding))
 
 
 def alike(layers: nn.ModuleList) -> bool:

@@ -41,20 +41,23 @@ class Sharding:
     """A mesh over all devices, and where tensors lie on it.
 
     Args:
-        data: devices along ``data``; the others along ``fsdp``.
+        data_parallel_size: devices along ``data``; the others along ``fsdp``.
         devices: how many there are.
 
     Raises:
-        UserError: ``data`` does not divide the devices.
+        UserError: ``data_parallel_size`` does not divide the devices.
     """
 
-    def __init__(self, data: int, devices: int) -> None:
+    def __init__(self, data_parallel_size: int, devices: int) -> None:
         from torch_xla.distributed import spmd
 
-        if data < 1 or devices % data:
-            raise UserError(f"strategy.init_args.data {data} does not divide the {devices} devices; 1 always does")
-        self.devices, self.fsdp = devices, devices // data
-        self.mesh = spmd.Mesh(np.arange(devices), (data, self.fsdp), AXES)
+        if data_parallel_size < 1 or devices % data_parallel_size:
+            raise UserError(
+                f"strategy.init_args.data_parallel_size {data_parallel_size} does not divide the {devices} "
+                "devices; 1 always does"
+            )
+        self.devices, self.fsdp = devices, devices // data_parallel_size
+        self.mesh = spmd.Mesh(np.arange(devices), (data_parallel_size, self.fsdp), AXES)
         spmd.set_global_mesh(self.mesh)
 
     def place(self, model: nn.Module, device: torch.device) -> None:
@@ -93,7 +96,7 @@ class Sharding:
 
         if tensor.ndim == 0 or (tensor.shape[0] * hosts) % self.devices:
             raise UserError(
-                f"data.init_args.batch_rows: {tensor.shape[0] if tensor.ndim else 0} rows can't be divided over the "
+                f"data.init_args.batch_size: {tensor.shape[0] if tensor.ndim else 0} rows can't be divided over the "
                 f"{self.devices // hosts} devices of this host; set it to a multiple of {self.devices // hosts}"
             )
         spec = ShardingSpec(self.mesh, row_spec(tensor.ndim), minibatch=hosts > 1)

@@ -39,8 +39,10 @@ class XLASPMDStrategy(SingleDeviceXLAStrategy):
     """Trains on every device of every host, each with its part of weights and rows.
 
     Args:
-        data: groups of devices that have a whole copy of the weights each; 1 divides them over all devices.
-        cache_dir: folder where compiled graphs are kept, so that a resumed run starts in seconds; None keeps none.
+        data_parallel_size: groups of devices that have a whole copy of the weights each; 1 divides them over all
+            devices.
+        compilation_cache_dir: folder where compiled graphs are kept, so that a resumed run starts in seconds; None
+            keeps none.
         accelerator: given by the trainer.
         checkpoint_io: given by the trainer.
         precision_plugin: given by the trainer.
@@ -53,8 +55,8 @@ class XLASPMDStrategy(SingleDeviceXLAStrategy):
 
     def __init__(
         self,
-        data: int = 1,
-        cache_dir: str | None = None,
+        data_parallel_size: int = 1,
+        compilation_cache_dir: str | None = None,
         accelerator: Accelerator | None = None,
         checkpoint_io: CheckpointIO | None = None,
         precision_plugin: TruePrecision | None = None,
@@ -64,7 +66,7 @@ class XLASPMDStrategy(SingleDeviceXLAStrategy):
             self, torch.device("xla", 0), accelerator, checkpoint_io or HostCheckpointIO(), precision_plugin
         )
         self.debug = False
-        self.data, self.cache_dir = data, cache_dir
+        self.data_parallel_size, self.compilation_cache_dir = data_parallel_size, compilation_cache_dir
         self.hosts = 1
         self.sharding: Sharding | None = None
 
@@ -90,7 +92,7 @@ class XLASPMDStrategy(SingleDeviceXLAStrategy):
         """Opens the devices; the trainer calls it once the accelerator is known to be there.
 
         Raises:
-            UserError: the precision is Lightning's own, or ``data`` does not divide the devices.
+            UserError: the precision is Lightning's own, or ``data_parallel_size`` does not divide the devices.
         """
         import torch_xla.runtime as xr
 
@@ -100,15 +102,15 @@ class XLASPMDStrategy(SingleDeviceXLAStrategy):
                 "leave it out and give plugins: [lightning_modules.strategies.TruePrecision]"
             )
         if self.sharding is None:
-            if self.cache_dir is not None:
-                xr.initialize_cache(str(Path(self.cache_dir).expanduser()))
+            if self.compilation_cache_dir is not None:
+                xr.initialize_cache(str(Path(self.compilation_cache_dir).expanduser()))
             xr.use_spmd()
             self.sharding = self._make_sharding(xr.global_runtime_device_count())
             self.hosts, self.global_rank = xr.process_count(), xr.process_index()
             rank_zero_only.rank = self.global_rank  # type: ignore[attr-defined]
 
     def _make_sharding(self, devices: int) -> Sharding:
-        return Sharding(self.data, devices)
+        return Sharding(self.data_parallel_size, devices)
 
     @contextmanager
     def tensor_init_context(self, empty_init: bool | None = None) -> Generator[None, None, None]:
@@ -169,8 +171,10 @@ class XLASPMDStrategy(SingleDeviceXLAStrategy):
                 "teacher to base, which takes no memory"
             )
         backbone = getattr(self.lightning_module, "backbone", None)
-        if getattr(backbone, "attention", None) == "pallas" and bool((batch.segment_ids_BT == PREFIX).any()):
-            raise UserError("backbone.attention pallas: it knows no shared prefix; set data.init_args.packing packed")
+        if getattr(backbone, "attn_implementation", None) == "pallas" and bool((batch.segment_ids_BT == PREFIX).any()):
+            raise UserError(
+                "backbone.attn_implementation pallas: it knows no shared prefix; set data.init_args.packing packed"
+            )
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Computes what is left from before: a micro-batch's gradients, or a callback's sums.

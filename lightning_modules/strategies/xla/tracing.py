@@ -66,14 +66,14 @@ class TracingStrategy(XLASPMDStrategy):
     """Writes the graph of the last micro-batch and the optimizer step, which holds everything a step needs.
 
     Args:
-        data: see :class:`lightning_modules.strategies.XLASPMDStrategy`.
+        data_parallel_size: see :class:`lightning_modules.strategies.XLASPMDStrategy`.
 
     Attributes:
         graph: StableHLO as text; empty until the step was traced.
     """
 
-    def __init__(self, data: int = 1) -> None:
-        super().__init__(data=data)
+    def __init__(self, data_parallel_size: int = 1) -> None:
+        super().__init__(data_parallel_size=data_parallel_size)
         self.graph = ""
 
     @property
@@ -83,7 +83,7 @@ class TracingStrategy(XLASPMDStrategy):
         return _TracingBackend(self.sharding, self.root_device)
 
     def _make_sharding(self, devices: int) -> Sharding:
-        return _PlaceholderSharding(self.data, devices)
+        return _PlaceholderSharding(self.data_parallel_size, devices)
 
     def sync(self) -> None:
         """Computes nothing."""
@@ -138,7 +138,9 @@ class _SameRows(IterableDataset[Batch]):
             yield self.batch
 
 
-def trace_step(module: LightningModule, rows: int, tokens: int, devices: int, *, data: int, **trainer: Any) -> str:
+def trace_step(
+    module: LightningModule, rows: int, tokens: int, devices: int, *, data_parallel_size: int, **trainer: Any
+) -> str:
     """Runs a module up to its first optimizer step over tensors without content.
 
     The process belongs to it afterwards: its XLA devices are virtual.
@@ -148,13 +150,13 @@ def trace_step(module: LightningModule, rows: int, tokens: int, devices: int, *,
         rows: of a batch, over all devices.
         tokens: of a row.
         devices: of the mesh.
-        data: see :class:`lightning_modules.strategies.XLASPMDStrategy`.
+        data_parallel_size: see :class:`lightning_modules.strategies.XLASPMDStrategy`.
         **trainer: options of Lightning's trainer that change a step.
 
     Returns:
         StableHLO of the step.
     """
-    strategy = TracingStrategy(data)
+    strategy = TracingStrategy(data_parallel_size)
     runner = Trainer(
         accelerator=PJRTAccelerator("cpu", devices), strategy=strategy, devices=1, plugins=[TruePrecision()],
         logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, **trainer,

@@ -11,8 +11,8 @@ from callbacks.reporting.training_curves import read_scalars
 from commands import report as command
 from datamodules.errors import UserError
 from datamodules.tasks.base import Pair, compact
-from lightning_modules.evaluation.evaluate import Outcome
-from lightning_modules.evaluation.results import Exam, read_exams, scores_of, write_exams
+from lightning_modules.evaluation.evaluate import PredictionResult
+from lightning_modules.evaluation.results import TaskResults, read_results, scores_of, write_results
 from tests.callbacks.test_evaluation import make_pair, short_task
 from tests.helpers.tiny_run import TinyData, TinyModule, best_and_last, make_trainer
 
@@ -34,10 +34,10 @@ class Page(HTMLParser):
 
 
 def exam_of(pairs, wrong):
-    exam = Exam(short_task(), "val", pairs, told={"network"})
-    exam.add("majority class", [Outcome(pairs[0].completion)] * len(pairs), baseline=True)
-    exam.add("tuned", [Outcome(pair.completion, nll=1.0, tokens=4) for pair in pairs])
-    exam.add("untuned", [Outcome(wrong, False, nll=9.0, tokens=4) for _ in pairs])
+    exam = TaskResults(short_task(), "val", pairs, input_determined={"network"})
+    exam.add("majority class", [PredictionResult(pairs[0].completion)] * len(pairs), baseline=True)
+    exam.add("tuned", [PredictionResult(pair.completion, nll=1.0, tokens=4) for pair in pairs])
+    exam.add("untuned", [PredictionResult(wrong, False, nll=9.0, tokens=4) for _ in pairs])
     exam.about["tuned"] = {"step": 12, "checkpoint": "best.ckpt"}
     return exam
 
@@ -51,7 +51,7 @@ def run(tmp_path_factory):
     (run / "config.yaml").write_text("data:\n  sources: [s3://me:pw1@host/x]\n  secret_key: pw2\n  tokenizer: bytes\n")
     hostile = '{"title":"<script>alert(1)</script>","x":"\x1b[31m"}'
     pairs = [make_pair(i) for i in range(4)] + [Pair("risk", hostile, make_pair(1).completion, "low", "ioc", 1)]
-    write_exams(run / "evaluation.json", [exam_of(pairs, "<img src=http://evil/x> no JSON")], step=12)
+    write_results(run / "evaluation.json", [exam_of(pairs, "<img src=http://evil/x> no JSON")], step=12)
     return run
 
 
@@ -105,14 +105,14 @@ def test_scalars_are_those_that_were_logged(run):
 def test_scores_survive_being_written(tmp_path):
     pairs = [make_pair(i) for i in range(3)]
     exam = exam_of(pairs, compact({"severity": "low"}))
-    write_exams(tmp_path / "e.json", [exam], step=1)
-    record = read_exams(tmp_path / "e.json")["risk"]
+    write_results(tmp_path / "e.json", [exam], step=1)
+    record = read_results(tmp_path / "e.json")["risk"]
     again = scores_of(record["columns"]["untuned"])
     before = exam.columns["untuned"]
     assert str(again.figures) == str(before.figures)  # NaN is NaN
     assert str(again.groups) == str(before.groups)
     assert again.outcomes == exam.columns["untuned"].outcomes
-    other = Exam(short_task(), "val", pairs, told={"network"})
+    other = TaskResults(short_task(), "val", pairs, input_determined={"network"})
     other.remember(record, "untuned")
     assert str(other.columns["untuned"].figures) == str(before.figures)
-    assert read_exams(tmp_path / "none.json") == {}
+    assert read_results(tmp_path / "none.json") == {}

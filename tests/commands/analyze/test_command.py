@@ -120,7 +120,7 @@ def test_text_of_a_finding_changes_no_type_and_no_other_finding(run, ground_trut
 
 def test_an_interrupt_keeps_answers_and_the_same_command_goes_on(run, tmp_path, monkeypatch):
     output, asked = tmp_path / "e.json", []
-    answer = response_cache.answer_questions
+    answer = response_cache.generate_requests
 
     def interrupted(model, chat, questions, *, on_answer, **options):
         def answered(index, written):
@@ -133,7 +133,7 @@ def test_an_interrupt_keeps_answers_and_the_same_command_goes_on(run, tmp_path, 
 
     options = short("--batch-size", "1", "--actions", "1")
     _, whole = analyze(run, REPORT, tmp_path / "whole.json", *options)
-    monkeypatch.setattr(response_cache, "answer_questions", interrupted)
+    monkeypatch.setattr(response_cache, "generate_requests", interrupted)
     status, document = analyze(run, REPORT, output, *options)
     assert (status, document) == (130, None)
     journal = tmp_path / "e.json.partial.jsonl"
@@ -149,7 +149,7 @@ def test_an_interrupt_keeps_answers_and_the_same_command_goes_on(run, tmp_path, 
 
 def test_another_model_does_not_take_over_the_answers(run, tmp_path, tiny_llama, chatml_tokenizer, monkeypatch):
     other = make_run(tmp_path / "version_1", tiny_llama, chatml_tokenizer, seed=2)
-    asked, answer = [], response_cache.answer_questions
+    asked, answer = [], response_cache.generate_requests
 
     def counted(model, chat, questions, **options):
         asked.append(len(questions))
@@ -157,7 +157,7 @@ def test_another_model_does_not_take_over_the_answers(run, tmp_path, tiny_llama,
             raise KeyboardInterrupt
         return answer(model, chat, questions, **options)
 
-    monkeypatch.setattr(response_cache, "answer_questions", counted)
+    monkeypatch.setattr(response_cache, "generate_requests", counted)
     assert analyze(run, REPORT, tmp_path / "e.json", *short())[0] == 130
     asked.clear()
     assert analyze(other, REPORT, tmp_path / "e.json", *short())[0] == 130

@@ -10,7 +10,7 @@ from datamodules.tasks import TASKS
 from datamodules.tasks.answers import risk_answer
 from datamodules.tasks.base import compact
 from datamodules.tasks.remediation import remediate
-from lightning_modules.generation.response_cache import Reply
+from lightning_modules.generation.response_cache import Response
 
 
 def make(name, severity="high", risk=70.0, title=None, category="network", **metadata):
@@ -39,7 +39,7 @@ class Script:
 
     def reply(self, answer, content):
         answer = answer(json.loads(content)) if callable(answer) else answer
-        return Reply(answer if isinstance(answer, str) else compact(answer), True)
+        return Response(answer if isinstance(answer, str) else compact(answer), True)
 
 
 def run(script, findings=FINDINGS, correlations=(), **limits):

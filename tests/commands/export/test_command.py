@@ -148,7 +148,10 @@ def test_the_certificate_holds_what_it_says(run, tmp_path):
     assert certificate["packages"]["torch"]
     assert certificate["run"]["step"] == 3
     backbone = certificate["config"]["model"]["init_args"]["backbone"]
-    assert (backbone["lora"]["rank"], backbone["model"]) == (4, Path(backbone["model"]).name)  # no folder of this host
+    assert (backbone["lora"]["rank"], backbone["model_name_or_path"]) == (
+        4,
+        Path(backbone["model_name_or_path"]).name,
+    )  # no folder of this host
     assert certificate["golden"]["n"] == 2
 
 

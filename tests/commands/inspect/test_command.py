@@ -17,12 +17,12 @@ from commands.inspect.plan import _count, kernels_of
 from commands.inspect.progress import Meter
 from commands.inspect.report import Sample
 from datamodules.findings import FindingsDataModule
-from datamodules.statistics.scan import survey
+from datamodules.statistics.scan import scan_dataset
 from datamodules.stream.epoch_order import epoch_order
 from datamodules.synthetic import synthesize
 from datamodules.tokenization.chat_format import Example
 from lightning_modules.models.backbone import Backbone, LoRA
-from lightning_modules.models.fused_decoder import decoder_for
+from lightning_modules.models.fused_decoder import build_decoder
 from main import main
 
 SEVEN_B = {
@@ -54,8 +54,8 @@ def seven_b(tmp_path_factory, tiny_mistral):
 def inspect(capsys, tiny_mistral, shards):
     def run(*options, config="default", sources=None, model=tiny_mistral, status=0, command="inspect"):
         arguments = [
-            command, "--config", f"configs/{config}.yaml", f"--model.init_args.backbone.model={model}",
-            f"--data.init_args.sources={json.dumps(sources or [str(shards)])}", "--data.init_args.row_tokens=4096",
+            command, "--config", f"configs/{config}.yaml", f"--model.init_args.backbone.model_name_or_path={model}",
+            f"--data.init_args.sources={json.dumps(sources or [str(shards)])}", "--data.init_args.sequence_length=4096",
         ]  # fmt: skip
         assert main([*arguments, *options]) == status
         return capsys.readouterr()
@@ -85,7 +85,7 @@ def test_json_is_one_object_with_the_promised_keys(inspect):
 
 
 def test_text_says_the_same_and_shows_an_example(inspect):
-    printed = inspect("--data.init_args.tasks={risk: 1.0, triage: 1.0}", "--device=h100")
+    printed = inspect("--data.init_args.task_weights={risk: 1.0, triage: 1.0}", "--device=h100")
     for words in ("findings", "120", "triage", "shared_prefix *", "mask: prefix", "1 '<s>'", "3 '[INST]'", "2 '</s>'"):
         assert words in printed.out
     assert "risk_score" in printed.out
@@ -104,10 +104,10 @@ def test_overrides_of_the_config_count(inspect):
 
 
 def test_a_gpu_config_is_inspected_on_any_machine(inspect, seven_b):
-    options = ("--format=json", "--data.init_args.tasks={risk: 1.0}", "--device=t4")
-    report = as_json(inspect(*options, "--data.init_args.batch_rows=8", config="gpu", model=seven_b))
+    options = ("--format=json", "--data.init_args.task_weights={risk: 1.0}", "--device=t4")
+    report = as_json(inspect(*options, "--data.init_args.batch_size=8", config="gpu", model=seven_b))
     assert report["memory"]["trained_parameters"] == 167_772_160
-    assert report["memory"]["kernels"] == "full"
+    assert report["memory"]["kernels"] == "fused"
     assert report["memory"]["parts_gib"]["base"] == pytest.approx(4.26, abs=0.01)
     assert report["memory"]["parts_gib"]["optimizer"] == pytest.approx(0.625)  # Lion: one state in float32
     assert not report["device"]["fits"]
@@ -123,11 +123,11 @@ def test_a_lion_rate_that_looks_like_adamws_is_warned_of(inspect):
 
 
 def test_a_task_that_loses_every_example_is_warned_of(inspect):
-    tasks = "--data.init_args.tasks={risk: 1.0, summary: 1.0}"
-    whole = ("--data.init_args.val=0", "--data.init_args.test=0")
-    report = as_json(inspect("--format=json", tasks, *whole, "--data.init_args.row_tokens=1600"))
+    tasks = "--data.init_args.task_weights={risk: 1.0, summary: 1.0}"
+    whole = ("--data.init_args.val_fraction=0", "--data.init_args.test_fraction=0")
+    report = as_json(inspect("--format=json", tasks, *whole, "--data.init_args.sequence_length=1600"))
     assert report["examples"]["summary"] == 0 < report["overflow"]["summary"]
-    assert any("task summary" in warning and "row_tokens" in warning for warning in report["warnings"])
+    assert any("task summary" in warning and "sequence_length" in warning for warning in report["warnings"])
 
 
 def test_without_a_model_config_there_is_a_report_without_estimate(inspect, tmp_path, tiny_mistral):
@@ -163,19 +163,20 @@ def test_mistakes_are_one_line(inspect, options, told):
 @pytest.mark.parametrize("name", ["folder", "some.tar.gz"])
 def test_progress_ends_at_the_sources_size_and_never_goes_back(tmp_path, tiny_mistral, name):
     synthesize(tmp_path / name, findings=60, seed=2, findings_per_shard=20)
-    data = FindingsDataModule([str(tmp_path / name)], str(tiny_mistral), row_tokens=4096)
+    data = FindingsDataModule([str(tmp_path / name)], str(tiny_mistral), sequence_length=4096)
     data.setup()
-    sources = data._preparer.sources
+    sources = data.document_processor.sources
     meter, seen = Meter(sources, epoch_order(sources, epoch=0, seed=0)), []
-    survey(data, progress=lambda _, place: seen.append(meter.done(place)))
+    scan_dataset(data, progress=lambda _, place: seen.append(meter.done(place)))
     assert seen == sorted(seen)
     assert seen[-1] == meter.total > 0
     assert len(seen) >= 3
 
 
 KERNELS = [
-    {}, {"kernels": "plain"}, {"lora": None}, {"lora": LoRA(rank=2, dora=True)}, {"lora": LoRA(rank=2, dropout=0.1)},
-    {"activation_memory": "balanced"}, {"kernels": "plain", "gradient_checkpointing": True},
+    {}, {"kernels": "eager"}, {"lora": None}, {"lora": LoRA(rank=2, use_dora=True)}, {"lora": LoRA(rank=2,
+    dropout=0.1)},
+    {"activation_checkpointing": "selective"}, {"kernels": "eager", "activation_checkpointing": "full"},
 ]  # fmt: skip
 
 
@@ -183,14 +184,12 @@ KERNELS = [
 def test_the_kernels_are_foreseen_as_the_module_chooses_them(tiny_mistral, changes):
     backbone = replace(Backbone(str(tiny_mistral), lora=LoRA(rank=2)), **changes)
     model = backbone.build()
-    _, why = decoder_for(model, backbone.kernels, backbone.activation_memory, torch.device("cpu"))
+    _, why = build_decoder(model, backbone.kernels, backbone.activation_checkpointing, torch.device("cpu"))
     foreseen = kernels_of(backbone, model.config, "cpu", 4)
-    assert why.startswith("plain" if foreseen in ("plain", "checkpointed") else "fast")
-    assert (foreseen == "checkpointed") == backbone.gradient_checkpointing
-    assert foreseen in ("plain", "checkpointed") or foreseen == backbone.activation_memory
-    assert kernels_of(backbone, model.config, "gpu", 4) in ("plain", "checkpointed")  # flash kernels take 16 bits
-    assert kernels_of(backbone, model.config, "tpu", 2) in ("plain", "checkpointed")
-    assert kernels_of(backbone, model.config, "gpu", 2, divided=True) in ("plain", "checkpointed")
+    assert why.startswith(f"{foreseen} kernels")
+    assert kernels_of(backbone, model.config, "gpu", 4) == "eager"  # flash kernels take 16 bits
+    assert kernels_of(backbone, model.config, "tpu", 2) == "eager"
+    assert kernels_of(backbone, model.config, "gpu", 2, divided=True) == "eager"
 
 
 def test_a_rate_is_the_products_arithmetic_over_its_time(monkeypatch):
@@ -239,9 +238,9 @@ def test_an_example_is_shown_with_its_mask_and_no_control_character(mistral_toke
 def test_the_real_shards(inspect, shared_data):
     options = (
         "--format=json",
-        "--data.init_args.tasks={risk: 1.0, correlation: 1.0}",
-        "--data.init_args.row_tokens=8192",
-        "--data.init_args.balance=0",
+        "--data.init_args.task_weights={risk: 1.0, correlation: 1.0}",
+        "--data.init_args.sequence_length=8192",
+        "--data.init_args.severity_balance=0",
     )
     report = as_json(inspect(*options, sources=[str(shared_data / "batches")], model=shared_data / "tokenizer"))
     assert (report["records"]["documents"], report["records"]["findings"]) == (2, 6020)
@@ -260,10 +259,11 @@ def test_the_other_real_documents(inspect, shared_data, name):
 def test_bytes_of_a_cached_teacher(inspect, tmp_path):
     """Held against a cache that was written."""
     options = [
-        f"--model.init_args.objective.init_args.cache={{folder: {tmp_path / 'cache'}, k: 8}}",
+        f"--model.init_args.objective.init_args.cache={{dir: {tmp_path / 'cache'}, top_k: 8}}",
         "--model.init_args.backbone.quantization=none", "--model.init_args.backbone.dtype=float32",
-        "--data.init_args.tasks={risk: 1.0}", "--data.init_args.balance=0", "--data.init_args.val=0",
-        "--data.init_args.test=0", "--data.init_args.num_workers=0",
+        "--data.init_args.task_weights={risk: 1.0}", "--data.init_args.severity_balance=0",
+        "--data.init_args.val_fraction=0",
+        "--data.init_args.test_fraction=0", "--data.init_args.num_workers=0",
     ]  # fmt: skip
     few = {"config": "distill", "sources": ["synthetic://?findings=40&seed=1"]}
     report = json.loads(inspect(*options, "--format=json", **few).out)["teacher_cache"]

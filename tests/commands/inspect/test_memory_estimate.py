@@ -25,9 +25,10 @@ MISTRAL_7B = Architecture(4096, 4096, 1024, 14336, 32, 32, 32768)
 
 # EXPERIMENTS.md: one H100, random NF4 Mistral-7B, LoRA r=64 on all seven projections in fp32, Lion
 MEASURED = [
-    (Setup("full", 1, 16_384, supervised=0.46), 52.92), (Setup("full", 1, 8_192), 29.16),
-    (Setup("balanced", 1, 16_384, supervised=0.46), 24.85), (Setup("low", 1, 16_384, supervised=0.46), 7.15),
-    (Setup("full", 1, 16_384, supervised=0.46, fp8=True), 65.96),
+    (Setup("fused", "none", 1, 16_384, supervised=0.46), 52.92), (Setup("fused", "none", 1, 8_192), 29.16),
+    (Setup("fused", "selective", 1, 16_384, supervised=0.46), 24.85), (Setup("fused", "offload", 1, 16_384,
+    supervised=0.46), 7.15),
+    (Setup("fused", "none", 1, 16_384, supervised=0.46, fp8=True), 65.96),
 ]  # fmt: skip
 
 
@@ -37,8 +38,8 @@ def test_the_measured_peaks_are_met_within_ten_percent(setup, gib):
 
 
 def test_a_divided_base_takes_a_ranks_part_two_layers_and_what_stays_whole():
-    alone = memory(MISTRAL_7B, Setup("checkpointed", 1, 8192, quantization="none")).parts
-    parts = memory(MISTRAL_7B, Setup("checkpointed", 1, 8192, quantization="none", ranks=8)).parts
+    alone = memory(MISTRAL_7B, Setup("eager", "full", 1, 8192, quantization="none")).parts
+    parts = memory(MISTRAL_7B, Setup("eager", "full", 1, 8192, quantization="none", ranks=8)).parts
     projections, rest = 2 * MISTRAL_7B.weights, 2 * MISTRAL_7B.rest
     assert alone["base"] == projections + rest
     assert parts["base"] == pytest.approx(projections / 8 + projections / 32 * 2 + rest)
@@ -47,20 +48,20 @@ def test_a_divided_base_takes_a_ranks_part_two_layers_and_what_stays_whole():
 
 
 def test_mistral_7b_has_the_adapters_that_were_counted():
-    assert trained_parameters(MISTRAL_7B, Setup("full", 1, 8192)) == 167_772_160
+    assert trained_parameters(MISTRAL_7B, Setup("fused", "none", 1, 8192)) == 167_772_160
 
 
 @pytest.mark.parametrize(
-    ("kernels", "rate", "computed"), [("full", 17_804, 1e6), ("balanced", 12_404, 7), ("low", 8_527, 1)]
+    ("checkpointing", "rate", "computed"), [("none", 17_804, 1e6), ("selective", 12_404, 7), ("offload", 8_527, 1)]
 )
-def test_the_measured_rates_come_back(kernels, rate, computed):
-    setup = Setup(kernels, 1, 16_384)
+def test_the_measured_rates_come_back(checkpointing, rate, computed):
+    setup = Setup("fused", checkpointing, 1, 16_384)
     assert seconds(MISTRAL_7B, setup, DEVICES["h100"], tokens=computed) == pytest.approx(computed / rate)
     assert provenance(MISTRAL_7B, setup, DEVICES["h100"]) == "measured"
 
 
 def test_time_scales_with_devices_rate_size_and_depth_of_the_backward_pass():
-    setup, h100 = Setup("full", 1, 8192), DEVICES["h100"]
+    setup, h100 = Setup("fused", "none", 1, 8192), DEVICES["h100"]
     whole = seconds(MISTRAL_7B, setup, h100, tokens=1e6)
     assert seconds(MISTRAL_7B, setup, h100, tokens=1e6, devices=4) == pytest.approx(whole / 4)
     assert seconds(MISTRAL_7B, setup, DEVICES["a100-80"], tokens=1e6) == pytest.approx(whole * 989 / 312)
@@ -68,23 +69,23 @@ def test_time_scales_with_devices_rate_size_and_depth_of_the_backward_pass():
     assert seconds(MISTRAL_7B, replace(setup, adapted_layers=8), h100, tokens=1e6) == pytest.approx(whole * 0.625)
     for device in ("a100-80", "v3-8", "cpu"):
         assert provenance(MISTRAL_7B, setup, DEVICES[device]).startswith("estimated")
-    assert provenance(MISTRAL_7B, replace(setup, kernels="plain"), h100).startswith("estimated")
+    assert provenance(MISTRAL_7B, replace(setup, kernels="eager"), h100).startswith("estimated")
 
 
 def test_two_cores_train_the_embedded_model_as_fast_as_was_measured():
     smollm2 = Architecture(576, 576, 192, 1536, 9, 30, 49152, tied=True)
     two_cores = replace(DEVICES["cpu"], tflops=2 * 0.148)
-    setup = Setup("full", 1, 1024, quantization="none", compute_bytes=4, rank=16, adapted_layers=15)
+    setup = Setup("fused", "none", 1, 1024, quantization="none", compute_bytes=4, rank=16, adapted_layers=15)
     assert 1 / seconds(smollm2, setup, two_cores, tokens=1) == pytest.approx(200, rel=0.1)
 
 
 def test_parameters_are_those_of_a_built_model(tiny_mistral):
     setups = {
-        LoRA(rank=4): Setup("plain", 1, 64, rank=4),
-        LoRA(rank=3, layers=1, targets=("q_proj", "down_proj")): Setup(
-            "plain", 1, 64, rank=3, targets=("q_proj", "down_proj"), adapted_layers=1
+        LoRA(rank=4): Setup("eager", "none", 1, 64, rank=4),
+        LoRA(rank=3, num_top_layers=1, target_modules=("q_proj", "down_proj")): Setup(
+            "eager", "none", 1, 64, rank=3, targets=("q_proj", "down_proj"), adapted_layers=1
         ),
-        None: Setup("plain", 1, 64, rank=0),
+        None: Setup("eager", "none", 1, 64, rank=0),
     }
     architecture = Architecture.of(AutoConfig.from_pretrained(tiny_mistral))
     for lora, setup in setups.items():
@@ -100,32 +101,32 @@ def test_base_bytes_are_those_of_a_built_model(folder, request):
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config, dtype=dtype)
         stored = sum(p.numel() * p.element_size() for p in model.parameters())
-        setup = Setup("plain", 1, 64, quantization="none", compute_bytes=size)
+        setup = Setup("eager", "none", 1, 64, quantization="none", compute_bytes=size)
         assert memory(Architecture.of(config), setup).parts["base"] == stored
 
 
 def test_memory_moves_the_way_it_must():
     def peak(**changes):
-        return memory(MISTRAL_7B, replace(Setup("full", 1, 8192), **changes)).peak
+        return memory(MISTRAL_7B, replace(Setup("fused", "none", 1, 8192), **changes)).peak
 
-    ordered = [peak(kernels=kernels) for kernels in ("low", "balanced", "full")]
+    ordered = [peak(activation_checkpointing=mode) for mode in ("offload", "full", "selective", "none")]
     assert ordered == sorted(ordered)
-    assert peak(kernels="checkpointed") < peak(kernels="plain")
-    assert peak(rows=2) == peak(row_tokens=16_384) > peak()
+    assert peak(kernels="eager", activation_checkpointing="full") < peak(kernels="eager")
+    assert peak(rows=2) == peak(sequence_length=16_384) > peak()
     assert peak(accumulates=True) == pytest.approx(peak() + 167_772_160 * 4)
     assert peak(quantization="none") > peak(quantization="int8") > peak()
     assert peak(adapted_layers=16) < peak(adapted_layers=None)
     assert (
-        peak(kernels="plain", attention="eager")
-        > peak(kernels="plain")
-        > peak(kernels="plain", attention="flex_attention")
+        peak(kernels="eager", attention="eager")
+        > peak(kernels="eager")
+        > peak(kernels="eager", attention="flex_attention")
     )
 
 
 def test_the_optimizer_step_is_the_peak_of_short_rows():
-    short = memory(MISTRAL_7B, Setup("low", 1, 16, rank=512))
+    short = memory(MISTRAL_7B, Setup("fused", "offload", 1, 16, rank=512))
     assert short.peak == short.moments["optimizer step"]
-    long = memory(MISTRAL_7B, Setup("low", 1, 16_384))
+    long = memory(MISTRAL_7B, Setup("fused", "offload", 1, 16_384))
     assert long.peak == long.moments["backward pass of the first layer"] < sum(long.parts.values())
 
 

@@ -7,7 +7,7 @@ import pytest
 
 from datamodules.batch import IGNORE_INDEX
 from datamodules.findings import FindingsDataModule
-from datamodules.statistics.scan import MODES, survey
+from datamodules.statistics.scan import MODES, scan_dataset
 from datamodules.statistics.summary import Histogram, report_counts
 from datamodules.synthetic import synthesize
 
@@ -25,8 +25,9 @@ def folder(tmp_path_factory):
 def module(folder, tiny_mistral):
     def build(**changes):
         arguments = {
-            "sources": [str(folder)], "tokenizer": str(tiny_mistral), "tasks": TASKS, "row_tokens": 12_000,
-            "batch_rows": 2, "packing": "packed", "val": 0.1, "test": 0.1, "block_findings": 100, "num_workers": 0,
+            "sources": [str(folder)], "tokenizer": str(tiny_mistral), "task_weights": TASKS, "sequence_length": 12_000,
+            "batch_size": 2, "packing": "packed", "val_fraction": 0.1, "test_fraction": 0.1, "block_findings": 100,
+            "num_workers": 0,
             "prefetch_batches": 0,
         }  # fmt: skip
         return FindingsDataModule(**{**arguments, **changes})
@@ -38,14 +39,14 @@ def module(folder, tiny_mistral):
     "changes",
     [
         {},
-        {"balance": 0.7, "balance_by": "both"},
-        {"conflicts": "drop", "tasks": {"risk": 1.5, "remediation": 0.3}},
-        {"conflicts": "merge", "tasks": {"risk": 1.0}, "row_tokens": 2600},
+        {"severity_balance": 0.7, "balance_by": "both"},
+        {"conflicts": "drop", "task_weights": {"risk": 1.5, "remediation": 0.3}},
+        {"conflicts": "merge", "task_weights": {"risk": 1.0}, "sequence_length": 2600},
     ],
 )
 def test_every_mode_has_the_rows_that_training_gets(module, folder, changes):
     changes = {"sources": [str(folder), str(folder)], **changes}  # each example twice: duplicates matter
-    found = survey(module(**changes))
+    found = scan_dataset(module(**changes))
     for mode in MODES:
         rows = used = supervised = findings = 0
         for batch in module(packing=mode, **changes).train_batches():
@@ -63,8 +64,8 @@ def test_every_mode_has_the_rows_that_training_gets(module, folder, changes):
 
 
 def test_counts_are_those_of_the_data_module(module, folder):
-    data = module(sources=[str(folder), str(folder)], val=0, test=0)
-    found = survey(data)
+    data = module(sources=[str(folder), str(folder)], val_fraction=0, test_fraction=0)
+    found = scan_dataset(data)
     list(data.train_batches())
     report = report_counts(found, data)
     assert report["records"]["findings"] == 480
@@ -80,7 +81,7 @@ def test_counts_are_those_of_the_data_module(module, folder):
 
 def test_splits_add_up_and_figures_fit_together(module):
     data = module()
-    found = survey(data)
+    found = scan_dataset(data)
     report = report_counts(found, data)
     assert sum(split["findings"] for split in report["splits"].values()) == 240
     assert sum(split["examples"] for split in report["splits"].values()) == sum(report["examples"].values())
@@ -94,7 +95,7 @@ def test_splits_add_up_and_figures_fit_together(module):
 
 
 def test_several_devices_need_rows_in_larger_multiples(module):
-    assert survey(module(row_tokens=4000), devices=3).packed["packed"].rows % 6 == 0
+    assert scan_dataset(module(sequence_length=4000), devices=3).packed["packed"].rows % 6 == 0
 
 
 def test_what_is_broken_is_counted_and_not_fatal(module, tmp_path):
@@ -102,7 +103,9 @@ def test_what_is_broken_is_counted_and_not_fatal(module, tmp_path):
     lines = [json.dumps({**finding, "title": f"open port {i}"}) for i in range(30)]
     lines += ["{", "17", '{"severity": "low"}']  # more than max_quarantine: a run would stop
     (tmp_path / "bad.jsonl").write_text("\n".join(lines))
-    found = survey(module(sources=[str(tmp_path / "bad.jsonl")], tasks={"risk": 1.0}, val=0, test=0))
+    found = scan_dataset(
+        module(sources=[str(tmp_path / "bad.jsonl")], task_weights={"risk": 1.0}, val_fraction=0, test_fraction=0)
+    )
     assert found.counts["findings"] == found.examples["risk"] == 30
     assert found.quarantine.total() == 3
     assert found.repairs["number_from_string"] == 30
@@ -110,25 +113,25 @@ def test_what_is_broken_is_counted_and_not_fatal(module, tmp_path):
 
 
 def test_examples_that_do_not_fit_are_counted_by_task(module):
-    found = survey(module(row_tokens=2600))
+    found = scan_dataset(module(sequence_length=2600))
     assert found.overflow["summary"] > 0
     assert found.examples["risk"] > 0
     assert found.lengths["summary"]["total"].summary()["max"] <= 2600
     # a run would refuse these rows; the survey says what is dropped
-    data = module(row_tokens=700, tasks={"risk": 1.0})
-    assert survey(data).overflow["risk"] > 0
-    assert report_counts(survey(data), data)["packing"]["efficiency"] == 0
+    data = module(sequence_length=700, task_weights={"risk": 1.0})
+    assert scan_dataset(data).overflow["risk"] > 0
+    assert report_counts(scan_dataset(data), data)["packing"]["efficiency"] == 0
 
 
 def test_a_limit_stops_behind_the_document_that_reaches_it(module):
-    found = survey(module(), limit=81)
+    found = scan_dataset(module(), limit=81)
     assert found.counts["findings"] == 160
     assert not found.complete
-    assert survey(module(), limit=None).complete
+    assert scan_dataset(module(), limit=None).complete
 
 
 def test_near_duplicates_are_found_among_distinct_findings(module, folder):
-    near = survey(module(sources=[str(folder), str(folder)]), near_duplicates=1000).near
+    near = scan_dataset(module(sources=[str(folder), str(folder)]), near_duplicates=1000).near
     assert near is not None
     assert 0 < near.looked_at <= 240
 

@@ -12,7 +12,7 @@ from datamodules.sources import open_source
 from datamodules.stream.blocks import Block, BlockStart
 from datamodules.stream.epoch_order import WHOLE, Place, Unit, epoch_order, walk
 from datamodules.stream.example_columns import Columns
-from datamodules.stream.loading import Cursor, Share, chain, deal, prefetch
+from datamodules.stream.loading import Cursor, DataShard, chain, prefetch, shard_batches
 from datamodules.tokenization.chat_format import Example
 from tests.helpers.findings_data import write_archive, write_folder
 
@@ -72,7 +72,9 @@ def keys(dealt):
 
 
 def test_batches_go_to_ranks_in_turn_and_know_the_last():
-    dealt = [list(deal(blocks_of(8, 4), Cursor(BlockStart()), Share(rank, 2), batch_rows=2)) for rank in (0, 1)]
+    dealt = [
+        list(shard_batches(blocks_of(8, 4), Cursor(BlockStart()), DataShard(rank, 2), batch_size=2)) for rank in (0, 1)
+    ]
     assert keys(dealt[0]) == [[0, 1], [4, 5], [8, 9]]
     assert keys(dealt[1]) == [[2, 3], [6, 7], [10, 11]]
     for batches in dealt:
@@ -83,20 +85,25 @@ def test_batches_go_to_ranks_in_turn_and_know_the_last():
 
 
 def test_held_out_rows_that_do_not_fill_a_group_are_dealt_with_empty_batches():
-    dealt = [list(deal(blocks_of(5), Cursor(BlockStart()), Share(rank, 2), batch_rows=2)) for rank in (0, 1)]
+    dealt = [
+        list(shard_batches(blocks_of(5), Cursor(BlockStart()), DataShard(rank, 2), batch_size=2)) for rank in (0, 1)
+    ]
     assert [keys(batches) for batches in dealt] == [[[0, 1], [4]], [[2, 3], []]]
-    limited = list(deal(blocks_of(4, 4), Cursor(BlockStart()), Share(), batch_rows=2, limit=5))
+    limited = list(shard_batches(blocks_of(4, 4), Cursor(BlockStart()), DataShard(), batch_size=2, limit=5))
     assert keys(limited) == [[0, 1], [2, 3], [4]]
-    assert list(deal(blocks_of(0, 0), Cursor(BlockStart()), Share(), batch_rows=2)) == []
+    assert list(shard_batches(blocks_of(0, 0), Cursor(BlockStart()), DataShard(), batch_size=2)) == []
 
 
 def test_dealing_goes_on_inside_a_block():
     start = Cursor(BlockStart(place=Place(0, 0, 0)), rows=4, batches=2, digest=chain("", blocks_of(4)[0].rows))
-    dealt = list(deal(blocks_of(6), start, Share(), batch_rows=2))
+    dealt = list(shard_batches(blocks_of(6), start, DataShard(), batch_size=2))
     assert keys(dealt) == [[4, 5]]
     cursor = dealt[0][1]
     assert (cursor.rows, cursor.batches, cursor.first, cursor.last) == (6, 3, False, True)
-    assert cursor.digest == list(deal(blocks_of(6), Cursor(BlockStart()), Share(), batch_rows=2))[-1][1].digest
+    assert (
+        cursor.digest
+        == list(shard_batches(blocks_of(6), Cursor(BlockStart()), DataShard(), batch_size=2))[-1][1].digest
+    )
 
 
 def test_the_digest_is_of_the_order_not_of_the_batches():

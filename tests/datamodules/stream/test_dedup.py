@@ -4,7 +4,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from datamodules.stream.dedup import Deduplicator, KeySet
+from datamodules.stream.dedup import Deduplicator, HashSet
 
 keys = st.one_of(st.integers(0, 40), st.integers(2**64 - 40, 2**64 - 1), st.integers(0, 2**64 - 1))
 
@@ -12,19 +12,19 @@ keys = st.one_of(st.integers(0, 40), st.integers(2**64 - 40, 2**64 - 1), st.inte
 @given(st.lists(st.lists(keys, max_size=300), max_size=12))
 @settings(max_examples=100, deadline=None)
 def test_a_key_set_is_a_set_that_keeps_the_order_of_arrival(batches):
-    ours, theirs = KeySet(), {}
+    ours, theirs = HashSet(), {}
     for batch in batches:
         new = ours.add(np.array(batch, np.uint64))
         assert new.tolist() == [key not in theirs and key not in batch[:i] for i, key in enumerate(batch)]
         theirs |= dict.fromkeys(batch)
         assert ours.first(len(ours)).tolist() == list(theirs)
     half = len(ours) // 2
-    restored = KeySet(ours.first(half))
+    restored = HashSet(ours.first(half))
     assert restored.add(ours.first(len(ours))).tolist() == [i >= half for i in range(len(ours))]
 
 
 def test_first_keys_never_change_whatever_is_added_later():
-    ours = KeySet(np.arange(500, dtype=np.uint64))
+    ours = HashSet(np.arange(500, dtype=np.uint64))
     before = ours.first(500)
     ours.add(np.arange(100_000, dtype=np.uint64)[::-1].copy())
     assert before.tolist() == ours.first(500).tolist() == list(range(500))

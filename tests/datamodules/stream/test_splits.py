@@ -59,19 +59,19 @@ def test_key_of_metadata_that_json_cannot_hold():
 
 def test_shares_and_seeds():
     keys = [input_key(make_finding("a", kind)) for kind in range(4000)]
-    sides = [split_of(key, val=0.1, test=0.2, seed=0) for key in keys]
+    sides = [split_of(key, val_fraction=0.1, test_fraction=0.2, seed=0) for key in keys]
     assert sides.count("val") / len(keys) == pytest.approx(0.1, abs=0.02)
     assert sides.count("test") / len(keys) == pytest.approx(0.2, abs=0.025)
-    other = [split_of(key, val=0.1, test=0.2, seed=1) for key in keys]
+    other = [split_of(key, val_fraction=0.1, test_fraction=0.2, seed=1) for key in keys]
     # two independent draws agree with probability 0.7^2 + 0.1^2 + 0.2^2 = 0.54
     assert sum(map(str.__eq__, sides, other)) / len(keys) == pytest.approx(0.54, abs=0.03)
-    assert {split_of(key, val=0, test=0, seed=0) for key in keys} == {"train"}
+    assert {split_of(key, val_fraction=0, test_fraction=0, seed=0) for key in keys} == {"train"}
 
 
 @settings(max_examples=60, deadline=None)
 @given(documents(), st.integers(0, 3))
 def test_equal_inputs_never_lie_on_two_sides(document, seed):
-    parts = split_document(document, val=0.3, test=0.3, seed=seed)
+    parts = split_document(document, val_fraction=0.3, test_fraction=0.3, seed=seed)
     assert tuple(parts) == SPLITS
     keys = [{input_key(finding) for finding in part.findings} for part in parts.values()]
     assert not (keys[0] & keys[1] or keys[0] & keys[2] or keys[1] & keys[2])
@@ -87,7 +87,7 @@ def test_equal_inputs_never_lie_on_two_sides(document, seed):
 @given(documents())
 def test_correlation_goes_with_its_first_finding(document):
     before = [list(correlation.finding_ids) for correlation in document.correlations]
-    parts = split_document(document, val=0.3, test=0.3, seed=0)
+    parts = split_document(document, val_fraction=0.3, test_fraction=0.3, seed=0)
     assert [correlation.finding_ids for correlation in document.correlations] == before, "the input was changed"
     side_of = {finding.id: side for side, part in parts.items() for finding in part.findings}
     placed = {correlation.id: (side, correlation) for side, part in parts.items() for correlation in part.correlations}
@@ -108,12 +108,12 @@ def test_correlation_goes_with_its_first_finding(document):
 @settings(max_examples=40, deadline=None)
 @given(documents())
 def test_summaries_stay_where_all_findings_are(document):
-    for part in split_document(document, val=0.3, test=0.3, seed=0).values():
+    for part in split_document(document, val_fraction=0.3, test_fraction=0.3, seed=0).values():
         whole = bool(document.findings) and len(part.findings) == len(document.findings)
         assert bool(part.summaries) == bool(part.actions) == whole
 
 
 @pytest.mark.parametrize(("val", "test"), [(-0.1, 0.0), (0.0, -0.1), (0.5, 0.5), (1.0, 0.0)])
 def test_impossible_shares(val, test):
-    with pytest.raises(UserError, match="val="):
-        split_document(Document("s", "m", 0), val=val, test=test, seed=0)
+    with pytest.raises(UserError, match="val_fraction="):
+        split_document(Document("s", "m", 0), val_fraction=val, test_fraction=test, seed=0)

@@ -60,7 +60,13 @@ def source(request, tmp_path, monkeypatch):
 
 
 def build(source, tokenizer, cache, **changes):
-    options = {"row_tokens": 2048, "packing": "shared_prefix", "num_workers": 0, "prefetch_batches": 0, "val": 0.2}
+    options = {
+        "sequence_length": 2048,
+        "packing": "shared_prefix",
+        "num_workers": 0,
+        "prefetch_batches": 0,
+        "val_fraction": 0.2,
+    }
     module = FindingsDataModule([source], tokenizer, cache_dir=str(cache) if cache else None, **options | changes)
     module.setup("fit")
     return module
@@ -134,12 +140,12 @@ def test_damaged_files_are_noticed_and_rebuilt(source, tokenizer, tmp_path, pars
 def test_what_the_content_depends_on_is_in_the_name(tokenizer, tmp_path, chatml_tokenizer):
     folder, cache = write_folder(tmp_path / "shards", [6]), tmp_path / "cache"
     chatml_tokenizer.save_pretrained(tmp_path / "chatml")
-    changes = [{}, {"seed": 1}, {"val": 0.3}, {"tasks": {"triage": 1.0}}, {"conflicts": "merge"}]
+    changes = [{}, {"seed": 1}, {"val_fraction": 0.3}, {"task_weights": {"triage": 1.0}}, {"conflicts": "merge"}]
     for change in changes:
         list(build(str(folder), tokenizer, cache, **change).train_batches())
     list(build(str(folder), str(tmp_path / "chatml"), cache).train_batches())
     assert len(list(cache.glob("tokens-*"))) == len(changes) + 1
-    for change in ({"row_tokens": 4096}, {"packing": "packed"}, {"balance": 1.0}, {"conflicts": "drop"}):
+    for change in ({"sequence_length": 4096}, {"packing": "packed"}, {"severity_balance": 1.0}, {"conflicts": "drop"}):
         list(build(str(folder), tokenizer, cache, **change).train_batches())
     assert len(list(cache.glob("tokens-*"))) == len(changes) + 1
     (folder / "batch_001.json").write_bytes(document([finding(77)]))

@@ -206,7 +206,7 @@ def test_inference_and_training_write_the_same_content(tasks):
 @given(st.integers(0, 3), st.integers(5, 80), st.lists(st.lists(st.integers(0, 90), max_size=12), max_size=5))
 def test_prompts_of_one_split_hold_that_split_only(seed, count, references):
     correlations = [make_correlation([f"f_{i}" for i in ids], f"c{n}") for n, ids in enumerate(references)]
-    parts = split_document(make_document(count, correlations), val=0.3, test=0.2, seed=seed)
+    parts = split_document(make_document(count, correlations), val_fraction=0.3, test_fraction=0.2, seed=seed)
     for part in parts.values():
         own = {finding.id for finding in part.findings}
         for task in build_tasks(["correlation", "summary", "triage"]).values():

@@ -413,15 +413,15 @@ def test_no_pairs_no_examples(mistral_tokenizer):
 def test_overflow_drops_whole_examples_and_counts_them(mistral_tokenizer):
     examples = ChatFormat(mistral_tokenizer).encode(ToyTask(), [pair("c", "a" * n) for n in (1, 5, 6, 50)])
     total = len(examples[1].prompt_ids) + len(examples[1].completion_ids)
-    overflow = Overflow(row_tokens=total)
+    overflow = Overflow(sequence_length=total)
     assert [overflow.fits(example) for example in examples] == [True, True, False, False]
     assert (overflow.kept, overflow.dropped) == ({"toy": 2}, {"toy": 2})
 
 
 def test_row_smaller_than_the_instruction_is_the_users_to_mend(mistral_tokenizer):
     (example,) = ChatFormat(mistral_tokenizer).encode(ToyTask(), [pair("c", "a")])
-    with pytest.raises(UserError, match=f"row_tokens 8: .* task toy alone has {example.prefix_length} tokens"):
-        Overflow(row_tokens=8).fits(example)
+    with pytest.raises(UserError, match=f"sequence_length 8: .* task toy alone has {example.prefix_length} tokens"):
+        Overflow(sequence_length=8).fits(example)
 
 
 def test_prompt_that_fits_is_not_cut(mistral_tokenizer):

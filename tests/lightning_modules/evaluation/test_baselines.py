@@ -7,7 +7,7 @@ import pytest
 from datamodules.records import Document, Finding
 from datamodules.tasks import RiskTask
 from datamodules.tasks.base import Pair
-from lightning_modules.evaluation.answer_parsing import judge
+from lightning_modules.evaluation.answer_parsing import parse_answer
 from lightning_modules.evaluation.baselines import MajorityClass, TitleLookup, typical
 from lightning_modules.evaluation.metrics import AnswerMetrics
 
@@ -57,7 +57,7 @@ def test_answers_are_of_the_schema_and_pass_through_the_metrics():
     pairs = list(TASK.pairs(Document("", "", 0, findings)))
     for baseline, accuracy in ((MajorityClass(pairs), 2 / 3), (TitleLookup(pairs), 1.0)):
         metrics = AnswerMetrics(TASK)
-        metrics.update([judge(TASK, pair, baseline(pair.content)) for pair in pairs])
+        metrics.update([parse_answer(TASK, pair, baseline(pair.content)) for pair in pairs])
         figures = metrics.results()
         assert figures["schema_valid"] == figures["exact_keys"] == 1
         assert figures["severity_accuracy"] == pytest.approx(accuracy)

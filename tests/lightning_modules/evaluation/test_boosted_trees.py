@@ -9,9 +9,9 @@ import pytest
 from datamodules.errors import UserError
 from datamodules.tasks import RiskTask
 from datamodules.tasks.base import Pair, compact
-from lightning_modules.evaluation.baselines import TitleLookup, told_categories
+from lightning_modules.evaluation.baselines import TitleLookup, input_determined_categories
 from lightning_modules.evaluation.boosted_trees import BoostedTrees, features_of
-from lightning_modules.evaluation.evaluate import Outcome, score
+from lightning_modules.evaluation.evaluate import PredictionResult, score
 
 
 def make_pairs(count, seed):
@@ -35,7 +35,9 @@ def test_tree_learns_what_a_look_up_can_not():
     figures = {}
     for kind in (TitleLookup, BoostedTrees):
         baseline = kind(training)
-        figures[kind] = score(RiskTask(), held_out, [Outcome(baseline(pair.content)) for pair in held_out]).figures
+        figures[kind] = score(
+            RiskTask(), held_out, [PredictionResult(baseline(pair.content)) for pair in held_out]
+        ).figures
     tree, table = figures[BoostedTrees], figures[TitleLookup]
     assert tree["schema_valid"] == tree["exact_keys"] == 1
     assert tree["severity_accuracy"] > 0.95 > 0.7 > table["severity_accuracy"]
@@ -70,5 +72,5 @@ def test_told_categories_are_those_where_like_findings_agree():
         return [Pair("risk", f'{{"n":{i}}}', "{}", s, category, 1) for i, s in enumerate(severities)]
 
     clear, torn = pairs("ioc", ["low"] * 12), pairs("mac", ["low"] * 6 + ["high"] * 6)
-    assert told_categories([*clear, *torn, *pairs("suid", ["low"] * 3)]) == {"ioc"}
-    assert told_categories([]) == set()
+    assert input_determined_categories([*clear, *torn, *pairs("suid", ["low"] * 3)]) == {"ioc"}
+    assert input_determined_categories([]) == set()

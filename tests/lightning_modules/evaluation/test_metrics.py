@@ -13,7 +13,7 @@ from sklearn.preprocessing import MultiLabelBinarizer
 
 from datamodules.records import SEVERITIES
 from datamodules.tasks.base import Pair
-from lightning_modules.evaluation.answer_parsing import cut_out, judge, parse
+from lightning_modules.evaluation.answer_parsing import cut_out, parse, parse_answer
 from lightning_modules.evaluation.confidence_intervals import bootstrap, intervals, wilson
 from lightning_modules.evaluation.metrics import AnswerMetrics, Faithfulness
 
@@ -53,7 +53,7 @@ def answer(severity="low", risk=30.0, probability=0.5, tags=("a",), **more):
 
 def judged(expected, text, task=RISK, content="{}", complete=True):
     pair = Pair(task.name, content, json.dumps(expected), expected.get("severity", ""), "network", 1)
-    return judge(task, pair, text if isinstance(text, str) else json.dumps(text), complete)
+    return parse_answer(task, pair, text if isinstance(text, str) else json.dumps(text), complete)
 
 
 def results(items, task=RISK):

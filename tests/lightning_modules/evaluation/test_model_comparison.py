@@ -53,7 +53,7 @@ def test_a_merge_computes_what_the_adapter_does(tmp_path, tiny_mistral, kind):
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.1)
     adapted.save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
-    recipe = Backbone(model=str(tiny_mistral), dtype="float32", adapter=str(tmp_path / "adapter"))
+    recipe = Backbone(model_name_or_path=str(tiny_mistral), dtype="float32", adapter=str(tmp_path / "adapter"))
     merged = merged_model(recipe, "trained", "float16", torch.device("cpu"))
     assert not any("lora" in name for name, _ in merged.named_parameters())
     assert {parameter.dtype for parameter in merged.parameters()} == {torch.float16}

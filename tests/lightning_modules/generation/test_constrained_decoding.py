@@ -75,10 +75,16 @@ def test_free_answers_within_the_grammar_are_the_constrained_ones(tiny_llama, ch
     cut[1] = replace(expected[1], token_ids=expected[1].token_ids[:9])  # ended too early
     free, asked = [expected[0], *cut[1:]], []
 
-    def write(indices, begun):
+    def write(indices, forced_prefix):
         asked.append(indices)
         return generate(
-            model, chat, task, [contents[i] for i in indices], max_new_tokens=300, constraint=grammar, begun=begun
+            model,
+            chat,
+            task,
+            [contents[i] for i in indices],
+            max_new_tokens=300,
+            constraint=grammar,
+            forced_prefix=forced_prefix,
         )
 
     answers = constrained(free, grammar, chat.eos_id, write)

@@ -122,16 +122,23 @@ class Script:
         return bits.to(torch.int32)
 
 
-@pytest.mark.parametrize("begun", [[], [11]], ids=["from the start", "begun"])
-def test_constraint_restricts_every_step_and_ends_the_answer(tiny_llama, begun):
+@pytest.mark.parametrize("forced_prefix", [[], [11]], ids=["from the start", "forced_prefix"])
+def test_constraint_restricts_every_step_and_ends_the_answer(tiny_llama, forced_prefix):
     model, chat = load(tiny_llama), Bytes()
     script = Script([[10, 11], [20, 31, 63], [chat.eos_id]])
     answers = generate(
-        model, chat, TASK, CONTENTS, max_new_tokens=9, batch_size=3, constraint=script, begun=[begun] * len(CONTENTS)
+        model,
+        chat,
+        TASK,
+        CONTENTS,
+        max_new_tokens=9,
+        batch_size=3,
+        constraint=script,
+        forced_prefix=[forced_prefix] * len(CONTENTS),
     )
     for answer in answers:
         assert answer.stopped
-        assert answer.token_ids[: len(begun)] == begun
+        assert answer.token_ids[: len(forced_prefix)] == forced_prefix
         assert [token in ids for token, ids in zip(answer.token_ids, script.steps, strict=False)] == [True, True]
     assert sorted(script.seen) == sorted(answer.token_ids for answer in answers)
 
@@ -139,8 +146,8 @@ def test_constraint_restricts_every_step_and_ends_the_answer(tiny_llama, begun):
 def test_begun_answers_go_on_as_if_they_had_been_generated(tiny_llama):
     model, chat = load(tiny_llama), Bytes(eos_id=999)
     whole = generate(model, chat, TASK, CONTENTS, max_new_tokens=12)
-    begun = [answer.token_ids[: 2 * i] for i, answer in enumerate(whole)]
-    again = generate(model, chat, TASK, CONTENTS, max_new_tokens=12, batch_size=3, begun=begun)
+    forced_prefix = [answer.token_ids[: 2 * i] for i, answer in enumerate(whole)]
+    again = generate(model, chat, TASK, CONTENTS, max_new_tokens=12, batch_size=3, forced_prefix=forced_prefix)
     assert [a.token_ids for a in again] == [a.token_ids for a in whole]
 
 
@@ -150,7 +157,8 @@ def test_giving_up_cuts_an_answer_as_the_limit_does(tiny_llama):
     given_up = []
     answers = generate(
         model, chat, TASK, CONTENTS, max_new_tokens=6, batch_size=2,
-        give_up=lambda tokens: len(tokens) == 4, on_answer=lambda index, answer: given_up.append((index, answer)),
+        max_preamble_tokens=lambda tokens: len(tokens) == 4, on_answer=lambda index, answer: given_up.append((index,
+        answer)),
     )  # fmt: skip
     assert [a.token_ids for a in answers] == [a.token_ids[:4] for a in whole]
     assert not any(a.stopped for a in answers)
@@ -206,7 +214,7 @@ def test_steps_of_a_gpus_shapes_write_the_same(tiny_llama, monkeypatch, fewest):
     model, shapes = load(tiny_llama), set()
     chat = Bytes(eos_id=end_that_occurs(model, 12))
     expected = list(one_by_one(model, chat, CONTENTS, 12))
-    whole = kv_cache.Slots.__init__
+    whole = kv_cache.SlotKVCache.__init__
 
     def with_shapes(self, *arguments):
         def compute(rows, seen):
@@ -216,7 +224,7 @@ def test_steps_of_a_gpus_shapes_write_the_same(tiny_llama, monkeypatch, fewest):
         whole(self, *arguments)
         self._graphs = compute
 
-    monkeypatch.setattr(kv_cache.Slots, "__init__", with_shapes)
+    monkeypatch.setattr(kv_cache.SlotKVCache, "__init__", with_shapes)
     monkeypatch.setattr(kv_cache, "PLACES", 16)
     monkeypatch.setattr(kv_cache, "FEWEST", fewest)
     answers = generate(model, chat, TASK, CONTENTS, max_new_tokens=12, batch_size=5)

@@ -57,7 +57,7 @@ def test_a_model_gives_the_same_hidden_states_and_generates(tiny_mistral):
     batch = Batch(ids, POSITIONS, torch.full_like(ids, -100), SEGMENTS)
     hidden, generated = {}, {}
     for attention in ("sdpa", "blockwise"):
-        model = Backbone(str(tiny_mistral), attention=attention).build()
+        model = Backbone(str(tiny_mistral), attn_implementation=attention).build()
         mask = attention_mask(batch, attention, torch.float32)
         output = model.model(input_ids=ids, position_ids=POSITIONS, attention_mask=mask, use_cache=False)
         hidden[attention] = output.last_hidden_state

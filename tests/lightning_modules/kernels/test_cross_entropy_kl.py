@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy, kl_div, log_softmax
 
-from lightning_modules.kernels.cross_entropy_kl import TokenLoss, token_loss_reference
+from lightning_modules.kernels.cross_entropy_kl import CrossEntropyKL, cross_entropy_kl_reference
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -13,7 +13,7 @@ def kernel(*arguments):
     pytest.importorskip("triton")
     from lightning_modules.kernels import cross_entropy_kl_triton
 
-    return cross_entropy_kl_triton.token_loss(*arguments)
+    return cross_entropy_kl_triton.cross_entropy_kl(*arguments)
 
 
 def case(tokens, width, teacher_width, scale=3.0):
@@ -40,11 +40,11 @@ def expected(logits, labels, teacher, ce_weight, kl_weight, t):
     return torch.stack([ce, kl, right], 1).detach(), gradient
 
 
-@pytest.mark.parametrize("function", [token_loss_reference, kernel])
+@pytest.mark.parametrize("function", [cross_entropy_kl_reference, kernel])
 @pytest.mark.parametrize("t", [0.5, 1.0, 2.0, 5.0])
 @pytest.mark.parametrize("widths", [(5, 5), (41, 38), (41, 44), (4099, 4090)])
 def test_values_and_gradients_equal_autograd(function, widths, t):
-    dtype, tolerance = (torch.float64, 1e-9) if function is token_loss_reference else (torch.float32, 2e-5)
+    dtype, tolerance = (torch.float64, 1e-9) if function is cross_entropy_kl_reference else (torch.float32, 2e-5)
     logits, labels, teacher = case(7, *widths)
     for taught in (teacher, None):
         arguments = (taught, 0.7, 0.3 * t * t, t)
@@ -55,7 +55,7 @@ def test_values_and_gradients_equal_autograd(function, widths, t):
         torch.testing.assert_close(got_gradient.double(), gradient, rtol=tolerance, atol=tolerance)
 
 
-@pytest.mark.parametrize("function", [token_loss_reference, kernel])
+@pytest.mark.parametrize("function", [cross_entropy_kl_reference, kernel])
 def test_extreme_logits_stay_finite_and_a_teacher_like_the_student_gives_nothing(function):
     logits = torch.tensor([[1e4, -1e4, 0.0], [-80.0, 90.0, 88.0]], device=DEVICE)
     labels = torch.tensor([1, 2], device=DEVICE)
@@ -67,7 +67,7 @@ def test_extreme_logits_stay_finite_and_a_teacher_like_the_student_gives_nothing
     assert gradient.abs().max() < 1e-6
 
 
-@pytest.mark.parametrize("function", [token_loss_reference, kernel])
+@pytest.mark.parametrize("function", [cross_entropy_kl_reference, kernel])
 def test_no_token(function):
     figures, gradient = function(torch.zeros(0, 9), torch.zeros(0, dtype=torch.long), None, 1.0, 0.0, 1.0)
     assert (figures.shape, gradient.shape) == ((0, 3), (0, 9))
@@ -76,7 +76,7 @@ def test_no_token(function):
 def test_the_function_sums_and_scales_its_gradient():
     logits, labels, teacher = case(7, 41, 41)
     leaf = logits.clone().requires_grad_()
-    loss, correct, ce, kl = TokenLoss.apply(leaf, labels, teacher, 0.5, 2.0, 2.0)
+    loss, correct, ce, kl = CrossEntropyKL.apply(leaf, labels, teacher, 0.5, 2.0, 2.0)
     figures, gradient = expected(logits, labels, teacher, 0.5, 2.0, 2.0)
     torch.testing.assert_close(torch.stack([ce, kl, correct]), figures.sum(0))
     torch.testing.assert_close(loss, 0.5 * ce + 2.0 * kl)

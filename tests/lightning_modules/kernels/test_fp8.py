@@ -5,7 +5,7 @@ import torch
 
 from datamodules.errors import UserError
 from lightning_modules.kernels.fp8 import Fp8Weight
-from lightning_modules.models.fused_decoder import FastDecoder, decoder_for
+from lightning_modules.models.fused_decoder import FusedDecoder, build_decoder
 from tests.lightning_modules.models.test_fused_decoder import adapted, gradients, packed_rows
 
 
@@ -45,7 +45,7 @@ def test_a_decoder_in_fp8_is_near_the_exact_one():
     ids = torch.randint(0, 97, segments.shape)
     results = []
     for fp8 in (False, True):
-        decoder = FastDecoder(model, fp8=fp8)
+        decoder = FusedDecoder(model, fp8=fp8)
         hidden = decoder.run(ids, positions, decoder.plan(segments)).view(*ids.shape, -1)
         results.append((hidden.detach(), gradients(model, hidden, segments)))
     (exact, exact_grads), (got, grads) = results
@@ -55,10 +55,10 @@ def test_a_decoder_in_fp8_is_near_the_exact_one():
 
 
 def test_a_shape_that_fp8_does_not_multiply_is_refused():
-    with pytest.raises(UserError, match=r"fp8 true: FP8 products want .* not \(48, 88\)"):
-        decoder_for(adapted("mistral", intermediate_size=88), "auto", "full", torch.device("cpu"), fp8=True)
+    with pytest.raises(UserError, match=r"fp8=true: FP8 products want .* not \(48, 88\)"):
+        build_decoder(adapted("mistral", intermediate_size=88), "auto", "none", torch.device("cpu"), fp8=True)
 
 
-def test_the_plain_path_has_no_fp8():
-    with pytest.raises(UserError, match="fp8 true: only the fast path"):
-        decoder_for(adapted("mistral"), "plain", "full", torch.device("cpu"), fp8=True)
+def test_eager_kernels_have_no_fp8():
+    with pytest.raises(UserError, match="fp8=true: needs fused kernels"):
+        build_decoder(adapted("mistral"), "eager", "none", torch.device("cpu"), fp8=True)

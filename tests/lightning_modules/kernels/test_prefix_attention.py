@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from lightning_modules.kernels.attention_plan import plan_segments
+from lightning_modules.kernels.attention_plan import build_attention_plan
 from lightning_modules.kernels.prefix_attention import attend, attend_backward
 
 
@@ -58,7 +58,7 @@ def check(layout, heads, shared, width, device, dtype, tolerance):
     grad = torch.randn(count, heads, width, dtype=torch.float64) * real
     expected = dense(*split(exact), ids, scale)
     (expected * grad).sum().backward()
-    plan = plan_segments(ids, heads // shared).to(device)
+    plan = build_attention_plan(ids, heads // shared).to(device)
     buffer = exact.detach().to(device, dtype)
     out, lse = attend(*split(buffer), plan, scale)
     got = torch.full_like(buffer, float("nan"))  # every gradient is written, padding's too
@@ -97,7 +97,7 @@ def test_kernels_equal_the_dense_mask(layout, heads, shared, width, dtype):
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_the_tables_cover_every_allowed_pair_once(layout, group):
     ids = rows(*LAYOUTS[layout][0], tokens=LAYOUTS[layout][1])
-    tables = plan_segments(ids, group).tables
+    tables = build_attention_plan(ids, group).tables
     flat, tokens = ids.reshape(-1).numpy(), ids.shape[1]
     place = np.arange(len(flat))
     same_row = place[:, None] // tokens == place // tokens
@@ -120,7 +120,7 @@ def test_the_tables_cover_every_allowed_pair_once(layout, group):
 
 
 def test_plan_reads_the_segments():
-    plan = plan_segments(rows([(0, 7), (1, 5), (2, 13)], [(1, 20)], tokens=30), 4)
+    plan = build_attention_plan(rows([(0, 7), (1, 5), (2, 13)], [(1, 20)], tokens=30), 4)
     assert plan.bounds == (0, 7, 12, 25, 30, 50, 60)
     assert plan.longest == 27
     (prefix,) = plan.prefixes

@@ -53,14 +53,14 @@ def reference_divergence(student, teacher, temperature, divergence, beta):
 @pytest.mark.parametrize("chunk", [1, 5, 64])
 def test_cross_entropy_equals_torch_in_chunks_of_any_size(case, chunk):
     hidden, head, labels, _ = case
-    sums = CompletionCrossEntropy(chunk=chunk)(Predictions(hidden, head), labels)
+    sums = CompletionCrossEntropy(chunk_size=chunk)(Predictions(hidden, head), labels)
     expected = cross_entropy(head(hidden), labels, reduction="sum")
     torch.testing.assert_close(sums["loss"], expected, rtol=0, atol=1e-9)
     reference = gradients(expected, hidden, head)
     for ours, theirs in zip(gradients(sums["loss"], hidden, head), reference, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-9)
     assert sums["correct"] == (head(hidden).argmax(-1) == labels).sum()
-    frozen, gradient = frozen_gradient(CompletionCrossEntropy(chunk=chunk), hidden, head, labels)
+    frozen, gradient = frozen_gradient(CompletionCrossEntropy(chunk_size=chunk), hidden, head, labels)
     assert all(torch.equal(frozen[name], value) for name, value in sums.items())
     torch.testing.assert_close(gradient, 3 * reference[0], rtol=0, atol=1e-9)
 
@@ -70,7 +70,7 @@ def test_cross_entropy_equals_torch_in_chunks_of_any_size(case, chunk):
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 def test_distillation_equals_torch(case, divergence, temperature, alpha):
     hidden, head, labels, teacher = case
-    objective = Distillation(alpha=alpha, temperature=temperature, divergence=divergence, beta=0.3, chunk=4)
+    objective = Distillation(alpha=alpha, temperature=temperature, divergence=divergence, beta=0.3, chunk_size=4)
     sums = objective(Predictions(hidden, head), labels, teacher)
     kept = labels != -100
     student_logits, teacher_logits = head(hidden), teacher.head(teacher.hidden_NC).detach()
@@ -93,10 +93,10 @@ def test_alpha_0_is_plain_training_bit_for_bit_and_wants_no_teacher(case):
     hidden, head, labels, _ = (x.float() if torch.is_tensor(x) and x.is_floating_point() else x for x in case)
     hidden = hidden.detach().requires_grad_()
     head = head.float()
-    objective = Distillation(teacher=Backbone("never/loaded"), alpha=0.0, chunk=5)
-    assert objective.teacher_recipe is None
+    objective = Distillation(teacher=Backbone("never/loaded"), alpha=0.0, chunk_size=5)
+    assert objective.teacher_backbone is None
     ours = objective(Predictions(hidden, head), labels)["loss"]
-    plain = CompletionCrossEntropy(chunk=5)(Predictions(hidden, head), labels)["loss"]
+    plain = CompletionCrossEntropy(chunk_size=5)(Predictions(hidden, head), labels)["loss"]
     assert torch.equal(ours, plain)
     for a, b in zip(gradients(ours, hidden, head), gradients(plain, hidden, head), strict=True):
         assert torch.equal(a, b)
@@ -105,7 +105,7 @@ def test_alpha_0_is_plain_training_bit_for_bit_and_wants_no_teacher(case):
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 def test_a_teacher_equal_to_the_student_gives_zero(case, divergence):
     hidden, head, labels, _ = case
-    objective = Distillation(alpha=1.0, divergence=divergence, chunk=4)
+    objective = Distillation(alpha=1.0, divergence=divergence, chunk_size=4)
     sums = objective(Predictions(hidden, head), labels, Predictions(hidden.detach(), head))
     assert sums["kl"].abs() < 1e-12
     for gradient in gradients(sums["loss"], hidden, head):
@@ -119,9 +119,9 @@ def test_half_precision_inputs_are_summed_in_float32(case, dtype):
     weight = head.weight.detach().to(dtype)
     student = Predictions(small, lambda h: (h @ weight.T).float())
     teaching = Predictions(teacher.hidden_NC.to(dtype), lambda h: (h.double() @ teacher.head.weight.T).float().detach())
-    sums = Distillation(chunk=4)(student, labels, teaching)
+    sums = Distillation(chunk_size=4)(student, labels, teaching)
     assert sums["loss"].dtype == torch.float32
-    exact = Distillation(chunk=64)(
+    exact = Distillation(chunk_size=64)(
         Predictions(small.detach().double(), lambda h: h @ weight.double().T),
         labels,
         Predictions(teaching.hidden_NC.double(), lambda h: h @ teacher.head.weight.T),
@@ -165,7 +165,7 @@ def test_full_logits_never_exist(case):
         seen.append(len(hidden_NC))
         return head(hidden_NC)
 
-    CompletionCrossEntropy(chunk=4)(Predictions(hidden, watched), labels)["loss"].backward()
+    CompletionCrossEntropy(chunk_size=4)(Predictions(hidden, watched), labels)["loss"].backward()
     assert seen == [4, 4, 4, 1, 1, 4, 4, 4]
 
 
@@ -178,7 +178,7 @@ def test_a_frozen_head_computes_each_chunk_once(case):
         seen.append(len(hidden_NC))
         return head(hidden_NC)
 
-    objective = CompletionCrossEntropy(chunk=4)
+    objective = CompletionCrossEntropy(chunk_size=4)
     with torch.no_grad():
         objective(Predictions(hidden, watched, frozen_head=True), labels)
     sums = objective(Predictions(hidden, watched, frozen_head=True), labels)

@@ -12,7 +12,7 @@ from datamodules.errors import UserError
 from lightning_modules import Backbone, CausalLMModule, CompletionCrossEntropy, Distillation, HiddenMatch, LoRA
 from lightning_modules.losses.teacher import build_teacher
 from lightning_modules.models.backend import supervised_positions
-from lightning_modules.models.fused_decoder import FastDecoder, decoder_for
+from lightning_modules.models.fused_decoder import FusedDecoder, build_decoder
 from tests.lightning_modules.test_causal_lm import (
     PREFIX,
     SGD,
@@ -51,17 +51,17 @@ def packed(shared_prefix=True):
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("kernels", ["plain", "fast"])
+@pytest.mark.parametrize("kernels", ["eager", "fused"])
 def test_named_layers_states_are_transformers_own(kernels, checkpointing, tiny_llama):
     """Packed behind a prefix, against output_hidden_states of each example alone."""
-    recipe = Backbone(str(tiny_llama), lora=LoRA(rank=4), gradient_checkpointing=checkpointing)
+    recipe = Backbone(str(tiny_llama), lora=LoRA(rank=4), activation_checkpointing="full" if checkpointing else "none")
     model = recipe.build().train(checkpointing)
     memory = "low" if checkpointing else "full"
-    decoder, _ = decoder_for(model, kernels, memory, torch.device("cpu"))
+    decoder, _ = build_decoder(model, kernels, memory, torch.device("cpu"))
     rows = batch([row(examples(), 128, shared_prefix=True)])
     positions = supervised_positions(rows)
-    hidden, states = decoder.states_at(rows, positions, ["layers.1", "layers.0"])
-    assert torch.equal(hidden, decoder.hidden_at(rows, positions))
+    hidden, states = decoder.hidden_states_of_layers(rows, positions, ["layers.1", "layers.0"])
+    assert torch.equal(hidden, decoder.hidden_states_at(rows, positions))
     seen = []
     for sequence, prompt in examples():
         outputs = model.get_base_model().model(sequence[None], output_hidden_states=True)
@@ -76,7 +76,7 @@ def test_named_layers_states_are_transformers_own(kernels, checkpointing, tiny_l
         p.grad.abs().max() == 0 for n, p in model.named_parameters() if p.grad is not None and "layers.1" in n
     )
     with pytest.raises(UserError, match=r"no layer layers\.7; the model has layers\.0 to layers\.1"):
-        decoder.states_at(rows, positions, ["layers.7"])
+        decoder.hidden_states_of_layers(rows, positions, ["layers.7"])
 
 
 def by_hand(student, teacher, sequences, project=lambda x: x):
@@ -105,7 +105,7 @@ def watched(model, sequence):
     return {name: state[0] if state.ndim == 3 else state for name, state in found.items()}
 
 
-@pytest.mark.parametrize("kernels", ["plain", "fast"])
+@pytest.mark.parametrize("kernels", ["eager", "fused"])
 def test_a_wider_teachers_projections_are_trained_saved_and_resumed(kernels, tiny_llama, wide_llama, tmp_path):
     def build():
         objective = Distillation(Backbone(str(wide_llama), kernels=kernels), hidden=HiddenMatch(LAYERS, 0.5))
@@ -171,7 +171,7 @@ def test_states_of_the_same_width_need_no_projection(tiny_llama, tmp_path):
 def test_neither_packing_nor_the_prefix_nor_accumulation_changes_matching(tiny_llama, wide_llama, tmp_path):
     results = []
     for batches, accumulate in (([packed()], 1), ([packed(False)], 1), (one_by_one(), 8)):
-        objective = Distillation(Backbone(str(wide_llama)), hidden=HiddenMatch(LAYERS), chunk=5)
+        objective = Distillation(Backbone(str(wide_llama)), hidden=HiddenMatch(LAYERS), chunk_size=5)
         torch.manual_seed(1)
         module = CausalLMModule(Backbone(str(tiny_llama), lora=LoRA(rank=4)), objective, GENTLE)
         module.configure_model()
@@ -193,9 +193,9 @@ def test_a_name_that_is_no_layer_is_said(tiny_llama, tmp_path):
 def test_the_base_as_a_teacher_shares_the_fast_decoders_weights(fp8, tiny_llama):
     recipe = Backbone(str(tiny_llama), lora=LoRA(rank=4))
     model = recipe.build()
-    student = FastDecoder(model, fp8=fp8)
+    student = FusedDecoder(model, fp8=fp8)
     teacher = build_teacher("base", recipe, model, torch.device("cpu"), student)
-    assert isinstance(teacher.decoder, FastDecoder)
+    assert isinstance(teacher.decoder, FusedDecoder)
     for ours, theirs in zip(student.layers, teacher.decoder.layers, strict=True):
         for mine, its in zip(ours.groups(), theirs.groups(), strict=True):
             assert [m.weight for m in its.members] == [m.weight for m in mine.members]
@@ -203,19 +203,19 @@ def test_the_base_as_a_teacher_shares_the_fast_decoders_weights(fp8, tiny_llama)
             assert (its.fp8 is not None) == fp8
             assert all(parameter is None for parameter in its.parameters())
     rows, positions = packed(), supervised_positions(packed())
-    fresh = student.hidden_at(rows, positions)  # B is zero: the adapter adds nothing yet
+    fresh = student.hidden_states_at(rows, positions)  # B is zero: the adapter adds nothing yet
     assert torch.equal(teacher.predict(rows, positions).hidden_NC, fresh)
     for parameter in model.parameters():
         if parameter.requires_grad:
             torch.nn.init.normal_(parameter, std=0.1)
     assert torch.equal(teacher.predict(rows, positions).hidden_NC, fresh), "the adapter reached the teacher"
-    assert not torch.equal(student.hidden_at(rows, positions), fresh)
+    assert not torch.equal(student.hidden_states_at(rows, positions), fresh)
     assert not teacher.predict(rows, positions).hidden_NC.requires_grad
 
 
 def test_prompts_padding_and_prefix_never_count(tiny_llama, tmp_path):
     """Whatever stands in unsupervised places of the labels' rows, sums are those of the completions alone."""
-    module = module_for(tiny_llama, Distillation(chunk=5))
+    module = module_for(tiny_llama, Distillation(chunk_size=5))
     expected = {name: sum(module._step(b)[name] for b in one_by_one()) for name in ("loss", "kl", "ce", "count")}
     for rows in (packed(), packed(False)):
         sums = module._step(rows)

@@ -64,7 +64,7 @@ def case():
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 def test_loss_over_buckets_equals_torch(case, divergence, temperature, alpha):
     hidden, head, labels, teacher = case
-    objective = Distillation(alpha=alpha, temperature=temperature, divergence=divergence, beta=0.5, chunk=4)
+    objective = Distillation(alpha=alpha, temperature=temperature, divergence=divergence, beta=0.5, chunk_size=4)
     kept = targets(teacher, 6, temperature)
     for frozen in (False, True):
         model = copy.deepcopy(head).requires_grad_(not frozen)
@@ -98,7 +98,7 @@ def test_buckets_are_a_lower_bound_that_rises_with_k_to_the_full_divergence(case
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 def test_a_cached_teacher_equal_to_the_student_gives_zero(case, divergence):
     hidden, head, labels, _ = case
-    objective = Distillation(alpha=1.0, divergence=divergence, chunk=4)
+    objective = Distillation(alpha=1.0, divergence=divergence, chunk_size=4)
     sums = objective(Predictions(hidden, head), labels, targets(head(hidden).detach(), 5, 2.0))
     assert sums["kl"].abs() < 1e-12
     assert torch.autograd.grad(sums["loss"], hidden)[0].abs().max() < 1e-12
@@ -146,7 +146,7 @@ def arrays_of(examples, k=4):
 
 
 EXAMPLES = [example(2**63 + 7 * n, 5 + n % 4, 1 + 5 * n % 8) for n in range(12)]
-KEY = {"version": 1, "tokenizer": "a", "data": {"seed": 0, "tasks": {"risk": 1.0}}, "k": 4}
+KEY = {"version": 1, "tokenizer": "a", "data": {"seed": 0, "task_weights": {"risk": 1.0}}, "top_k": 4}
 RECORD = {**KEY, "vocabulary": V, "temperatures": [1.0, 2.0]}
 
 
@@ -162,14 +162,14 @@ def folder(tmp_path):
 
 
 def opened(folder, key=KEY, temperature=2.0):
-    return CachedTeacher(TeacherCache(str(folder), k=4), key, temperature)
+    return CachedTeacher(TeacherCache(str(folder), top_k=4), key, temperature)
 
 
 @pytest.mark.parametrize("mode", ["none", "packed", "shared_prefix"])
 def test_targets_stand_at_the_labels_they_belong_to(folder, mode):
     cache = opened(folder)
-    rows = pack(EXAMPLES[::-1], row_tokens=32, mode=mode)
-    batch = to_batch(rows, 32, batch_rows=len(rows) + 1)
+    rows = pack(EXAMPLES[::-1], sequence_length=32, mode=mode)
+    batch = to_batch(rows, 32, batch_size=len(rows) + 1)
     batch.extras = cache(rows)
     labels = batch.labels_BT.flatten()[supervised_positions(batch)]
     found = targets_of(batch, labels, cache.vocabulary)
@@ -190,7 +190,7 @@ def split(examples):
 def test_positions_without_a_label_count_nothing(folder):
     """Where all positions reach the objective, as on a TPU, targets are still those of their labels."""
     cache = opened(folder)
-    rows = pack(EXAMPLES[:5], row_tokens=40, mode="shared_prefix")
+    rows = pack(EXAMPLES[:5], sequence_length=40, mode="shared_prefix")
     batch = to_batch(rows, 40)
     batch.extras = cache(rows)
     labels = batch.labels_BT.flatten()
@@ -206,7 +206,7 @@ def test_positions_without_a_label_count_nothing(folder):
 def test_a_trainer_in_bf16_does_not_round_them(folder):
     from lightning.pytorch.plugins import HalfPrecision
 
-    rows = pack(EXAMPLES, row_tokens=64, mode="packed")
+    rows = pack(EXAMPLES, sequence_length=64, mode="packed")
     batch = to_batch(rows, 64)
     batch.extras = opened(folder)(rows)
     labels = batch.labels_BT.flatten()
@@ -217,16 +217,16 @@ def test_a_trainer_in_bf16_does_not_round_them(folder):
 
 
 def test_no_row_has_no_targets(folder):
-    batch = to_batch([], 16, batch_rows=1)
+    batch = to_batch([], 16, batch_size=1)
     batch.extras = opened(folder)([])
-    objective, nothing = Distillation(chunk=4), torch.zeros(0, dtype=torch.long)
+    objective, nothing = Distillation(chunk_size=4), torch.zeros(0, dtype=torch.long)
     for labels in (nothing, batch.labels_BT.flatten()):
         student = Predictions(torch.randn(len(labels), C), torch.nn.Linear(C, V))
         assert float(objective(student, labels, targets_of(batch, labels, V))["loss"]) == 0
 
 
 def test_a_batch_without_targets_has_none():
-    batch = to_batch(pack(EXAMPLES, row_tokens=64, mode="packed"), 64)
+    batch = to_batch(pack(EXAMPLES, sequence_length=64, mode="packed"), 64)
     assert targets_of(batch, batch.labels_BT.flatten(), V) is None
     with pytest.raises(UserError, match="hold no targets"):
         Distillation()(Predictions(torch.zeros(1, C), torch.nn.Linear(C, V)), torch.zeros(1, dtype=torch.long), None)
@@ -236,9 +236,9 @@ def test_a_batch_without_targets_has_none():
     ("change", "message"),
     [
         ({"tokenizer": "b"}, "tokenizer was a, is b"),
-        ({"data": {"seed": 1, "tasks": {"risk": 1.0}}}, r"data\.seed was 0, is 1"),
-        ({"data": {"seed": 0, "tasks": {"triage": 1.0}}}, r"data\.tasks\.risk was 1\.0, is None"),
-        ({"k": 8}, "k was 4, is 8"),
+        ({"data": {"seed": 1, "task_weights": {"risk": 1.0}}}, r"data\.seed was 0, is 1"),
+        ({"data": {"seed": 0, "task_weights": {"triage": 1.0}}}, r"data\.task_weights\.risk was 1\.0, is None"),
+        ({"top_k": 8}, "top_k was 4, is 8"),
     ],
 )
 def test_a_key_that_differs_is_refused_by_its_part(folder, change, message):
@@ -257,9 +257,9 @@ def test_caches_that_can_not_serve(folder):
         opened(folder).check_length(11)
     opened(folder).check_length(10)
     with pytest.raises(UserError, match="an example is not in it"):
-        opened(folder)(pack([example(5, 4, 3)], row_tokens=32, mode="packed"))
+        opened(folder)(pack([example(5, 4, 3)], sequence_length=32, mode="packed"))
     with pytest.raises(UserError, match="positions there and 9 here"):
-        opened(folder)(pack([example(EXAMPLES[0].key, 4, 9)], row_tokens=32, mode="packed"))
+        opened(folder)(pack([example(EXAMPLES[0].key, 4, 9)], sequence_length=32, mode="packed"))
     (folder / "done.json").unlink()
     with pytest.raises(UserError, match="not finished"):
         opened(folder)
@@ -300,7 +300,8 @@ def test_bytes_a_position(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"), [({"k": 0}, "k 0"), ({"temperatures": (1.0, 0.0)}, r"temperatures \[1\.0, 0\.0\]")]
+    ("arguments", "message"),
+    [({"top_k": 0}, "top_k 0"), ({"temperatures": (1.0, 0.0)}, r"temperatures \[1\.0, 0\.0\]")],
 )
 def test_recipes_out_of_range(arguments, message):
     with pytest.raises(ValueError, match=message):

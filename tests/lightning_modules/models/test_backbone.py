@@ -26,7 +26,7 @@ def logits(model, ids=((1, 5, 9, 30),)):
 
 @pytest.mark.parametrize("targets", [PROJECTIONS, "all-linear"])
 def test_lora_sits_on_all_seven_projections(tiny_llama, targets):
-    model = Backbone(str(tiny_llama), lora=LoRA(rank=4, alpha=8, targets=targets)).build()
+    model = Backbone(str(tiny_llama), lora=LoRA(rank=4, alpha=8, target_modules=targets)).build()
     layers = adapted_layers(model)
     assert {name.split(".")[-1] for name in layers} == set(PROJECTIONS)
     assert len(layers) == 14
@@ -35,7 +35,7 @@ def test_lora_sits_on_all_seven_projections(tiny_llama, targets):
 
 @pytest.mark.parametrize("targets", [("q_proj", "down_proj"), "all-linear"])
 def test_lora_on_the_top_layers_only(tiny_llama, targets):
-    layers = adapted_layers(Backbone(str(tiny_llama), lora=LoRA(targets=targets, layers=1)).build())
+    layers = adapted_layers(Backbone(str(tiny_llama), lora=LoRA(target_modules=targets, num_top_layers=1)).build())
     assert {name.split(".")[0] for name in layers} == {"1"}
     assert {name.split(".")[-1] for name in layers} == set(PROJECTIONS if targets == "all-linear" else targets)
 
@@ -54,7 +54,7 @@ def test_the_adapter_has_its_own_type(tiny_llama, dtype):
 
 
 def test_dora_and_rslora(tiny_llama):
-    model = Backbone(str(tiny_llama), lora=LoRA(rank=4, alpha=8, dora=True, rslora=True)).build()
+    model = Backbone(str(tiny_llama), lora=LoRA(rank=4, alpha=8, use_dora=True, use_rslora=True)).build()
     assert any("magnitude" in name for name in trainable(model))
     layer = model.get_base_model().model.layers[0].self_attn.q_proj
     assert layer.scaling["default"] == 8 / 4**0.5
@@ -161,7 +161,11 @@ def test_gradient_checkpointing_gives_the_same_gradients(tiny_llama):
     grads = []
     for checkpointing in (False, True):
         torch.manual_seed(0)
-        model = Backbone(str(tiny_llama), lora=LoRA(rank=4), gradient_checkpointing=checkpointing).build().train()
+        model = (
+            Backbone(str(tiny_llama), lora=LoRA(rank=4), activation_checkpointing="full" if checkpointing else "none")
+            .build()
+            .train()
+        )
         assert model.get_base_model().model.layers[0].gradient_checkpointing == checkpointing
         model(ids, labels=ids).loss.backward()
         grads.append([p.grad for p in trainable(model).values()])
@@ -172,18 +176,18 @@ def test_gradient_checkpointing_gives_the_same_gradients(tiny_llama):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"model": "./nowhere/at/all"}, "no such folder"),
-        ({"model": "nobody/has-this-model"}, "check the name and the network"),
-        ({"lora": LoRA(targets=("qkv",))}, "lora.targets qkv does not fit the model; .*q_proj"),
+        ({"model_name_or_path": "./nowhere/at/all"}, "no such folder"),
+        ({"model_name_or_path": "nobody/has-this-model"}, "check the name and the network"),
+        ({"lora": LoRA(target_modules=("qkv",))}, "lora.target_modules qkv does not fit the model; .*q_proj"),
         ({"lora": LoRA(rank=0)}, "lora"),
-        ({"lora": LoRA(layers=3)}, "lora.layers 3: the model has 2 layers"),
-        ({"lora": LoRA(dora=True), "quantization": "int8"}, "dora true with backbone.quantization int8"),
+        ({"lora": LoRA(num_top_layers=3)}, "lora.num_top_layers 3: the model has 2 layers"),
+        ({"lora": LoRA(use_dora=True), "quantization": "int8"}, "use_dora true with backbone.quantization int8"),
         ({"adapter": "nobody/has-this-adapter"}, "backbone.adapter nobody/has-this-adapter: no PEFT adapter there"),
     ],
 )
 def test_errors_say_what_to_set(tiny_llama, arguments, message):
     with pytest.raises(UserError, match=message) as caught:
-        Backbone(**{"model": str(tiny_llama)} | arguments).build()
+        Backbone(**{"model_name_or_path": str(tiny_llama)} | arguments).build()
     assert "\n" not in str(caught.value)
 
 
@@ -207,8 +211,8 @@ def test_no_quantisation_on_a_tpu(tiny_llama):
 
 
 def test_out_of_memory_says_what_to_set():
-    message = r"lower row_tokens 8192.*gradient_checkpointing true.*quantization nf4"
-    with pytest.raises(UserError, match=message), out_of_memory_advice("row_tokens 8192"):
+    message = r"lower sequence_length 8192.*activation_checkpointing full.*quantization nf4"
+    with pytest.raises(UserError, match=message), out_of_memory_advice("sequence_length 8192"):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
 

@@ -5,7 +5,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
-from lightning_modules.models.fused_decoder import FastDecoder
+from lightning_modules.models.fused_decoder import FusedDecoder
 
 SHAPE = dict(  # noqa: C408 - reads as the call's keywords
     vocab_size=97,
@@ -70,7 +70,7 @@ def plain(model, ids, positions, segments):
 
 
 def run(model, memory, ids, positions, segments, rows=None):
-    decoder = FastDecoder(model, memory)
+    decoder = FusedDecoder(model, memory)
     return decoder.run(ids, positions, decoder.plan(segments), rows)
 
 
@@ -82,7 +82,7 @@ def gradients(model, hidden, segments):
 
 
 @pytest.mark.parametrize("kind", ["llama", "mistral"])
-@pytest.mark.parametrize("memory", ["full", "balanced", "low"])
+@pytest.mark.parametrize("memory", ["none", "selective", "full", "offload"])
 @pytest.mark.parametrize(
     ("targets", "layers"),
     [(TARGETS, None), (["q_proj", "v_proj", "down_proj"], None), (TARGETS, [1, 2]), (["up_proj"], [2])],
@@ -102,7 +102,7 @@ def test_equals_peft_over_hugging_face_modules(kind, memory, targets, layers):
         assert (grad - expected_grads[name]).norm() <= 1e-5 * expected_grads[name].norm(), name
 
 
-@pytest.mark.parametrize("memory", ["full", "balanced", "low"])
+@pytest.mark.parametrize("memory", ["none", "selective", "full", "offload"])
 def test_some_positions_equal_the_same_of_all(memory):
     model = adapted("mistral")
     segments, positions = packed_rows()
@@ -144,7 +144,7 @@ def test_nf4_base_equals_its_dequantised_weights():
     ids = torch.randint(0, 97, segments.shape)
     expected = plain(reference, ids, positions, segments)
     expected_grads = gradients(reference, expected, segments)
-    for memory in ("full", "low"):  # scales unnested once, and at every use
+    for memory in ("none", "offload"):  # scales unnested once, and at every use
         got = run(model, memory, ids, positions, segments).view(*ids.shape, -1)
         got_grads = gradients(model, got, segments)
         for name, grad in got_grads.items():
@@ -157,12 +157,12 @@ def test_nf4_base_equals_its_dequantised_weights():
 )
 def test_what_it_cannot_compute_is_refused_by_name(options, reason):
     with pytest.raises(NotImplementedError, match=reason):
-        FastDecoder(adapted("llama", **options))
+        FusedDecoder(adapted("llama", **options))
 
 
 def test_an_example_beyond_the_attention_window_is_refused():
     model = adapted("mistral")
-    decoder = FastDecoder(model)
+    decoder = FusedDecoder(model)
     decoder.window = 8
     segments, positions = packed_rows()
     with pytest.raises(ValueError, match="window of 8"):

@@ -73,7 +73,7 @@ def exact_twin(folder, **options):
     """The same model in fp32: NF4's numbers as plain weights, transformers' modules, PEFT's adapters."""
     from bitsandbytes.functional import dequantize_4bit
 
-    module = built(folder, kernels="plain", **options)
+    module = built(folder, kernels="eager", **options)
     for layer in [m for m in module.modules() if hasattr(m, "base_layer")]:
         base = layer.base_layer
         dense = nn.Linear(base.in_features, base.out_features, bias=False, device=base.weight.device)
@@ -104,16 +104,16 @@ def exact(tmp_path_factory, examples):
     folder = tmp_path_factory.mktemp("exact")
     loss, grads = run(exact_twin(folder), one_by_one(examples))
     torch.cuda.empty_cache()
-    _, rounded = run(built(folder, kernels="plain"), one_by_one(examples))
+    _, rounded = run(built(folder, kernels="eager"), one_by_one(examples))
     torch.cuda.empty_cache()
     return loss, grads, distances(rounded, grads)
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("memory", ["full", "balanced", "low"])
+@pytest.mark.parametrize("memory", ["none", "selective", "full", "offload"])
 @pytest.mark.parametrize("layout", ["one by one", "packed", "behind a shared prefix"])
 def test_loss_and_gradients_are_as_near_to_fp32_as_the_plain_path_in_bf16(layout, memory, examples, exact, tmp_path):
-    module = built(tmp_path, kernels="fast", activation_memory=memory)
+    module = built(tmp_path, kernels="fused", activation_checkpointing=memory)
     batches = one_by_one(examples) if layout == "one by one" else one_row(examples, layout != "packed")
     loss, grads = run(module, batches)
     expected_loss, expected, plain = exact
@@ -128,7 +128,7 @@ def test_loss_and_gradients_are_as_near_to_fp32_as_the_plain_path_in_bf16(layout
 
 @pytest.mark.gpu
 def test_fp8_is_near(examples, exact, tmp_path):
-    loss, grads = run(built(tmp_path, kernels="fast", fp8=True), one_row(examples, True))
+    loss, grads = run(built(tmp_path, kernels="fused", fp8=True), one_row(examples, True))
     ours = distances(grads, exact[1])
     print(f"FP8: loss {loss:.5f} of {exact[0]:.5f}; 1 - cosine at most {max(ours.values()):.4f}")
     assert abs(loss - exact[0]) <= 0.01 * exact[0]
@@ -149,6 +149,6 @@ def test_bf16_on_a_cpu_equals_fp32_to_a_cosine_of_0_999(shared, tmp_path):
     ids = [torch.cat([prefix, torch.randint(5, 512, (n,), generator=generator)]) for n in (31, 22, 40)]
     examples = [(example, len(example) * 2 // 3) for example in ids]
     expected_loss, expected = run(exact_twin(tmp_path, device="cpu", config=small), one_by_one(examples))
-    loss, grads = run(built(tmp_path, "cpu", small, kernels="fast"), one_row(examples, shared))
+    loss, grads = run(built(tmp_path, "cpu", small, kernels="fused"), one_row(examples, shared))
     assert abs(loss - expected_loss) <= 0.003 * expected_loss
     assert max(distances(grads, expected).values()) <= 0.001

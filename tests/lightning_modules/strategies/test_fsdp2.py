@@ -15,7 +15,7 @@ from peft import PeftModel
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
 
-from callbacks import AdapterExport
+from callbacks import AdapterCheckpoint
 from datamodules.batch import IGNORE_INDEX, Batch
 from datamodules.errors import UserError
 from lightning_modules import Backbone, CausalLMModule, CompletionCrossEntropy, Distillation, LoRA
@@ -78,7 +78,7 @@ def module_of(model, adapter, rank=3, **recipe):
     lora = LoRA(rank=rank, alpha=6)  # two do not divide three
     return CausalLMModule(
         Backbone(str(model), lora=lora, adapter=str(adapter), **recipe),
-        CompletionCrossEntropy(chunk=5),
+        CompletionCrossEntropy(chunk_size=5),
         partial(Lion, lr=3e-4, weight_decay=5.0),
         partial(WarmupCosine, warmup_steps=1),
     )
@@ -128,12 +128,12 @@ def run_rank(rank, port, folder):
 
 def whole_run(folder, rank):
     module = module_of(folder["tiny_llama"], folder["adapter"])
-    trainer = fit(module, folder["two"], 2, [AdapterExport(), SaveHalf()])
+    trainer = fit(module, folder["two"], 2, [AdapterCheckpoint(), SaveHalf()])
     assert_divided(module.model)
     metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
     trainer.save_checkpoint(folder["two"] / "whole.ckpt", weights_only=False)
     logits = []
-    with trainer.strategy.backend.unevenly_called(module.model), torch.no_grad():
+    with trainer.strategy.backend.uneven_forward_context(module.model), torch.no_grad():
         for _ in range(3 - 2 * rank):
             logits.append(module.model.eval()(IDS).logits)
     torch.save({"metrics": metrics, "logits": logits}, folder["two"] / f"{rank}.pt")
@@ -156,7 +156,7 @@ def resumed_run(folder):
 
 def tied_run(folder):
     """bfloat16 weights beside float32 adapters, vectors among them (DoRA), layers computed twice."""
-    module = module_of(folder["tied"], folder["dora"], gradient_checkpointing=True)
+    module = module_of(folder["tied"], folder["dora"], activation_checkpointing="full")
     trainer = fit(module, folder["two"], 2)
     trainer.save_checkpoint(folder["two"] / "tied.ckpt", weights_only=False)
 
@@ -166,13 +166,21 @@ def refusals(folder):
     for message, recipe, objective in (
         (r"quantization nf4.*issue 20855.*strategy ddp", {"quantization": "nf4"}, CompletionCrossEntropy()),
         (r"lora null.*strategy ddp", {"lora": None}, CompletionCrossEntropy()),
-        (r"activation_memory low.*gradient_checkpointing true", {"activation_memory": "low"}, CompletionCrossEntropy()),
-        (r"kernels fast: trainer.strategy divides.*set it to auto", {"kernels": "fast"}, CompletionCrossEntropy()),
+        (
+            r"activation_checkpointing=offload.*to full",
+            {"activation_checkpointing": "offload"},
+            CompletionCrossEntropy(),
+        ),
+        (r"kernels=fused: trainer.strategy divides.*set it to auto", {"kernels": "fused"}, CompletionCrossEntropy()),
         (r"objective\.teacher.*cache-teacher", {}, Distillation()),
-        (r"targets: .*lm_head.* outside", {"lora": LoRA(targets=("q_proj", "lm_head"))}, CompletionCrossEntropy()),
-        (r"safetensors is missing", {"model": str(folder["empty"])}, CompletionCrossEntropy()),
+        (
+            r"target_modules: .*lm_head.* outside",
+            {"lora": LoRA(target_modules=("q_proj", "lm_head"))},
+            CompletionCrossEntropy(),
+        ),
+        (r"safetensors is missing", {"model_name_or_path": str(folder["empty"])}, CompletionCrossEntropy()),
     ):
-        recipe = {"model": str(folder["tiny_llama"]), "lora": LoRA(rank=2)} | recipe
+        recipe = {"model_name_or_path": str(folder["tiny_llama"]), "lora": LoRA(rank=2)} | recipe
         with pytest.raises(UserError, match=message):
             fit(CausalLMModule(Backbone(**recipe), objective, partial(Lion, lr=1e-4)), folder["two"], 2)
 
@@ -187,17 +195,18 @@ def through_the_door(folder):
 def small_config(folder):
     """What makes the shipped config's run one of seconds."""
     evaluation = {"class_path": "callbacks.Evaluation", "init_args": {
-        "tasks": ["risk"], "samples": 3, "max_new_tokens": 4, "constrained": False, "reference": 20,
+        "tasks": ["risk"], "num_samples": 3, "max_new_tokens": 4, "constrained": False, "baseline_train_size": 20,
     }}  # fmt: skip
     best = {"class_path": "lightning.pytorch.callbacks.ModelCheckpoint", "init_args": {
         "filename": "best", "monitor": "train/loss", "mode": "max", "save_last": True, "every_n_train_steps": 1,
     }}  # fmt: skip
-    others = [{"class_path": f"callbacks.{name}"} for name in ("RunRecord", "Preemption", "AdapterExport")]
+    others = [{"class_path": f"callbacks.{name}"} for name in ("RunRecord", "Preemption", "AdapterCheckpoint")]
     return {
-        "model": {"init_args": {"backbone": {"model": str(folder["tiny_llama"]), "lora": {"rank": 3}}}},
+        "model": {"init_args": {"backbone": {"model_name_or_path": str(folder["tiny_llama"]), "lora": {"rank": 3}}}},
         "data": {"init_args": {
-            "sources": ["synthetic://?findings=200&seed=1"], "tasks": {"risk": 1.0}, "row_tokens": 2048, "val": 0.2,
-            "val_rows": 2, "num_workers": 0, "test": 0.0,
+            "sources": ["synthetic://?findings=200&seed=1"], "task_weights": {"risk": 1.0}, "sequence_length": 2048,
+            "val_fraction": 0.2,
+            "val_rows": 2, "num_workers": 0, "test_fraction": 0.0,
         }},
         "trainer": {
             "accelerator": "cpu", "devices": 2, "val_check_interval": 1, "log_every_n_steps": 1,
@@ -217,7 +226,7 @@ def folder(tiny_llama, tmp_path_factory):
     half_precision(folder)
     torch.manual_seed(0)
     adapter_folder(tiny_llama, folder["adapter"])
-    adapter_folder(folder["tied"], folder["dora"], dora=True)
+    adapter_folder(folder["tied"], folder["dora"], use_dora=True)
     shutil.copy(tiny_llama / "config.json", folder["empty"])
     (folder["door"] / "small.yaml").write_text(yaml.safe_dump(small_config(folder)))
     with socket.socket() as free:
@@ -281,7 +290,7 @@ def test_a_checkpoint_of_two_ranks_goes_on_with_one(folder):
 
 
 def test_half_precision_tied_embeddings_and_dora(folder):
-    module = module_of(folder["tied"], folder["dora"], kernels="plain")
+    module = module_of(folder["tied"], folder["dora"], kernels="eager")
     trainer = fit(module, folder["one"], 1)
     trainer.save_checkpoint(folder["one"] / "tied.ckpt", weights_only=False)
     assert_same_run(read(folder["one"] / "tied.ckpt"), read(folder["two"] / "tied.ckpt"))

@@ -9,12 +9,12 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from lightning_modules import Backbone, LoRA
-from lightning_modules.strategies.xla.layer_scan import LayerLoop, alike, loop_layers
+from lightning_modules.strategies.xla.layer_scan import LayerScan, alike, scan_layers
 
 
 @pytest.fixture(scope="module")
 def tiny(tiny_mistral):
-    return Backbone(str(tiny_mistral), lora=LoRA(rank=4), gradient_checkpointing=True).build("cpu")
+    return Backbone(str(tiny_mistral), lora=LoRA(rank=4), activation_checkpointing="full").build("cpu")
 
 
 @pytest.fixture
@@ -62,12 +62,12 @@ def test_the_loop_takes_the_layers_place_under_their_names(tiny, tiny_mistral, m
     plain = AutoModelForCausalLM.from_pretrained(tiny_mistral)
     names, ids = list(tiny.state_dict()), torch.randint(5, 200, (2, 16))
     monkeypatch.setattr("lightning_modules.strategies.xla.layer_scan.STACKED_BYTES", 100_000)
-    loop_layers(tiny, SimpleNamespace(fsdp=1))
+    scan_layers(tiny, SimpleNamespace(fsdp=1))
     assert type(tiny.get_base_model().model.layers) is nn.ModuleList  # two copies would be too large
     for _ in range(2):  # a teacher that shares the layers is placed again
-        loop_layers(tiny, SimpleNamespace(fsdp=4))
+        scan_layers(tiny, SimpleNamespace(fsdp=4))
     layers = tiny.get_base_model().model.layers
-    assert isinstance(layers, LayerLoop) and not isinstance(layers[0], LayerLoop)
+    assert isinstance(layers, LayerScan) and not isinstance(layers[0], LayerScan)
     assert list(tiny.state_dict()) == names
     assert layers[:2] == list(layers)  # on the host they are called one by one
     with torch.no_grad():
@@ -79,8 +79,8 @@ def test_a_hooked_layer_is_called_itself_between_two_loops(monkeypatch):
     monkeypatch.setattr(
         "lightning_modules.strategies.xla.layer_scan._can_loop", lambda layers: not layers[0]._forward_hooks
     )
-    monkeypatch.setattr(LayerLoop, "_run", lambda self, layers, hidden: looped.append(layers))
-    layers = LayerLoop(nn.ModuleList(nn.Linear(1, 1) for _ in range(5)), SimpleNamespace())
+    monkeypatch.setattr(LayerScan, "_run", lambda self, layers, hidden: looped.append(layers))
+    layers = LayerScan(nn.ModuleList(nn.Linear(1, 1) for _ in range(5)), SimpleNamespace())
     layers[2].register_forward_hook(lambda *args: None)
     before, itself, after = layers[:5]
     assert itself is layers[2]

@@ -61,7 +61,7 @@ def test_an_objective_has_the_same_loss_and_gradients_over_such_pieces(frozen):
     results = []
     for chosen in (EAGER, backend(4)):
         chosen.checkpoint = EAGER.checkpoint  # XLA's own needs its devices
-        sums = CompletionCrossEntropy(chunk=4)(Predictions(hidden, head, frozen, chosen), labels)
+        sums = CompletionCrossEntropy(chunk_size=4)(Predictions(hidden, head, frozen, chosen), labels)
         results.append((*sums.values(), *torch.autograd.grad(sums["loss"], hidden)))
     torch.testing.assert_close(results[0], results[1], rtol=1e-12, atol=1e-12)
 
@@ -113,7 +113,7 @@ def test_without_a_tpu_the_error_names_the_check_and_what_works(capsys, tmp_path
 
 
 def test_constructors_open_nothing_and_refuse_what_cannot_be():
-    strategy = XLASPMDStrategy(data=2)
+    strategy = XLASPMDStrategy(data_parallel_size=2)
     assert strategy.sharding is None and strategy.root_device == torch.device("xla", 0)
     with pytest.raises(UserError, match=r"trainer.devices 8: one process"):
         PJRTAccelerator.parse_devices(8)
@@ -125,7 +125,7 @@ def test_constructors_open_nothing_and_refuse_what_cannot_be():
 
 def test_rows_that_cannot_be_served_there_are_refused():
     tensors = torch.zeros(4, 4, 8, dtype=torch.int64).unbind()
-    strategy, flash = XLASPMDStrategy(), SimpleNamespace(backbone=SimpleNamespace(attention="pallas"))
+    strategy, flash = XLASPMDStrategy(), SimpleNamespace(backbone=SimpleNamespace(attn_implementation="pallas"))
     cached = Batch(*tensors, extras={"teacher_ids": torch.zeros(256, 32)})
     with pytest.raises(UserError, match="a cached teacher's targets are not divided over XLA devices; set it to null"):
         strategy.batch_to_device(cached)

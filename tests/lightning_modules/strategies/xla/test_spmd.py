@@ -12,7 +12,7 @@ pytest.importorskip("torch_xla")
 os.environ |= {"PJRT_DEVICE": "CPU", "CPU_NUM_DEVICES": "4"}
 
 from datamodules.batch import Batch
-from lightning_modules.strategies.xla.layer_scan import LayerLoop
+from lightning_modules.strategies.xla.layer_scan import LayerScan
 from main import main
 from tests.helpers.strategy_probe import Probe
 
@@ -20,11 +20,11 @@ pytestmark = [pytest.mark.tpu, pytest.mark.timeout(900)]
 
 SMOKE = "configs/tpu_smoke.yaml"
 ON_CPU = ["--trainer.accelerator=cpu", "--trainer.strategy=auto", "--trainer.plugins=null"]
-PLAIN = ["--model.init_args.backbone.kernels=plain", "--model.init_args.backbone.gradient_checkpointing=false"]
+PLAIN = ["--model.init_args.backbone.kernels=eager", "--model.init_args.backbone.activation_checkpointing=none"]
 FP32 = ["--model.init_args.backbone.dtype=float32"]
 CALLBACKS = [
     "callbacks.XLAMonitor", "tests.helpers.strategy_probe.Probe", "callbacks.Throughput", "callbacks.RunRecord",
-    "callbacks.Preemption", "callbacks.AdapterExport",
+    "callbacks.Preemption", "callbacks.AdapterCheckpoint",
 ]  # fmt: skip
 
 
@@ -37,7 +37,7 @@ def command(tiny_mistral, tmp_path_factory):
         {"class_path": "lightning.pytorch.callbacks.LearningRateMonitor"},
         {
             "class_path": "callbacks.ConsoleProgress",
-            "init_args": {"line_seconds": 1e6},
+            "init_args": {"log_interval_seconds": 1e6},
         },  # it reads the loss when it shows it
         {"class_path": "lightning.pytorch.callbacks.ModelCheckpoint", "init_args": checkpoint},
     ]
@@ -47,7 +47,7 @@ def command(tiny_mistral, tmp_path_factory):
     def arguments(name, *more, subcommand="fit"):
         return [
             subcommand, "--config", SMOKE, "--config", str(folder / "overlay.yaml"),
-            f"--model.init_args.backbone.model={tiny_mistral}", "--model.init_args.backbone.lora.rank=8",
+            f"--model.init_args.backbone.model_name_or_path={tiny_mistral}", "--model.init_args.backbone.lora.rank=8",
             f"--trainer.logger.init_args.save_dir={folder}", f"--trainer.logger.init_args.name={name}", *more,
         ]  # fmt: skip
 
@@ -123,7 +123,7 @@ def test_a_loop_over_layers_has_the_gradients_of_the_layers(sharded, monkeypatch
         return found
 
     layers = module._decoder.model.model.layers
-    assert isinstance(layers, LayerLoop) and len(layers[:]) == 1
+    assert isinstance(layers, LayerScan) and len(layers[:]) == 1
     looped = gradients()
     monkeypatch.setattr("lightning_modules.strategies.xla.layer_scan._can_loop", lambda layers: False)
     assert len(layers[:]) == 2
@@ -139,7 +139,7 @@ def test_distillation_follows_the_base_and_evaluation_answers_on_the_host(comman
         *FP32, "--trainer.max_steps=3", "--trainer.limit_val_batches=0",
         "--model.init_args.objective=lightning_modules.Distillation", "--data.init_args.packing=packed", *more,
     ]  # fmt: skip
-    options = "{tasks: [risk], samples: 2, max_new_tokens: 3, before: false}"
+    options = "{tasks: [risk], num_samples: 2, max_new_tokens: 3, evaluate_untuned: false}"
     evaluation = f"{{class_path: callbacks.Evaluation, init_args: {options}}}"
     assert main(command(name, *arguments, f"--trainer.callbacks+={evaluation}")) == 0
     losses = Probe.last.losses
@@ -151,15 +151,15 @@ def test_distillation_follows_the_base_and_evaluation_answers_on_the_host(comman
 def test_a_mistake_is_one_line(command, sharded, capsys):
     for argument, word in {
         "--model.init_args.backbone.quantization=nf4": "bitsandbytes does not run on a TPU",
-        "--data.init_args.batch_rows=6": "6 rows can't be divided over the 4 devices",
+        "--data.init_args.batch_size=6": "6 rows can't be divided over the 4 devices",
         "--trainer.plugins=null": "plugins: [lightning_modules.strategies.TruePrecision]",
         "--trainer.devices=4": "one process drives all XLA devices",
-        "--model.init_args.backbone.attention=pallas": "it knows no shared prefix",
+        "--model.init_args.backbone.attn_implementation=pallas": "it knows no shared prefix",
     }.items():
         assert main(command("mistaken", *FP32, argument)) == 2
         errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
         assert len(errors) == 1 and word in errors[0]
-    flash = ["--model.init_args.backbone.attention=pallas", "--data.init_args.packing=packed"]
+    flash = ["--model.init_args.backbone.attn_implementation=pallas", "--data.init_args.packing=packed"]
     assert main(command("mistaken", *FP32, *flash)) == 2
     assert "pallas: its kernel needs a TPU" in capsys.readouterr().err
 
