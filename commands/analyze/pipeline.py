@@ -12,12 +12,8 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
-from functools import cache
 from itertools import count
 from typing import TYPE_CHECKING, Any, Protocol
-
-import orjson
-from jsonschema import Draft202012Validator
 
 from commands.analyze.correlation_candidates import Candidate, candidates
 from commands.analyze.report_schema import (
@@ -37,6 +33,7 @@ from datamodules.records import Correlation, Document, Finding
 from datamodules.tasks import CorrelationTask, RemediationTask, RiskTask, SummaryTask, TriageTask, schemas
 from datamodules.tasks.base import clip
 from datamodules.tasks.remediation import PRIORITIES, remediate
+from datamodules.tasks.schemas import is_valid
 from datamodules.tasks.windows import Window, executive_summary, shown_ids, top_findings, triage_summary
 from lightning_modules.evaluation.answer_parsing import ParsedAnswer, parse
 from lightning_modules.evaluation.metrics import Faithfulness
@@ -295,7 +292,7 @@ class Analysis:
     def _read(reply: Response, schema: Schema, tally: Tally) -> dict[str, Any] | None:
         tally.prompts_cut += reply.prompt_tokens_cut > 0
         answer = parse(reply.text.strip())
-        if answer is not None and _validator(orjson.dumps(schema)).is_valid(answer):
+        if answer is not None and is_valid(answer, schema):
             return answer
         tally.fallbacks["cut at the token limit" if not reply.complete else "no valid answer"] += 1
         return None
@@ -335,8 +332,3 @@ def _texts(answer: dict[str, Any]) -> Iterator[str]:
 
 def _silent() -> AbstractContextManager[Progress]:
     return nullcontext(lambda share: None)
-
-
-@cache
-def _validator(schema: bytes) -> Draft202012Validator:
-    return Draft202012Validator(orjson.loads(schema))

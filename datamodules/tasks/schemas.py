@@ -5,12 +5,17 @@ All objects are closed and all strings and arrays bounded, so that a constrained
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+import orjson
 
 from datamodules.records import SEVERITIES, SUBSCORES
 from datamodules.tasks.remediation import MAX_STEP_LENGTH, MAX_STEPS, PRIORITIES
 
 if TYPE_CHECKING:
+    from jsonschema import Draft202012Validator
+
     from datamodules.tasks.base import Schema
 
 MAX_TAGS = 16
@@ -117,3 +122,15 @@ def correlation(members: int) -> Schema:
         },
         required=["title", "related_finding_ids"],
     )
+
+
+def is_valid(answer: Any, schema: Schema) -> bool:
+    """Returns whether an answer validates against a JSON Schema (draft 2020-12)."""
+    return bool(_validator(orjson.dumps(schema)).is_valid(answer))
+
+
+@lru_cache(maxsize=32)
+def _validator(schema: bytes) -> Draft202012Validator:
+    from jsonschema import Draft202012Validator  # takes a third of a second to import
+
+    return Draft202012Validator(orjson.loads(schema))

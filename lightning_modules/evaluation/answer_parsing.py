@@ -11,11 +11,11 @@ import math
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import orjson
-from jsonschema import Draft202012Validator
+
+from datamodules.tasks.schemas import is_valid
 
 if TYPE_CHECKING:
     from datamodules.tasks.base import Pair, Task
@@ -57,7 +57,7 @@ class ParsedAnswer:
 def parse_answer(task: Task, pair: Pair, text: str, complete: bool = True) -> ParsedAnswer:
     """Reads an answer to a pair of the task."""
     answer = parse(text)
-    valid = answer is not None and _validator(orjson.dumps(task.answer_schema)).is_valid(answer)
+    valid = answer is not None and is_valid(answer, task.answer_schema)
     expected = parse(pair.completion)
     if expected is None:
         raise ValueError(f"the expected answer of a {pair.task} pair is no JSON object: {pair.completion[:200]}")
@@ -140,8 +140,3 @@ def identifiers(text: str) -> list[str]:
 def words(texts: Sequence[str]) -> list[str]:
     """Lower-case words."""
     return [word for text in texts for word in _WORD.findall(text.lower())]
-
-
-@lru_cache(maxsize=32)
-def _validator(schema: bytes) -> Draft202012Validator:
-    return Draft202012Validator(orjson.loads(schema))

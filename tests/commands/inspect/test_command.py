@@ -268,7 +268,7 @@ def test_bytes_of_a_cached_teacher(inspect, tmp_path):
     few = {"config": "distill", "sources": ["synthetic://?findings=40&seed=1"]}
     report = json.loads(inspect(*options, "--format=json", **few).out)["teacher_cache"]
     text = inspect(*options, **few).out
-    assert f"{report['bytes_finding']:,.0f} bytes a finding (k 8, {8 * 4 + 2} a supervised token)" in text
+    assert f"{report['bytes_finding']:,.0f} bytes a finding (top_k 8, {8 * 4 + 2} a supervised token)" in text
     inspect(*options, **few, command="cache-teacher")
     written = sum(file.stat().st_size for file in (tmp_path / "cache").glob("*.safetensors"))
     assert report["epoch_gib"] * 2**30 == pytest.approx(written, rel=0.01)
