@@ -237,7 +237,8 @@ def _run(report: dict[str, Any]) -> Table:
         rows.append(
             (
                 "cached teacher",
-                f"{cache['bytes_finding']:,.0f} bytes a finding (top_k {cache['top_k']}, {cache['bytes_token']} a supervised "
+                f"{cache['bytes_finding']:,.0f} bytes a finding (top_k {cache['top_k']}, {cache['bytes_token']} "
+                "a supervised "
                 f"token), {cache['epoch_gib']:,.2f} GiB an epoch{where}",
             )
         )

@@ -1,7 +1,5 @@
 """Files replaced in one step."""
 
-import os
-
 import pytest
 
 from datamodules.errors import one_line
@@ -14,7 +12,7 @@ def test_the_whole_content_is_there(tmp_path, content, expected):
     path.write_bytes(b"old and longer")
     atomic_write(path, content)
     assert path.read_bytes() == expected
-    assert os.listdir(tmp_path) == ["file"]
+    assert [file.name for file in tmp_path.iterdir()] == ["file"]
 
 
 def test_an_error_leaves_the_old_file_and_nothing_else(tmp_path):
@@ -24,7 +22,7 @@ def test_an_error_leaves_the_old_file_and_nothing_else(tmp_path):
         file.write(b"new")
         raise RuntimeError("half way")
     assert path.read_text() == "old"
-    assert os.listdir(tmp_path) == ["file"]
+    assert [file.name for file in tmp_path.iterdir()] == ["file"]
 
 
 def test_a_missing_folder_is_an_error(tmp_path):
