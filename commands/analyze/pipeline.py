@@ -32,8 +32,8 @@ from commands.analyze.selection import one_of_each_kind, present_correlations, r
 from datamodules.records import Correlation, Document, Finding
 from datamodules.tasks import CorrelationTask, RemediationTask, RiskTask, SummaryTask, TriageTask, schemas
 from datamodules.tasks.base import truncate
-from datamodules.tasks.remediation import PRIORITIES, remediate
-from datamodules.tasks.schemas import is_valid
+from datamodules.tasks.remediation import remediate
+from datamodules.tasks.schemas import PRIORITIES, is_valid
 from datamodules.tasks.windows import Window, executive_summary, shown_ids, top_findings, triage_summary
 from lightning_modules.evaluation.answer_parsing import ParsedAnswer, parse
 from lightning_modules.evaluation.metrics import Faithfulness

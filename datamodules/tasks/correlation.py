@@ -1,8 +1,9 @@
-"""The correlation task: which of these findings belong together, and why.
+"""The correlation task: find the findings that belong together, and give the reason.
 
-A real correlation names up to 615 findings. Its prompt shows at most ``members`` of them (the first, and others spread
-over the rest; the start is drawn by a digest, so that correlations that share hundreds of findings show different ones)
-among ``distractors`` findings of the document that no correlation ties to them, in the document's order.
+A real correlation refers to up to 615 findings. Its prompt has at most ``members`` of them: the first one, and others
+at even distances among the rest. A digest of the correlation's id chooses the start, so that correlations that share
+hundreds of findings show different ones. In addition, the prompt has ``distractors`` findings of the document that
+share no correlation with these. All findings are in the order of the document.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from datamodules.records import SEVERITIES
 from datamodules.tasks import schemas
-from datamodules.tasks.base import SYSTEM, Pair, compact_json, cut_values, round_number, truncate
+from datamodules.tasks.base import SYSTEM, Pair, compact_json, round_number, truncate, truncate_values
 from datamodules.tasks.target_answers import correlation_answer
 from datamodules.tasks.windows import shown_ids
 
@@ -22,19 +23,19 @@ if TYPE_CHECKING:
 
     from datamodules.records import Correlation, Document, Finding
 
-MAX_LINE = 640  #: characters of a finding in the prompt; beyond it values are cut
-TRIES = 4  #: draws for each distractor
+MAX_LINE = 640  #: characters of a finding in the prompt; values of longer findings are truncated
+DRAWS_PER_DISTRACTOR = 4
 
 
 class CorrelationTask:
-    """Which of these findings belong together, and why.
+    """Finds the findings that belong together, and gives the reason.
 
     Args:
-        members: most findings of a correlation in a prompt.
-        distractors: most findings beside them.
+        members: largest number of a correlation's findings in a prompt.
+        distractors: largest number of other findings in a prompt.
 
     Attributes:
-        skipped: correlations without an example, by reason.
+        skipped: number of correlations without an example, by reason.
     """
 
     name = "correlation"
@@ -52,39 +53,39 @@ class CorrelationTask:
         self.skipped: Counter[str] = Counter()
 
     def content(self, findings: Sequence[Finding]) -> str:
-        """Writes scored findings, one object each."""
+        """Returns scored findings, one object each, as compact JSON."""
         ids = shown_ids(findings)
         return _content([_line(finding, shown) for finding, shown in zip(findings, ids, strict=True)])
 
     def pairs(self, document: Document) -> Iterator[Pair]:
-        """Yields one pair per correlation with two findings in the document; counts the others as skipped."""
-        ties = _Ties(document)
-        for correlation, members in zip(document.correlations, ties.members_of, strict=True):
+        """Yields one pair per correlation that has two findings in the document; counts the others in ``skipped``."""
+        index = _CorrelationIndex(document)
+        for correlation, members in zip(document.correlations, index.members_of, strict=True):
             if len(members) > 1:
-                yield self._pair(correlation, members, ties)
+                yield self._pair(correlation, members, index)
             else:
                 self.skipped["no finding present" if not members else "only one finding present"] += 1
 
-    def _pair(self, correlation: Correlation, members: list[int], ties: _Ties) -> Pair:
+    def _pair(self, correlation: Correlation, members: list[int], index: _CorrelationIndex) -> Pair:
         seed = int.from_bytes(blake2b(correlation.id.encode("utf-8", "replace"), digest_size=8).digest(), "big")
-        chosen = spread(members, self.members, seed)
-        positions = sorted([*chosen, *ties.draw_free(chosen, self.distractors, seed)])
-        findings = [ties.findings[position] for position in positions]
+        chosen = pick_evenly(members, self.members, seed)
+        positions = sorted([*chosen, *index.draw_unrelated(chosen, self.distractors, seed)])
+        findings = [index.findings[position] for position in positions]
         shown, kept = shown_ids(findings), set(chosen)
-        lines = [ties.line(position, name) for position, name in zip(positions, shown, strict=True)]
+        lines = [index.line(position, name) for position, name in zip(positions, shown, strict=True)]
         ids = [name for position, name in zip(positions, shown, strict=True) if position in kept]
         severity = correlation.severity or max((finding.severity for finding in findings), key=SEVERITIES.index)
         answer = compact_json(correlation_answer(correlation, ids))
         return Pair(self.name, _content(lines), answer, severity, "correlation", len(findings))
 
 
-class _Ties:
-    """Which findings of a document its correlations tie together, by position.
+class _CorrelationIndex:
+    """The findings of each correlation of a document, and the correlations of each finding, by position.
 
     Attributes:
-        findings: of the document.
-        members_of: for each correlation, the positions of its findings that are there, without repeats.
-        tied: for each position that any correlation names, the correlations that do.
+        findings: findings of the document.
+        members_of: for each correlation, the positions of its findings that the document has, without repeats.
+        correlations_of: position of a finding -> indices of its correlations; findings without one are absent.
     """
 
     def __init__(self, document: Document) -> None:
@@ -96,35 +97,38 @@ class _Ties:
             [position_of[key] for key in dict.fromkeys(correlation.finding_ids) if key in position_of]
             for correlation in document.correlations
         ]
-        self.tied: dict[int, set[int]] = {}
+        self.correlations_of: dict[int, set[int]] = {}
         for index, members in enumerate(self.members_of):
             for member in members:
-                self.tied.setdefault(member, set()).add(index)
+                self.correlations_of.setdefault(member, set()).add(index)
         self._lines: dict[tuple[int, str], str] = {}
 
     def line(self, position: int, shown: str) -> str:
-        """Writes a finding; it stands in hundreds of correlations, so its JSON is made once."""
+        """Returns a finding as JSON. A finding can be in hundreds of correlations, so the text is cached."""
         key = (position, shown)
         line = self._lines.get(key)
         if line is None:
             line = self._lines[key] = _line(self.findings[position], shown)
         return line
 
-    def draw_free(self, chosen: Sequence[int], most: int, seed: int) -> list[int]:
-        """Draws findings that share no correlation with the chosen ones; fewer where few draws find them."""
-        found: dict[int, None] = {}
-        tied, count = self.tied, len(self.findings)
-        for step in range(TRIES * most):
-            if len(found) == most:
+    def draw_unrelated(self, chosen: Sequence[int], most: int, seed: int) -> list[int]:
+        """Returns positions of findings that share no correlation with the chosen ones.
+
+        The number of draws is bounded, so that there may be fewer than ``most``.
+        """
+        drawn: dict[int, None] = {}
+        correlations_of, count = self.correlations_of, len(self.findings)
+        for step in range(DRAWS_PER_DISTRACTOR * most):
+            if len(drawn) == most:
                 break
-            # a golden-ratio walk visits all parts of the document evenly
+            # steps of 2^64 times the golden ratio's fraction visit all parts of the document evenly
             position = ((seed + step * 0x9E3779B97F4A7C15) % 2**64 * count) >> 64
             if position in chosen:
                 continue
-            ties = tied.get(position)
-            if ties is None or all(map(ties.isdisjoint, map(tied.__getitem__, chosen))):
-                found[position] = None
-        return list(found)
+            own = correlations_of.get(position)
+            if own is None or all(map(own.isdisjoint, map(correlations_of.__getitem__, chosen))):
+                drawn[position] = None
+        return list(drawn)
 
 
 def _content(lines: Sequence[str]) -> str:
@@ -132,23 +136,23 @@ def _content(lines: Sequence[str]) -> str:
 
 
 def _line(finding: Finding, shown: str) -> str:
-    """A scored finding; its metadata hold what ties findings: a process id, a path, a command."""
+    """Returns a scored finding as JSON, with the metadata that findings can share: a process id, a path, a command."""
     score = {"severity": finding.severity, "risk_score": round_number(finding.risk_score)}
     record = {"title": finding.title, "description": finding.description, "category": finding.category}
     line = compact_json({"id": shown, **record, "metadata": finding.metadata, **score})
     if len(line) <= MAX_LINE:
         return line
     short = {key: truncate(text, 160) for key, text in record.items()}
-    return compact_json({"id": shown, **short, "metadata": cut_values(finding.metadata, 12, 64), **score})
+    return compact_json({"id": shown, **short, "metadata": truncate_values(finding.metadata, 12, 64), **score})
 
 
-def spread(items: Sequence[int], most: int, seed: int) -> list[int]:
-    """Picks the first item and others at even distances from a seeded start.
+def pick_evenly(items: Sequence[int], most: int, seed: int) -> list[int]:
+    """Returns the first item, and others at even distances.
 
     Args:
-        items: at least one, without repeats.
-        most: how many to pick at most, 2 or more.
-        seed: draws the start.
+        items: at least one item, without repeats.
+        most: largest number of items to return, 2 or more.
+        seed: determines the first of the other items.
     """
     if len(items) <= most:
         return list(items)

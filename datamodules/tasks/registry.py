@@ -1,149 +1,29 @@
-"""From a document to (prompt, completion) pairs: risk, correlation, summary, triage, remediation, agent templates.
+"""Builds tasks by name.
 
-A task is a small class: its texts, its schema, ``content`` (what the prompt shows of findings without answers, used
-for inference too) and ``pairs``. Nothing here is random: samples are chosen by digests of ids, so that the same
-document gives the same pairs in every process.
+A task turns a document into (prompt, completion) pairs. It is a small class with its texts, the JSON Schema of its
+answers, ``content`` (the user text of a prompt, from findings without answers; also used for inference) and ``pairs``;
+see :class:`~datamodules.tasks.base.Task`. The tasks use no random numbers: samples are chosen by digests of ids, so
+that the same document gives the same pairs in every process.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from datamodules.errors import UserError
-from datamodules.tasks import schemas
 from datamodules.tasks.agent_templates import AgentTask, load_templates
-from datamodules.tasks.base import SYSTEM, Pair, Task, compact_json, finding_content
 from datamodules.tasks.correlation import CorrelationTask
-from datamodules.tasks.remediation import remediate
-from datamodules.tasks.target_answers import risk_answer
-from datamodules.tasks.windows import Window, executive_summary, finding_line, top_findings, triage_summary, windows
+from datamodules.tasks.remediation import RemediationTask
+from datamodules.tasks.risk import RiskTask
+from datamodules.tasks.summaries import SummaryTask, TriageTask
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Sequence
 
-    from datamodules.records import Document, Finding
-    from datamodules.tasks.base import Schema
-
-__all__ = [
-    "TASKS",
-    "CorrelationTask",
-    "Pair",
-    "RemediationTask",
-    "RiskTask",
-    "SummaryTask",
-    "Task",
-    "TriageTask",
-    "build_tasks",
-]
+    from datamodules.tasks.base import Task
 
 TASKS = ("risk", "correlation", "summary", "triage", "remediation")
 AGENT_PREFIX = "agent_"
-
-
-class RiskTask:
-    """How bad is one finding: severity, risk score, subscores, probability that it needs action, tags."""
-
-    name = "risk"
-    system = SYSTEM
-    instruction = (
-        "Assess the risk of this finding. Answer with the keys tags (list of strings), "
-        "severity (info, low, medium, high or critical), risk_score (0 to 100), "
-        "risk_subscores (impact, exposure, anomaly, confidence, each 0 to 1) "
-        "and probability_actionable (0 to 1).\nFinding:\n"
-    )
-    answer_schema = schemas.RISK
-
-    def content(self, finding: Finding) -> str:
-        """Writes the finding; its severity, scores and tags are not read."""
-        return finding_content(finding)
-
-    def pairs(self, document: Document) -> Iterator[Pair]:
-        """Yields one pair per finding."""
-        for finding in document.findings:
-            answer = compact_json(risk_answer(finding))
-            yield Pair(self.name, self.content(finding), answer, finding.severity, finding.category, 1)
-
-
-class RemediationTask:
-    """What to do about one finding whose severity is known: concrete actions, each with a check, and the source."""
-
-    name = "remediation"
-    system = SYSTEM
-    instruction = (
-        "Say how to remediate this finding. Answer with the key actions (list of objects with title, description, "
-        "command, check and priority: none, low, medium, high or immediate) and source (benchmark section, man page or "
-        "kernel documentation). Where no action is needed, say so and how to verify it.\nFinding:\n"
-    )
-    answer_schema = schemas.REMEDIATION
-
-    def content(self, finding: Finding) -> str:
-        """Writes the finding with its severity."""
-        return finding_content(finding, severity=finding.severity)
-
-    def pairs(self, document: Document) -> Iterator[Pair]:
-        """Yields one pair per finding."""
-        for finding in document.findings:
-            answer = compact_json(remediate(finding))
-            yield Pair(self.name, self.content(finding), answer, finding.severity, finding.category, 1)
-
-
-class _WindowTask:
-    """Base of the tasks that look at a window of scored findings."""
-
-    name: str
-    system = SYSTEM
-    instruction: str
-    answer_schema: Schema
-
-    def __init__(self, window: int = 24) -> None:
-        self.window = window
-
-    def content(self, window: Window) -> str:
-        """Writes a window: its findings, one object each, and the correlations among them."""
-        lines = [finding_line(finding, shown) for finding, shown in zip(window.findings, window.ids, strict=True)]
-        return compact_json({"findings": lines, "correlations": [link.line() for link in window.links]})
-
-    def answer(self, window: Window) -> dict[str, Any]:
-        """Builds the answer for a window of a document."""
-        raise NotImplementedError
-
-    def pairs(self, document: Document) -> Iterator[Pair]:
-        """Yields one pair per window."""
-        for window in windows(document, self.window):
-            answer = compact_json(self.answer(window))
-            yield Pair(self.name, self.content(window), answer, window.severity, "mixed", len(window.findings))
-
-
-class SummaryTask(_WindowTask):
-    """What a manager should know about these findings."""
-
-    name = "summary"
-    instruction = (
-        "Summarise these findings for an executive: counts by severity, the top risks by name, what is correlated, and "
-        "one recommendation. Answer with the key executive_summary (a string of a few sentences); use only what the "
-        "input says.\nScan:\n"
-    )
-    answer_schema = schemas.SUMMARY
-
-    def answer(self, window: Window) -> dict[str, Any]:
-        """See :func:`~datamodules.tasks.windows.executive_summary`."""
-        return {"executive_summary": executive_summary(window)}
-
-
-class TriageTask(_WindowTask):
-    """Which findings to look at first."""
-
-    name = "triage"
-    instruction = (
-        "Triage these findings. Answer with the keys triage_summary (a string) and top_findings (the 5 of highest "
-        "risk, ties by id: list of objects with id, title, severity, risk_score, probability_actionable and reason); "
-        "use only what the input says.\nScan:\n"
-    )
-    answer_schema = schemas.TRIAGE
-
-    def answer(self, window: Window) -> dict[str, Any]:
-        """The order is always by risk."""
-        return {"triage_summary": triage_summary(window), "top_findings": top_findings(window)}
 
 
 def build_tasks(
@@ -157,18 +37,18 @@ def build_tasks(
     """Builds tasks by name.
 
     Args:
-        names: of :data:`TASKS`, or ``agent_NAME`` for a template NAME_v1.json.
-        agent_templates: folder of the agent's prompt templates.
-        window: most findings in a prompt of summary, triage and the agent's templates.
-        members: most findings of a correlation in a prompt.
-        distractors: most findings beside them that don't belong to it.
+        names: names of :data:`TASKS`, or ``agent_NAME`` for the newest version of the template NAME.
+        agent_templates: folder of the agent's prompt templates (``NAME_v1.json``).
+        window: largest number of findings in a prompt of summary, triage and the agent's templates; at least 1.
+        members: largest number of a correlation's findings in a prompt; at least 2.
+        distractors: largest number of other findings in a correlation prompt; at least 0.
 
     Returns:
         The tasks, in the order of ``names``.
 
     Raises:
-        UserError: an unknown name, a size out of range, or a template that is absent or asks for what no target is
-            built for.
+        UserError: a name is unknown, a size is out of range, or a template is missing or asks for a key for which no
+            target can be built.
     """
     for option, value, least in (("window", window, 1), ("members", members, 2), ("distractors", distractors, 0)):
         if value < least:
@@ -188,7 +68,9 @@ def build_tasks(
     tasks: dict[str, Task] = {}
     for name in names:
         if name not in builders:
-            way_out = "" if templates else f"; for {AGENT_PREFIX}... set agent_templates to the folder of its templates"
-            raise UserError(f"tasks: {name!r} is not one of {', '.join(builders)}{way_out}")
+            fix = f"use one of {', '.join(builders)}"
+            if not templates:
+                fix += f"; for a task {AGENT_PREFIX}NAME, set agent_templates to the folder of the agent's templates"
+            raise UserError(f"data.task_weights: there is no task {name!r}. Fix: {fix}.")
         tasks[name] = builders[name]()
     return tasks

@@ -1,6 +1,7 @@
-"""JSON Schemas of the answers: strict enough to decode against, consistent with ``ground_truth_v1``.
+"""JSON Schemas of the answers, strict enough for constrained decoding and consistent with ``ground_truth_v1``.
 
-All objects are closed and all strings and arrays bounded, so that a constrained decoder always ends.
+No object allows additional properties, and all strings and arrays are bounded, so that constrained decoding always
+terminates.
 """
 
 from __future__ import annotations
@@ -11,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 import orjson
 
 from datamodules.records import SEVERITIES, SUBSCORES
-from datamodules.tasks.remediation import MAX_STEP_LENGTH, MAX_STEPS, PRIORITIES
 
 if TYPE_CHECKING:
     from jsonschema import Draft202012Validator
@@ -21,31 +21,36 @@ if TYPE_CHECKING:
 MAX_TAGS = 16
 MAX_TAG = 64
 MAX_TITLE = 160
-MAX_ID = 48  #: longest id that is shown as it is; the longest of the real shards has 43 characters
+MAX_ID = 48  #: characters of the longest id that a prompt shows unchanged; the longest id of the real shards has 43
 MAX_RATIONALE = 240
 MAX_SUMMARY = 1200
-MAX_TOP = 5  #: findings of a triage
-MAX_LINES = 5  #: lines of a list in an agent's answer
-MAX_COMMAND = 640  #: a command with its placeholders filled; commands are never cut
+MAX_TOP = 5  #: findings in a triage answer
+MAX_LINES = 5  #: items of a list in an agent's answer
+MAX_COMMAND = 640  #: a command with its placeholders filled; commands are never truncated
+MAX_STEPS = 6  #: remediation actions that are taken from an enriched shard
+MAX_STEP_LENGTH = 240
+
+#: severity of a finding -> priority of its remediation
+PRIORITIES = {"info": "none", "low": "low", "medium": "medium", "high": "high", "critical": "immediate"}
 
 
 def text(length: int) -> Schema:
-    """A string of bounded length."""
+    """Returns the schema of a string of at most ``length`` characters."""
     return {"type": "string", "maxLength": length}
 
 
 def number(low: float, high: float) -> Schema:
-    """A number in a range."""
+    """Returns the schema of a number from ``low`` to ``high``, both included."""
     return {"type": "number", "minimum": low, "maximum": high}
 
 
 def array(items: Schema, most: int) -> Schema:
-    """An array of bounded length."""
+    """Returns the schema of an array of at most ``most`` items."""
     return {"type": "array", "items": items, "maxItems": most}
 
 
 def closed(properties: dict[str, Schema], required: list[str] | None = None) -> Schema:
-    """An object with these keys and no others; all of them are required unless said otherwise."""
+    """Returns the schema of an object without other keys; all keys are required if ``required`` is None."""
     needed = list(properties) if required is None else required
     return {"type": "object", "properties": properties, "required": needed, "additionalProperties": False}
 
@@ -54,7 +59,7 @@ SEVERITY: Schema = {"type": "string", "enum": list(SEVERITIES)}
 RISK_SCORE: Schema = number(0, 100)
 SHARE: Schema = number(0, 1)
 
-#: A document may lack subscores or probability, then its answers do; so only severity and score are required.
+#: A document may lack subscores or probabilities, and its answers lack them too: only severity and score are required.
 RISK: Schema = closed(
     {
         "tags": array(text(MAX_TAG), MAX_TAGS),
@@ -105,10 +110,10 @@ REMEDIATION: Schema = closed(
 
 
 def correlation(members: int) -> Schema:
-    """A correlation, as in ``ground_truth_v1`` but without its id.
+    """Returns the schema of a correlation, as in ``ground_truth_v1`` but without its id.
 
     Args:
-        members: how many findings it may name.
+        members: largest number of findings that it may refer to.
     """
     return closed(
         {

@@ -1,4 +1,4 @@
-"""Answers about one finding and about one correlation, from a document's ground truth."""
+"""Target answers about one finding and about one correlation, taken from a document's ground truth."""
 
 from __future__ import annotations
 
@@ -15,10 +15,11 @@ if TYPE_CHECKING:
 
 
 def risk_answer(finding: Finding) -> dict[str, Any]:
-    """Tags, severity and scores; a part that the document lacks is left out.
+    """Returns the tags, the severity and the scores of a finding; a part that the document lacks is left out.
 
-    Tags stand first: they name what was seen, and a model that has written them rates it better (with severity first,
-    64 steps of the embedded default gave every finding the same one, its tags nearly right).
+    The tags come first: they name the observations, and a model that has written them predicts the severity better.
+    (With the severity first, 64 steps of the embedded default gave every finding the same one, although its tags were
+    nearly right.)
     """
     answer: dict[str, Any] = {"tags": truncate_tags(finding.tags)}
     answer |= {"severity": finding.severity, "risk_score": round_number(finding.risk_score)}
@@ -31,11 +32,11 @@ def risk_answer(finding: Finding) -> dict[str, Any]:
 
 
 def correlation_answer(correlation: Correlation, member_ids: Sequence[str]) -> dict[str, Any]:
-    """A correlation in the keys of ``ground_truth_v1``, without its id.
+    """Returns a correlation with the keys of ``ground_truth_v1``, without its id.
 
     Args:
-        correlation: what ties the findings together.
-        member_ids: ids of the findings that the prompt shows, as it shows them.
+        correlation: the correlation of the document.
+        member_ids: ids of its findings that the prompt contains, as written in the prompt.
     """
     answer: dict[str, Any] = {"title": truncate(correlation.title, MAX_TITLE), "related_finding_ids": list(member_ids)}
     if correlation.severity:
@@ -45,17 +46,17 @@ def correlation_answer(correlation: Correlation, member_ids: Sequence[str]) -> d
     if correlation.risk_score_delta is not None:
         answer["risk_score_delta"] = round(correlation.risk_score_delta)
     if rationale := correlation.insight or correlation.description:
-        answer["rationale"] = truncate(without_repeats(rationale), MAX_RATIONALE)
+        answer["rationale"] = truncate(drop_repeated_items(rationale), MAX_RATIONALE)
     if correlation.tags:
         answer["tags"] = truncate_tags(correlation.tags)
     return answer
 
 
-def without_repeats(text: str) -> str:
-    """Drops repeated items of a comma list: real descriptions name "SELinux status" forty times."""
+def drop_repeated_items(text: str) -> str:
+    """Removes repeated items of a comma-separated list; real descriptions name "SELinux status" forty times."""
     return ", ".join(dict.fromkeys(text.split(", ")))
 
 
 def truncate_tags(tags: Sequence[str]) -> list[str]:
-    """The first tags, each of bounded length."""
+    """Returns the first :data:`~datamodules.tasks.schemas.MAX_TAGS` tags, each truncated to ``MAX_TAG`` characters."""
     return [tag[:MAX_TAG] for tag in tags[:MAX_TAGS]]

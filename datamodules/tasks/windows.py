@@ -1,9 +1,11 @@
-"""Windows: bounded parts of a document for the tasks that look at many findings, and the texts about them.
+"""Windows, the bounded parts of a document for tasks about many findings, and the texts about a window.
 
-Every number, title and id of an answer stands in the window or is counted from it. A document of n findings is dealt
-to k = ``ceil(n / size)`` combs, which take every k-th finding. Files list findings by category and severity, so a run
-of neighbours would be 24 harmless processes; a comb is a small copy of the host. Every second comb is cut in two, each
-at another place: a host may have five findings, and windows of one size (2,000 tokens) fill rows of 8,192 to 95 % only.
+Every number, title and id of an answer appears in the window or is counted from it.
+
+A document of n findings is divided into k = ``ceil(n / size)`` strided subsets, each with every k-th finding. Files
+list findings by category and severity, so 24 consecutive findings would be 24 harmless processes; a strided subset is a
+small copy of the host. Every second subset is split in two, each time at a different size, for two reasons: a host may
+have only five findings, and windows of one size (2,000 tokens) fill rows of 8,192 tokens to 95 % only.
 """
 
 from __future__ import annotations
@@ -23,10 +25,10 @@ if TYPE_CHECKING:
 
     from datamodules.records import Correlation, Document, Finding
 
-SMALLEST_CUT = 6  #: findings of a comb that is cut in two
-GOLDEN = 0.6180339887498949  #: its multiples modulo 1 are spread evenly
-MAX_LINKS = 4  #: correlations of a window that its prompt lists
-MAX_LINK_IDS = 6  #: findings of such a correlation that are named
+MIN_FINDINGS_TO_SPLIT = 6  #: smaller subsets are not split in two
+GOLDEN_RATIO_MULTIPLIER = 0.6180339887498949  #: (sqrt(5) - 1) / 2; its multiples modulo 1 are evenly distributed
+MAX_LINKS = 4  #: correlations that the prompt of a window lists
+MAX_LINK_IDS = 6  #: finding ids that are listed for such a correlation
 URGENT = ("critical", "high")
 
 _ADVICE = {
@@ -40,13 +42,13 @@ _ADVICE = {
 
 @dataclass(frozen=True, slots=True)
 class Link:
-    """What a window shows of a correlation: at least two findings of the window.
+    """A correlation as listed in the prompt of a window that holds at least two of its findings.
 
     Attributes:
         title: short name.
-        severity: of the correlation, or None.
-        risk_score: of the correlation, or None.
-        finding_ids: as they are shown in the prompt, in the window's order.
+        severity: severity of the correlation, or None.
+        risk_score: risk score of the correlation, or None.
+        finding_ids: ids as shown in the prompt, in the order of the window.
     """
 
     title: str
@@ -55,7 +57,7 @@ class Link:
     finding_ids: tuple[str, ...]
 
     def line(self) -> dict[str, Any]:
-        """The correlation in a prompt."""
+        """Returns the JSON object of the correlation in a prompt."""
         line: dict[str, Any] = {"title": self.title, "finding_ids": self.finding_ids}
         if self.severity:
             line["severity"] = self.severity
@@ -66,15 +68,15 @@ class Link:
 
 @dataclass(slots=True)
 class Window:
-    """Findings that one prompt shows.
+    """The findings of one prompt.
 
     Attributes:
-        findings: in the document's order.
-        links: correlations among them, the riskiest first.
-        whole: the window is the whole document.
-        summaries: the document's own, where the window is the whole of it.
-        actions: likewise.
-        ids: ids as they are shown, one per finding.
+        findings: findings in the order of the document.
+        links: correlations among the findings, the riskiest first.
+        whole: whether the window is the whole document.
+        summaries: summaries of the document if the window is the whole document, else empty.
+        actions: actions of the document if the window is the whole document, else empty.
+        ids: ids as shown in the prompt, one per finding.
     """
 
     findings: list[Finding]
@@ -89,72 +91,73 @@ class Window:
 
     @property
     def severity(self) -> str:
-        """The highest severity."""
+        """Highest severity of the findings; "info" if there are none."""
         return max((finding.severity for finding in self.findings), key=SEVERITIES.index, default="info")
 
     def ranked(self) -> list[tuple[Finding, str]]:
-        """Findings with their shown ids: highest risk first, ties by id."""
+        """Returns the findings with their shown ids, by decreasing risk score, ties by id."""
         rows = zip(self.findings, self.ids, strict=True)
         return sorted(rows, key=lambda row: (-row[0].risk_score, row[1]))
 
     def own_summary(self, key: str) -> str:
-        """The document's own text, where it speaks of exactly this window; else ""."""
+        """Returns a summary of the document, truncated, if it is about exactly this window; else ""."""
         text = self.summaries.get(key)
         return truncate(text.strip(), MAX_SUMMARY) if isinstance(text, str) else ""
 
 
-def windows(document: Document, size: int) -> Iterator[Window]:
-    """Deals a document's findings to windows.
+def iter_windows(document: Document, size: int) -> Iterator[Window]:
+    """Yields the windows of a document; each finding is in exactly one window.
 
     Args:
-        document: findings of one split.
-        size: most findings a window.
+        document: a document, or the part of it that belongs to one split.
+        size: largest number of findings per window.
     """
-    parts = _shard(document.findings, size)
+    parts = _partition(document.findings, size)
     whole = len(parts) == 1
     for findings, correlations in zip(parts, _correlations_by_window(parts, document.correlations), strict=True):
         own = (document.summaries, document.actions) if whole else ({}, [])
         yield Window(findings, links_among(findings, correlations), whole, *own)
 
 
-def _shard(findings: list[Finding], size: int) -> list[list[Finding]]:
+def _partition(findings: list[Finding], size: int) -> list[list[Finding]]:
     count = -(-len(findings) // size)
     parts: list[list[Finding]] = []
     for index in range(count):
-        comb = findings[index::count]
-        if index % 2 == 0 or len(comb) < SMALLEST_CUT:
-            parts.append(comb)
+        subset = findings[index::count]
+        if index % 2 == 0 or len(subset) < MIN_FINDINGS_TO_SPLIT:
+            parts.append(subset)
             continue
-        first = 2 + int(index * GOLDEN % 1 * (len(comb) - 3))  # of 2 to len - 2 findings, spread over the whole comb
-        chosen = [position * first % len(comb) < first for position in range(len(comb))]
-        parts.append(list(compress(comb, chosen)))
-        parts.append(list(compress(comb, map(not_, chosen))))
+        # the first part has 2 to len - 2 findings, distributed over the whole subset
+        first = 2 + int(index * GOLDEN_RATIO_MULTIPLIER % 1 * (len(subset) - 3))
+        chosen = [position * first % len(subset) < first for position in range(len(subset))]
+        parts.append(list(compress(subset, chosen)))
+        parts.append(list(compress(subset, map(not_, chosen))))
     return parts
 
 
 def _correlations_by_window(parts: list[list[Finding]], correlations: list[Correlation]) -> list[list[Correlation]]:
-    """Finds the correlations with two findings in one window, in one pass over all references."""
+    """Returns the correlations with at least two findings in each window, in one pass over all references."""
     window_of: dict[str, int] = {}
     for window, findings in enumerate(parts):
         for finding in findings:
             window_of.setdefault(finding.id, window)
-    found: list[list[Correlation]] = [[] for _ in parts]
+    by_window: list[list[Correlation]] = [[] for _ in parts]
     for correlation in correlations:
         present = (window_of[key] for key in dict.fromkeys(correlation.finding_ids) if key in window_of)
         for window, members in Counter(present).items():
             if members > 1:
-                found[window].append(correlation)
-    return found
+                by_window[window].append(correlation)
+    return by_window
 
 
 def links_among(findings: Sequence[Finding], correlations: Iterable[Correlation]) -> list[Link]:
-    """Picks the riskiest correlations among some findings, one per title.
+    """Returns the riskiest correlations among some findings, one per title.
 
     Args:
-        findings: of one window.
-        correlations: of the document; those with less than two of the findings are left out.
+        findings: findings of one window.
+        correlations: correlations of the document; those with fewer than two of the findings are left out.
     """
-    by_id = {finding.id: (index, shown) for index, (finding, shown) in enumerate(_with_ids(findings))}
+    by_id = {finding.id: (index, shown) for index, (finding, shown) in enumerate(_with_shown_ids(findings))}
     ranked = sorted(correlations, key=lambda correlation: (-(correlation.risk_score or 0), correlation.id))
     links: dict[str, Link] = {}
     for correlation in ranked:
@@ -168,14 +171,16 @@ def links_among(findings: Sequence[Finding], correlations: Iterable[Correlation]
     return list(links.values())
 
 
-def _with_ids(findings: Sequence[Finding]) -> Iterable[tuple[Finding, str]]:
+def _with_shown_ids(findings: Sequence[Finding]) -> Iterable[tuple[Finding, str]]:
     return zip(findings, shown_ids(findings), strict=True)
 
 
 def shown_ids(findings: Sequence[Finding]) -> list[str]:
-    """Returns the ids that a prompt shows: the real one where it is short and the first of its kind, else f1, f2, ...
+    """Returns the ids that a prompt shows, one per finding.
 
-    Scanners use whole paths as ids; at inference the caller maps the answer back by position.
+    A finding's own id is used if it is not empty, has at most ``MAX_ID`` characters and did not occur before; else f1,
+    f2, ... by position. Scanners use whole paths as ids. At inference, the caller maps the ids of an answer back by
+    position.
     """
     ids = [finding.id for finding in findings]
     taken = set(ids)
@@ -193,7 +198,7 @@ def shown_ids(findings: Sequence[Finding]) -> list[str]:
 
 
 def finding_line(finding: Finding, shown_id: str) -> dict[str, Any]:
-    """A scored finding in a prompt: one line."""
+    """Returns the JSON object of a scored finding in the prompt of a window."""
     line: dict[str, Any] = {
         "id": shown_id,
         "title": truncate(finding.title, MAX_TITLE),
@@ -209,13 +214,17 @@ def finding_line(finding: Finding, shown_id: str) -> dict[str, Any]:
 
 
 def severity_counts(window: Window) -> str:
-    """Counts by severity: "1 critical, 3 low"."""
+    """Returns the counts by severity, such as "1 critical, 3 low"."""
     counts = Counter(finding.severity for finding in window.findings)
     return ", ".join(f"{counts[name]} {name}" for name in reversed(SEVERITIES) if counts[name])
 
 
 def executive_summary(window: Window) -> str:
-    """The document's own; or counts by severity, the top risks by name, the correlations, one recommendation."""
+    """Returns the summary of the document for the whole document, else one that is computed from the window.
+
+    A computed summary has the counts by severity, the titles of the highest risks, the correlations, and one
+    recommendation.
+    """
     if own := window.own_summary("executive_summary"):
         return own
     if not window.findings:
@@ -240,7 +249,11 @@ def executive_summary(window: Window) -> str:
 
 
 def triage_summary(window: Window) -> str:
-    """The document's own; or how many findings need attention now, can be planned or wait, and where to start."""
+    """Returns the triage text of the document for the whole document, else one that is computed from the window.
+
+    A computed text has the number of findings that need attention now, can be planned or can wait, and the finding to
+    start with.
+    """
     if own := window.own_summary("triage_summary"):
         return own
     counts = Counter(finding.severity for finding in window.findings)
@@ -262,7 +275,7 @@ def _findings(count: int) -> str:
 
 
 def top_findings(window: Window) -> list[dict[str, Any]]:
-    """The riskiest findings, each with its reason, in the keys of ``ground_truth_v1``."""
+    """Returns the riskiest findings, each with a reason, with the keys of ``ground_truth_v1``."""
     rows = []
     for finding, shown in window.ranked()[:MAX_TOP]:
         row = finding_line(finding, shown)

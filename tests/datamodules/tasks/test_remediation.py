@@ -7,8 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from datamodules.records import CATEGORIES, SEVERITIES, Finding
-from datamodules.tasks.remediation import ALIASES, PRIORITIES, find_entry, knowledge, remediate
-from datamodules.tasks.schemas import MAX_STEP_LENGTH, REMEDIATION
+from datamodules.tasks.remediation import ALIASES, find_entry, knowledge, remediate
+from datamodules.tasks.schemas import MAX_STEP_LENGTH, PRIORITIES, REMEDIATION
 
 ENTRIES = [entry for entries in knowledge().values() for entry in entries]
 NAMES = [f"{entry.category}-{entry.kind or 'fallback'}" for entry in ENTRIES]
@@ -27,7 +27,7 @@ def validate(answer):
     jsonschema.Draft202012Validator(REMEDIATION).validate(answer)
 
 
-def test_the_table_is_large_and_every_category_has_a_fall_back():
+def test_every_category_has_a_fallback_and_specific_entries():
     assert set(knowledge()) == {*CATEGORIES, "any"}
     assert set(ALIASES.values()) <= set(CATEGORIES)
     assert sum(bool(entry.kind) for entry in ENTRIES) >= 35
@@ -48,7 +48,7 @@ def test_an_entry_is_complete(entry):
         assert list(action) == ["title", "description", "command", "check"]
         assert all(text.strip() == text and text for text in action.values())
         assert len(action["description"]) <= MAX_STEP_LENGTH
-        # a name in braces is a placeholder that code fills, so a misspelt one would reach the user
+        # a name in braces is a placeholder that code fills, so a misspelt name would reach the user
         for name in re.findall(r"(?<!\$)\{([a-z_]+)\}", " ".join(action.values())):
             assert name in {"pid", "port", "ip", "client_ip", "domain", "user", "module", "path", "parameter"}
     assert all(word == word.lower() for word in entry.words)
@@ -57,7 +57,7 @@ def test_an_entry_is_complete(entry):
 @pytest.mark.parametrize(
     "entry", [e for e in ENTRIES if e.pattern], ids=[n for e, n in zip(ENTRIES, NAMES, strict=True) if e.pattern]
 )
-def test_words_let_through_what_the_pattern_finds(entry):
+def test_an_entry_applies_to_every_text_that_its_pattern_matches(entry):
     @settings(max_examples=10, deadline=None, database=None)
     @given(st.from_regex(entry.pattern, alphabet=st.characters(min_codepoint=32, max_codepoint=126)))
     def check(text):
@@ -101,7 +101,7 @@ def test_words_let_through_what_the_pattern_finds(entry):
         ("", make_finding("no such category")),
     ],
 )  # fmt: skip
-def test_kinds(kind, finding):
+def test_the_kind_of_entry_that_applies(kind, finding):
     assert find_entry(finding).kind == kind
 
 
@@ -112,7 +112,7 @@ def test_priority_follows_severity(severity):
     assert {action["priority"] for action in answer["actions"]} == {PRIORITIES[severity]}
 
 
-def test_info_needs_no_change_but_a_check():
+def test_a_finding_of_severity_info_needs_only_a_check():
     answer = remediate(make_finding("kernel_params", "kptr_restrict", severity="info"))
     assert [action["title"] for action in answer["actions"]] == ["No action needed"]
     assert "command" not in answer["actions"][0]
@@ -140,7 +140,7 @@ def test_hostile_values_never_reach_a_command(entry):
     clean = {text for known in ENTRIES for action in known.actions for text in action.values()}
     for action in answer["actions"]:
         for key in ("command", "check"):
-            # each is a text of the table whose placeholders became their own names
+            # the text is one of the table, with the names of its placeholders
             assert action[key] in {re.sub(r"\{([a-z_]+)\}", lambda match: match[1].upper(), text) for text in clean}
 
 
@@ -153,7 +153,7 @@ def test_hostile_values_never_reach_a_command(entry):
         {"module": "-r"}, {"parameter": "a b"},
     ],
 )  # fmt: skip
-def test_values_that_would_do_harm_are_left_out(metadata):
+def test_dangerous_values_are_not_inserted(metadata):
     value = str(next(iter(metadata.values()))).rpartition(":")[0] or str(next(iter(metadata.values())))
     for entry in ENTRIES:
         finding = make_finding(entry.category, " ".join([*entry.words[:1], "x"] * 2), metadata=metadata)
@@ -162,7 +162,7 @@ def test_values_that_would_do_harm_are_left_out(metadata):
                 assert action[key] == re.sub(r"\{([a-z_]+)\}", lambda match: match[1].upper(), raw[key]), value
 
 
-def test_longest_values_keep_the_schema():
+def test_answers_with_the_longest_values_validate():
     path = "/" + "/".join(["p" * 46] * 2)
     long = {"pid": 9999999, "port": 65535, "module": "m" * 56, "path": path, "domain": "d" * 96, "user": "u" * 32}
     long |= {"parameter": "k" * 64, "client_ip": "203.113.113.178", "ip": "203.113.113.178"}
@@ -170,7 +170,7 @@ def test_longest_values_keep_the_schema():
         validate(remediate(make_finding(entry.category, " ".join(entry.words[:1]), metadata=long)))
 
 
-def test_enriched_findings_use_their_own_steps():
+def test_enriched_findings_use_the_mitigation_steps_of_their_shard():
     enrichment = {
         "mitigation_steps": ["1. Close port 22", "", 5, "- " + "word " * 80, *["step"] * 20],
         "attack_vectors": ["brute force"],
