@@ -1,4 +1,8 @@
-"""Generated findings in the scanner's wire format: ``rules`` is what there is to learn, ``generator`` writes shards."""
+"""Generates labeled findings in the wire format of the scanner's archive.
+
+``labeling_rules`` defines the labels as a function of the inputs, ``sampling`` draws features and noise,
+``finding_text`` and ``documents`` write them, and ``generator`` is the public interface.
+"""
 
 from datamodules.synthetic.generator import (
     ARCHIVE_SUFFIXES,
@@ -8,9 +12,9 @@ from datamodules.synthetic.generator import (
     SynthesisReport,
     check_arguments,
     correlate,
+    ground_truth_labels,
     iter_documents,
     synthesize,
-    truth,
 )
 
 __all__ = [
@@ -21,7 +25,7 @@ __all__ = [
     "SynthesisReport",
     "check_arguments",
     "correlate",
+    "ground_truth_labels",
     "iter_documents",
     "synthesize",
-    "truth",
 ]

@@ -1,6 +1,6 @@
-"""Puts the findings of one shard into a document: the archive's batch layout, or ``ground_truth_v1``.
+"""Builds the document of one shard, in the batch layout of the archive or in the layout ``ground_truth_v1``.
 
-Everything here is computed from the findings and the correlations that follow from them; nothing is drawn.
+All values are computed from the findings and their correlations; nothing is random.
 """
 
 from __future__ import annotations
@@ -11,16 +11,25 @@ from typing import Any
 import numpy as np
 
 from datamodules.records import SEVERITIES, SUBSCORES
-from datamodules.synthetic.labeling_rules import TABLES, Correlated
+from datamodules.synthetic.labeling_rules import TABLES, DerivedCorrelation
 
 Json = dict[str, Any]
-_TOP = 10  #: findings named in reductions, and referred to by an action
+_TOP = 10  #: largest number of findings in the reductions and per action
 
 
-def write_correlations(findings: list[Json], found: list[Correlated], *, stamp: str, whole_numbers: bool) -> list[Json]:
-    """The archive's form of correlations; sets ``correlation_refs`` and the graph fields of their findings."""
+def write_correlations(
+    findings: list[Json], derived: list[DerivedCorrelation], *, stamp: str, whole_numbers: bool
+) -> list[Json]:
+    """Returns correlations in the format of the archive, and sets the fields of their findings that refer to them.
+
+    Args:
+        findings: findings of a shard; ``correlation_refs``, ``graph_degree`` and ``cluster_id`` are set in place.
+        derived: correlations of these findings.
+        stamp: time stamp of the generator.
+        whole_numbers: whether risk scores are integers (``ground_truth_v1``) instead of floats.
+    """
     written = []
-    for number, correlation in enumerate(found):
+    for number, correlation in enumerate(derived):
         members = [findings[index] for index in correlation.members]
         (key, value), kind = correlation.shared, correlation.type
         title, reason = TABLES["correlations"][kind]
@@ -58,7 +67,7 @@ def write_correlations(findings: list[Json], found: list[Correlated], *, stamp: 
 
 
 def batch_document(findings: list[Json], correlations: list[Json], *, dataset_id: str, stamp: str) -> Json:
-    """The batch layout: findings by category and severity, with statistics and indexes."""
+    """Returns a document in the batch layout: findings by category and severity, with statistics and indexes."""
     grouped: dict[str, dict[str, list[Json]]] = {}
     for finding in findings:
         grouped.setdefault(finding["category"], {}).setdefault(finding["severity"], []).append(finding)
@@ -133,7 +142,7 @@ def _indexes(findings: list[Json], correlations: list[Json]) -> Json:
 
 
 def ground_truth_document(findings: list[Json], correlations: list[Json], *, dataset_id: str, stamp: str) -> Json:
-    """The layout ``ground_truth_v1``, with summaries and actions told from the findings."""
+    """Returns a document in the layout ``ground_truth_v1``, with summaries and actions computed from the findings."""
     ranked = sorted(findings, key=lambda finding: (-finding["risk_score"], finding["id"]))
     urgent = [finding for finding in ranked if finding["severity"] in ("high", "critical")]
     return {
@@ -199,7 +208,7 @@ def _summaries(findings: list[Json], ranked: list[Json], urgent: list[Json], cor
 
 
 def _actions(urgent: list[Json]) -> list[Json]:
-    """One action for each category with a high or critical finding, worst first; ``urgent`` is ranked."""
+    """Returns one action per category of the urgent findings, in their order (highest risk first)."""
     by_category: dict[str, list[Json]] = {}
     for finding in urgent:
         by_category.setdefault(finding["category"], []).append(finding)

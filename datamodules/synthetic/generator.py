@@ -1,22 +1,24 @@
-"""Generates findings in the archive's real wire format, at any scale: same seed, same bytes.
+"""Generates labeled findings in the wire format of the archive, at any scale; the same seed gives the same bytes.
 
-How each target is made, in short (:mod:`datamodules.synthetic.labeling_rules` has the formulas and the noiseless
-answer, :func:`truth`):
+The labels, in short (:mod:`datamodules.synthetic.labeling_rules` has the formulas, and :func:`ground_truth_labels`
+computes the noiseless labels):
 
-- A finding's grounds are drawn: its evidence (expected, unusual, tampered, known-bad), whether it runs or is owned as
-  root, whether it is open to anyone (0.0.0.0, /tmp, a public address), whether something mitigates it. The description
-  says the evidence in words, the metadata say the rest in values, the title says nothing of it.
-- Severity, tags, baseline status and rationale follow from these without noise. ``risk_score`` has uniform noise of
-  3 points, each subscore and ``probability_actionable`` of 0.02; a noisy risk score stays in its severity's band.
+- The features of a finding are sampled: its evidence (expected, unusual, tampered, known-bad), whether it runs as or is
+  owned by root, whether it is open to anyone (0.0.0.0, /tmp, a public address), whether something mitigates it. The
+  description expresses the evidence in words and the metadata express the rest as values; the title contains none.
+- Severity, tags, baseline status and rationale follow from the features without noise. ``risk_score`` has uniform noise
+  of 3 points, each subscore and ``probability_actionable`` of 0.02. A noisy risk score stays in the range of its
+  severity.
 - Severities have fixed shares (info 50 %, low 15, medium 18, high 12, critical 5), the same in every category.
-- Correlations follow from findings that share a PID or a path, risk one severity above the worst of them, no noise.
-- Summaries, reductions and actions of ``ground_truth_v1`` are counted and ranked from the findings' answers.
-- 1 % of the findings hold text aimed at a language model in a command line; their answers follow the same rules.
-- ``duplicates`` and ``conflicts`` (default 0) replace that share of the findings by copies of others of their shard,
-  conflicts with the severity moved to a neighbour and the risk score by 20 points.
+- Correlations are derived from findings that share a PID or a path. Their risk is one severity above their highest one,
+  without noise.
+- Summaries, reductions and actions of ``ground_truth_v1`` are counts and rankings of the findings' labels.
+- 1 % of the findings have text for a language model in a command line (prompt injection); the same rules label them.
+- ``duplicates`` and ``conflicts`` (default 0) replace this share of the findings by copies of other findings of their
+  shard. A conflict has the next severity, and a risk score that differs by 20 points.
 
-The bytes are the same for the same arguments and versions of this generator, orjson and isal; the documents inside
-depend on the generator's version only. One shard is in memory at a time.
+The bytes are the same for the same arguments and the same versions of this generator, orjson and isal; the documents
+depend on the version of the generator only. One shard is in memory at a time.
 """
 
 from __future__ import annotations
@@ -37,26 +39,27 @@ import orjson
 from isal import igzip, igzip_lib
 
 from datamodules.errors import UserError
+from datamodules.files import atomic_writer
 from datamodules.records import SEVERITIES
 from datamodules.synthetic.documents import batch_document, ground_truth_document, write_correlations
 from datamodules.synthetic.finding_text import write_findings
-from datamodules.synthetic.labeling_rules import SEVERITY_STEP, correlate, truth
-from datamodules.synthetic.sampling import Stream, draw_rows
+from datamodules.synthetic.labeling_rules import SEVERITY_STEP, correlate, ground_truth_labels
+from datamodules.synthetic.sampling import RandomStream, sample_findings
 
-__all__ = ["GENERATOR_VERSION", "SynthesisReport", "correlate", "iter_documents", "synthesize", "truth"]
+__all__ = ["GENERATOR_VERSION", "SynthesisReport", "correlate", "ground_truth_labels", "iter_documents", "synthesize"]
 
-GENERATOR_VERSION = 2  #: raise it when the documents of a seed change
+GENERATOR_VERSION = 2  #: to be increased when the documents of a seed change
 Layout = Literal["batch", "ground_truth"]
 ARCHIVE_SUFFIXES = (".tar.gz", ".tgz")
 _FOLDER = "massive_datasets"
 REPORT_NAME = "generation_report.json"
 _START = datetime(2025, 9, 19, 8, 11, 19, tzinfo=UTC)
-_GZIP_LEVEL = 1  # hex of gzip hardly compresses better at any level
+_GZIP_LEVEL = 1  # the archive contains hex of gzip, which higher levels hardly compress further
 
 
 @dataclass
 class SynthesisReport:
-    """What :func:`synthesize` wrote; ``bytes`` on disk, ``seconds`` of wall time."""
+    """Counts of the output of :func:`synthesize`; ``bytes`` on disk, ``seconds`` of wall time."""
 
     output: Path
     findings: int = 0
@@ -76,15 +79,15 @@ def iter_documents(
     duplicates: float = 0.0,
     conflicts: float = 0.0,
 ) -> Iterator[dict[str, Any]]:
-    """Yields the documents, one a shard, as plain objects.
+    """Yields the documents, one per shard, as JSON-compatible objects.
 
     Args:
-        findings: how many in all; the last shard has the rest.
-        seed: 0 or more.
+        findings: total number of findings; the last shard has the remainder.
+        seed: 0 or larger.
         layout: ``batch``, or ``ground_truth`` for ``ground_truth_v1``.
-        findings_per_shard: at most so many in one document.
-        duplicates: share of findings that copy another one's input and answer.
-        conflicts: share of findings that copy another one's input and answer otherwise.
+        findings_per_shard: largest number of findings in one document.
+        duplicates: share of findings that copy the input and the labels of another one.
+        conflicts: share of findings that copy the input of another one and have other labels.
 
     Raises:
         UserError: an argument is out of its range.
@@ -92,7 +95,7 @@ def iter_documents(
     check_arguments(findings, seed, layout, findings_per_shard, duplicates, conflicts)
     for shard in range(-(-findings // findings_per_shard)):
         count = min(findings_per_shard, findings - shard * findings_per_shard)
-        with _no_collection():
+        with _garbage_collection_paused():
             document = _document(count, seed, shard, layout, duplicates, conflicts)
         yield document
 
@@ -100,34 +103,36 @@ def iter_documents(
 def check_arguments(
     findings: int, seed: int, layout: str, per_shard: int, duplicates: float = 0.0, conflicts: float = 0.0
 ) -> None:
-    """Raises UserError where an argument of :func:`synthesize` is out of its range."""
+    """Raises UserError if an argument of :func:`synthesize` is out of its range."""
     if findings < 1:
-        raise UserError(f"--findings is {findings}: ask for 1 or more")
+        raise UserError(f"--findings={findings}: must be at least 1")
     if per_shard < 1:
-        raise UserError(f"--findings_per_shard is {per_shard}: ask for 1 or more")
+        raise UserError(f"--findings_per_shard={per_shard}: must be at least 1")
     if seed < 0:
-        raise UserError(f"--seed is {seed}: use 0 or a positive number")
+        raise UserError(f"--seed={seed}: must be at least 0")
     if layout not in ("batch", "ground_truth"):
-        raise UserError(f"--layout is {layout!r}: use batch or ground_truth")
+        raise UserError(f"--layout={layout}: must be batch or ground_truth")
     if min(duplicates, conflicts) < 0 or duplicates + conflicts > 0.5:
-        raise UserError(f"duplicates {duplicates} and conflicts {conflicts}: use shares from 0 that sum to at most 0.5")
+        raise UserError(
+            f"duplicates={duplicates}, conflicts={conflicts}: must be at least 0 each and at most 0.5 together"
+        )
 
 
 def _document(count: int, seed: int, shard: int, layout: Layout, duplicates: float, conflicts: float) -> dict[str, Any]:
-    stream = Stream(GENERATOR_VERSION, seed, shard)
+    stream = RandomStream(GENERATOR_VERSION, seed, shard)
     stamp = f"{_time(shard):%Y-%m-%dT%H:%M:%S.%f}"
     whole = layout == "ground_truth"
-    findings = list(write_findings(draw_rows(stream, count), shard, processed_at=stamp, whole_numbers=whole))
+    findings = list(write_findings(sample_findings(stream, count), shard, processed_at=stamp, whole_numbers=whole))
     correlations = write_correlations(findings, correlate(findings), stamp=stamp, whole_numbers=whole)
-    _copy_some(findings, stream, duplicates, conflicts)
+    _add_duplicates(findings, stream, duplicates, conflicts)
     dataset_id = hashlib.blake2b(f"{GENERATOR_VERSION} {seed} {shard}".encode(), digest_size=8).hexdigest()
     build = ground_truth_document if whole else batch_document
     return build(findings, correlations, dataset_id=dataset_id, stamp=stamp)
 
 
 @contextmanager
-def _no_collection() -> Iterator[None]:
-    """Pauses the cycle collector: a shard is a hundred thousand new objects without a cycle (a fifth of the time)."""
+def _garbage_collection_paused() -> Iterator[None]:
+    """Pauses the garbage collector: a shard has 100,000 new objects and no reference cycle (saves 20 % of the time)."""
     enabled = gc.isenabled()
     gc.disable()
     try:
@@ -141,8 +146,8 @@ def _time(shard: int) -> datetime:
     return _START + timedelta(seconds=2 * shard)
 
 
-def _copy_some(findings: list[dict[str, Any]], stream: Stream, duplicates: float, conflicts: float) -> None:
-    """Replaces findings by copies of others (in place); those in a correlation neither give nor take."""
+def _add_duplicates(findings: list[dict[str, Any]], stream: RandomStream, duplicates: float, conflicts: float) -> None:
+    """Replaces findings by copies of other ones, in place; the findings of correlations are excluded."""
     if not duplicates and not conflicts:
         return
     free = [i for i in stream.permutation(len(findings)).tolist() if not findings[i]["correlation_refs"]]
@@ -150,10 +155,10 @@ def _copy_some(findings: list[dict[str, Any]], stream: Stream, duplicates: float
     half = len(free) // 2
     for number, (target, source) in enumerate(zip(free[:half][: equal + other], free[half:], strict=False)):
         copy = findings[source] | {"id": findings[target]["id"], "correlation_refs": []}
-        findings[target] = copy if number < equal else _contradict(copy)
+        findings[target] = copy if number < equal else _with_conflicting_labels(copy)
 
 
-def _contradict(finding: dict[str, Any]) -> dict[str, Any]:
+def _with_conflicting_labels(finding: dict[str, Any]) -> dict[str, Any]:
     level = SEVERITIES.index(finding["severity"])
     step = 1 if level < 4 else -1
     score = finding["risk_score"] + step * SEVERITY_STEP
@@ -172,19 +177,19 @@ def synthesize(
     conflicts: float = 0.0,
     progress: Callable[[int], None] | None = None,
 ) -> SynthesisReport:
-    """Writes shards and one generation report to a folder, or to an archive where output ends in .tar.gz or .tgz.
+    """Writes shards and one generation report to a folder, or to an archive if output ends in .tar.gz or .tgz.
 
-    An archive comes to its name only when it is complete; files of the same names in a folder are replaced.
+    An archive gets its name when it is complete. In a folder, files of the same names are replaced.
 
     Args:
         output: folder or archive.
-        findings: as for :func:`iter_documents`, as are seed, layout, findings_per_shard, duplicates and conflicts.
-        seed: see there.
-        envelope: wrap each document as the archive does (hex of gzip of JSON), or write it plain.
-        layout: see there.
-        findings_per_shard: see there.
-        duplicates: see there.
-        conflicts: see there.
+        findings: see :func:`iter_documents`.
+        seed: see :func:`iter_documents`.
+        envelope: whether to wrap each document like the archive (hex of gzip of JSON); otherwise it is plain JSON.
+        layout: see :func:`iter_documents`.
+        findings_per_shard: see :func:`iter_documents`.
+        duplicates: see :func:`iter_documents`.
+        conflicts: see :func:`iter_documents`.
         progress: called after each shard with the number of findings written so far.
 
     Raises:
@@ -215,16 +220,16 @@ def _members(
     envelope: bool,
     progress: Callable[[int], None] | None,
 ) -> Iterator[tuple[str, bytes]]:
-    """File names and contents, the generation report last; counts into ``report``."""
+    """Yields file names and contents, the generation report last; adds the counts to ``report``."""
     for document in documents:
         name = f"batch_{report.shards + 1:03d}_{_time(report.shards):%Y%m%d_%H%M%S}.json"
         content = orjson.dumps(document)
         body = document.get("data") or document
-        found = len(body.get("enriched_findings", ())) or body["statistics"]["total_findings"]
+        count = len(body.get("enriched_findings", ())) or body["statistics"]["total_findings"]
         report.shards += 1
-        report.findings += found
+        report.findings += count
         report.correlations += len(body["correlations"])
-        report.batches.append({"file": name, "findings": found, "correlations": len(body["correlations"])})
+        report.batches.append({"file": name, "findings": count, "correlations": len(body["correlations"])})
         yield name, _envelope(content) if envelope else content
         if progress:
             progress(report.findings)
@@ -257,20 +262,15 @@ def _generation_report(report: SynthesisReport, seed: int) -> dict[str, Any]:
 
 def _write_archive(output: Path, members: Iterator[tuple[str, bytes]]) -> None:
     output.parent.mkdir(parents=True, exist_ok=True)
-    partial = output.with_name(output.name + ".partial")
-    try:
-        with (
-            partial.open("wb") as file,
-            # No name and no time in the header, so that the bytes depend on the content alone.
-            igzip.IGzipFile("", "wb", _GZIP_LEVEL, file, mtime=0) as packed,
-            tarfile.open(fileobj=packed, mode="w", format=tarfile.GNU_FORMAT) as archive,
-        ):
-            archive.addfile(_entry(_FOLDER, 0, directory=True))
-            for name, content in members:
-                archive.addfile(_entry(f"{_FOLDER}/{name}", len(content)), io.BytesIO(content))
-        partial.replace(output)
-    finally:
-        partial.unlink(missing_ok=True)
+    with (
+        atomic_writer(output) as file,
+        # no name and no time in the gzip header, so that the bytes depend on the content only
+        igzip.IGzipFile("", "wb", _GZIP_LEVEL, file, mtime=0) as packed,
+        tarfile.open(fileobj=packed, mode="w", format=tarfile.GNU_FORMAT) as archive,
+    ):
+        archive.addfile(_entry(_FOLDER, 0, directory=True))
+        for name, content in members:
+            archive.addfile(_entry(f"{_FOLDER}/{name}", len(content)), io.BytesIO(content))
 
 
 def _entry(name: str, size: int, directory: bool = False) -> tarfile.TarInfo:

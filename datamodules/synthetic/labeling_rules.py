@@ -1,30 +1,33 @@
-"""The rules that the generated answers follow, readable from a finding's inputs alone.
+"""The rules that define the labels of a generated finding as a function of its inputs.
 
-A finding shows four grounds. Its description says the evidence in words, its metadata say the other three in values::
+A finding has four features. Its description expresses the evidence in words, and its metadata express the other three
+as values::
 
-    ground      where                                   reads                                              points
+    feature     location                                value                                              points
     evidence    last sentence of the description        expected / unusual / tampered / known-bad          0, 20, 40, 60
     privileged  user, owner, set_by or loaded_by        "root"                                             +20
     exposed     path, command, address or resolver      begins with one of ``OPEN_PLACES``                 +20
     mitigated   mitigation                              not "none"                                         -20
 
-A kernel parameter's sentence says what the parameter protects (1 to 3 steps of 20); it counts only where
-``current`` differs from ``desired``. Each step of evidence has three wordings, mildest to worst, worth -5, 0 and +5::
+The sentence of a kernel parameter names the kind of protection (1 to 3 steps of 20 points); the points count only if
+``current`` differs from ``desired``. Each step of evidence has three wordings, from mild to severe, of -5, 0 and +5
+points::
 
-    score    = 10 + evidence + wording + privileged + exposed + mitigated, kept within 1..99
+    score    = 10 + evidence + wording + privileged + exposed + mitigated, clipped to 1..99
     severity = info below 20, low below 40, medium below 60, high below 80, critical from there
-    tags     = [word for the evidence, "privileged", "exposed", "mitigated"], those that hold
+    tags     = [word for the evidence, "privileged", "exposed", "mitigated"], those that apply
 
-and, with e the steps of evidence (0..3) and p, x, m the other grounds (0 or 1), each kept within 0..1::
+With e the steps of evidence (0..3) and p, x, m the other features (0 or 1), and each result clipped to 0..1::
 
     impact      = 0.10 + 0.15 e + 0.30 p                  confidence             = 0.70 + 0.08 e
     exposure    = 0.10 + 0.10 e + 0.45 x - 0.05 m         probability_actionable = score / 100 - 0.05 m
     anomaly     = 0.10 + 0.27 e                           base_severity_score    = 10 + 20 e
 
-``baseline_status`` is "new" where ``seen_scans`` is 0, "existing" where it is more, "unknown" where it is absent; from
-medium on a ``rationale`` names the grounds. No rule reads the title, and the title is drawn apart from the grounds.
+``baseline_status`` is "new" if ``seen_scans`` is 0, "existing" if it is larger, "unknown" if it is absent. Findings of
+severity medium and higher have a ``rationale``, which names the features. No rule reads the title, and the title is
+drawn independently of the features.
 
-Findings that share a PID or a path, not all of them as expected, correlate: see :func:`correlate`.
+Findings that share a PID or a path correlate if one of them has evidence beyond "expected"; see :func:`correlate`.
 """
 
 from __future__ import annotations
@@ -40,7 +43,7 @@ from datamodules.records import CATEGORIES, SEVERITIES
 
 TABLES: dict[str, Any] = json.loads(Path(__file__).with_suffix(".json").read_text("utf-8"))
 WORDS: dict[str, list[list[str]]] = TABLES["evidence"]  #: category -> steps of evidence -> three wordings
-EVIDENCE = ("expected", "unusual", "tampered", "known_bad")  #: the first tag
+EVIDENCE = ("expected", "unusual", "tampered", "known_bad")  #: the first tag, by steps of evidence
 WORDING_POINTS = (-5, 0, 5)
 OPEN_PLACES = (
     *(directory + "/" for directory in TABLES["open_directories"]),
@@ -56,12 +59,12 @@ EXPOSURE_KEY = {
     "endpoint_behavior": "source",
 }  # fmt: skip
 SEVERITY_STEP = 20
-RATIONALE_FROM = 40  #: noiseless score, medium
-MAX_CORRELATED = 16  #: findings that one correlation may name
+RATIONALE_FROM = 40  #: lowest noiseless score of a finding with a rationale (severity medium)
+MAX_CORRELATION_MEMBERS = 16
 
 
-class Grounds(NamedTuple):
-    """What a finding shows: ``evidence`` 0..3, ``wording`` 0..2, the others 0 or 1."""
+class Features(NamedTuple):
+    """Features that determine the labels: ``evidence`` 0..3, ``wording`` 0..2, the others 0 or 1."""
 
     evidence: int
     wording: int
@@ -70,8 +73,8 @@ class Grounds(NamedTuple):
     mitigated: int
 
 
-class Targets(NamedTuple):
-    """Noiseless answer; subscores and probability in hundredths, order impact, exposure, anomaly, confidence."""
+class Labels(NamedTuple):
+    """Noiseless labels; subscores (impact, exposure, anomaly, confidence) and probability are in hundredths."""
 
     score: int
     severity: str
@@ -81,32 +84,32 @@ class Targets(NamedTuple):
 
 
 def severity_of(score: float) -> str:
-    """Severity of a score 0..100."""
+    """Returns the severity of a risk score from 0 to 100."""
     return SEVERITIES[min(int(score) // SEVERITY_STEP, 4)]
 
 
-@cache  # 96 different grounds
-def targets_of(grounds: Grounds) -> Targets:
-    """The rules of the module's docstring."""
-    e, wording, p, x, m = grounds
+@cache  # there are 96 combinations
+def labels_of(features: Features) -> Labels:
+    """Returns the noiseless labels, by the formulas of the module's docstring."""
+    e, wording, p, x, m = features
     score = 10 + SEVERITY_STEP * (e + p + x - m) + WORDING_POINTS[wording]
     score = min(max(score, 1), 99)
     subscores = (10 + 15 * e + 30 * p, 10 + 10 * e + 45 * x - 5 * m, 10 + 27 * e, 70 + 8 * e)
-    marks = (("privileged", p), ("exposed", x), ("mitigated", m))
-    tags = (EVIDENCE[e], *(name for name, holds in marks if holds))
-    return Targets(score, severity_of(score), subscores, max(score - 5 * m, 0), tags)
+    flags = (("privileged", p), ("exposed", x), ("mitigated", m))
+    tags = (EVIDENCE[e], *(name for name, applies in flags if applies))
+    return Labels(score, severity_of(score), subscores, max(score - 5 * m, 0), tags)
 
 
-def base_score(grounds: Grounds) -> int:
-    """The scanner's own score: evidence only."""
-    return 10 + SEVERITY_STEP * grounds.evidence
+def base_score(features: Features) -> int:
+    """Returns the score that the scanner itself reports, which depends on the evidence only."""
+    return 10 + SEVERITY_STEP * features.evidence
 
 
-def rationale_of(sentence: str, grounds: Grounds) -> str:
-    """One sentence that names the grounds, for findings from medium on."""
+def rationale_of(sentence: str, features: Features) -> str:
+    """Returns the rationale of a finding of severity medium or higher: the evidence and the features that apply."""
     names = ("root privileges", "open to anyone", "mitigated")
-    marks = zip(names, grounds[2:], strict=True)
-    return "; ".join([sentence, *(name for name, holds in marks if holds)])
+    flags = zip(names, features[2:], strict=True)
+    return "; ".join([sentence, *(name for name, applies in flags if applies)])
 
 
 _SENTENCES = {
@@ -117,14 +120,14 @@ _SENTENCES = {
 }
 
 
-def read_grounds(finding: dict[str, Any]) -> tuple[str, Grounds]:
-    """Reads category, description and metadata of a generated finding.
+def extract_features(finding: dict[str, Any]) -> tuple[str, Features]:
+    """Extracts the features from category, description and metadata of a generated finding.
 
     Returns:
-        The sentence that holds the evidence, and the grounds.
+        The sentence with the evidence, and the features.
 
     Raises:
-        ValueError: the generator never wrote such a finding.
+        ValueError: the finding was not written by this generator.
     """
     category, metadata = finding["category"], finding["metadata"]
     sentence = finding["description"].rpartition(". ")[2].removesuffix(".")
@@ -136,56 +139,56 @@ def read_grounds(finding: dict[str, Any]) -> tuple[str, Grounds]:
         exposed = metadata[EXPOSURE_KEY[category]].startswith(OPEN_PLACES)
         mitigated = metadata["mitigation"] != "none"
     except KeyError as error:
-        raise ValueError(f"finding {finding.get('id')!r} was not written by this generator: no {error}") from None
-    return sentence, Grounds(evidence, wording, int(privileged), int(exposed), int(mitigated))
+        raise ValueError(f"finding {finding.get('id')!r} was not written by this generator: missing {error}") from None
+    return sentence, Features(evidence, wording, int(privileged), int(exposed), int(mitigated))
 
 
 def baseline_status(metadata: dict[str, Any]) -> str:
-    """Status relative to the baseline, from how many earlier scans saw the finding."""
+    """Returns the status relative to the baseline, from the number of earlier scans that reported the finding."""
     if "seen_scans" not in metadata:
         return "unknown"
     return "existing" if metadata["seen_scans"] else "new"
 
 
-def truth(finding: dict[str, Any]) -> dict[str, Any]:
-    """The noiseless answer to a generated finding, from its category, description and metadata only.
+def ground_truth_labels(finding: dict[str, Any]) -> dict[str, Any]:
+    """Computes the noiseless labels of a generated finding from its category, description and metadata only.
 
     Returns:
         ``severity``, ``risk_score`` (int), ``base_severity_score``, ``risk_subscores``, ``probability_actionable``,
-        ``tags``, ``baseline_status`` and, from medium on, ``rationale``.
+        ``tags``, ``baseline_status`` and, for severity medium and higher, ``rationale``.
 
     Raises:
-        ValueError: the generator never wrote such a finding.
+        ValueError: the finding was not written by this generator.
     """
-    sentence, grounds = read_grounds(finding)
-    targets = targets_of(grounds)
+    sentence, features = extract_features(finding)
+    labels = labels_of(features)
     names = ("impact", "exposure", "anomaly", "confidence")
-    answer = {
-        "severity": targets.severity,
-        "risk_score": targets.score,
-        "base_severity_score": base_score(grounds),
-        "risk_subscores": {name: value / 100 for name, value in zip(names, targets.subscores, strict=True)},
-        "probability_actionable": targets.probability / 100,
-        "tags": list(targets.tags),
+    values = {
+        "severity": labels.severity,
+        "risk_score": labels.score,
+        "base_severity_score": base_score(features),
+        "risk_subscores": {name: value / 100 for name, value in zip(names, labels.subscores, strict=True)},
+        "probability_actionable": labels.probability / 100,
+        "tags": list(labels.tags),
         "baseline_status": baseline_status(finding["metadata"]),
     }
-    if targets.score >= RATIONALE_FROM:
-        answer["rationale"] = rationale_of(sentence, grounds)
-    return answer
+    if labels.score >= RATIONALE_FROM:
+        values["rationale"] = rationale_of(sentence, features)
+    return values
 
 
-class Correlated(NamedTuple):
-    """A correlation that follows from findings.
+class DerivedCorrelation(NamedTuple):
+    """A correlation that is derived from findings.
 
     Attributes:
-        type: one of the archive's correlation types.
-        shared: key ("pid" or "path") and value.
+        type: one of the correlation types of the archive.
+        shared: the key that its findings share ("pid" or "path"), and the value.
         members: indices of its findings.
-        score: noiseless risk.
-        delta: by how much ``score`` lies above its worst finding.
-        severity: of ``score``.
-        strength: 0..1.
-        subscores: the highest of its findings, in hundredths.
+        score: noiseless risk score.
+        delta: difference of ``score`` and the highest noiseless risk score of its findings.
+        severity: severity of ``score``.
+        strength: strength from 0 to 1.
+        subscores: highest noiseless subscores of its findings, in hundredths.
     """
 
     type: str
@@ -198,12 +201,15 @@ class Correlated(NamedTuple):
     subscores: list[int]
 
 
-def correlate(findings: Sequence[dict[str, Any]]) -> list[Correlated]:
-    """Correlations that follow from the findings of one shard.
+def correlate(findings: Sequence[dict[str, Any]]) -> list[DerivedCorrelation]:
+    """Derives the correlations of the findings of one shard.
 
-    Findings that share ``metadata.pid`` or ``metadata.path`` form a group; a group with some evidence and a known
-    combination of categories is a correlation (:func:`correlation_type`). It raises its worst finding by one
-    severity step; strength is 0.5 + 0.07 for each step of evidence in the group, at most 0.99.
+    Findings that share ``metadata.pid`` or ``metadata.path`` form a group. A group with some evidence and a known
+    combination of categories is a correlation (:func:`correlation_type`). Its risk score is one severity step above the
+    highest score of its findings. Its strength is 0.5 plus 0.07 per step of evidence in the group, at most 0.99.
+
+    Args:
+        findings: generated findings; only category, description and metadata are read.
     """
     groups: dict[tuple[str, str], list[int]] = defaultdict(list)
     for index, finding in enumerate(findings):
@@ -211,23 +217,25 @@ def correlate(findings: Sequence[dict[str, Any]]) -> list[Correlated]:
         for key in ("pid", "path"):
             if key in metadata:
                 groups[key, str(metadata[key])].append(index)
-    found = (_correlated(findings, shared, members) for shared, members in groups.items() if len(members) > 1)
-    return [correlation for correlation in found if correlation]
+    derived = (_derive_correlation(findings, shared, members) for shared, members in groups.items() if len(members) > 1)
+    return [correlation for correlation in derived if correlation]
 
 
-def _correlated(findings: Sequence[dict[str, Any]], shared: tuple[str, str], members: list[int]) -> Correlated | None:
-    members = members[:MAX_CORRELATED]
-    grounds = [read_grounds(findings[index])[1] for index in members]
-    evidence = [(findings[index]["category"], g.evidence) for index, g in zip(members, grounds, strict=True)]
+def _derive_correlation(
+    findings: Sequence[dict[str, Any]], shared: tuple[str, str], members: list[int]
+) -> DerivedCorrelation | None:
+    members = members[:MAX_CORRELATION_MEMBERS]
+    features = [extract_features(findings[index])[1] for index in members]
+    evidence = [(findings[index]["category"], g.evidence) for index, g in zip(members, features, strict=True)]
     kind = correlation_type(shared[0], evidence)
     if kind is None:
         return None
-    targets = [targets_of(g) for g in grounds]
-    worst = max(target.score for target in targets)
+    labels = [labels_of(g) for g in features]
+    worst = max(label.score for label in labels)
     score = min(worst + SEVERITY_STEP, 99)
     strength = min(50 + 7 * sum(step for _, step in evidence), 99) / 100
-    subscores = [max(column) for column in zip(*(target.subscores for target in targets), strict=True)]
-    return Correlated(kind, shared, members, score, score - worst, severity_of(score), strength, subscores)
+    subscores = [max(column) for column in zip(*(label.subscores for label in labels), strict=True)]
+    return DerivedCorrelation(kind, shared, members, score, score - worst, severity_of(score), strength, subscores)
 
 
 _TYPES = {
@@ -242,16 +250,16 @@ _TYPES = {
 
 
 def correlation_type(key: str, members: Iterable[tuple[str, int]]) -> str | None:
-    """Type of a group that shares a key, or None where it is no correlation.
+    """Returns the correlation type of a group that shares a key, or None if the group is not a correlation.
 
     Args:
         key: ``pid`` or ``path``.
         members: category and steps of evidence of each finding.
 
     Returns:
-        For a process and its traffic (network, dns): ``malware_c2`` where the traffic is known-bad and the process
-        tampered or known-bad, ``unusual_port_usage`` where only a port is unusual and the process is expected, else
-        ``process_network_suspicious``. For other combinations the one type of ``_TYPES``.
+        For a process and its traffic (network, dns): ``malware_c2`` if the traffic is known-bad and the process is
+        tampered or known-bad; ``unusual_port_usage`` if only a port is unusual and the process is expected; else
+        ``process_network_suspicious``. For other combinations, the type in ``_TYPES``.
     """
     worst: dict[str, int] = {}
     for category, evidence in members:

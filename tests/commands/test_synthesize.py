@@ -46,10 +46,10 @@ def test_a_target_in_use_is_kept_unless_told_otherwise(tmp_path):
 @pytest.mark.parametrize(
     ("options", "told"),
     [
-        (("--findings", 0, "--output", "x"), "--findings is 0"),
+        (("--findings", 0, "--output", "x"), "--findings=0"),
         (("--findings", "many", "--output", "x"), "findings"),
         (("--output", "x"), "findings"),
-        (("--findings", 5, "--output", "x", "--layout", "csv"), "--layout is 'csv'"),
+        (("--findings", 5, "--output", "x", "--layout", "csv"), "--layout=csv"),
         (("--findings", 5, "--output", "x", "--sede", 1), "--sede"),
     ],
 )
