@@ -1,1 +1,1 @@
-"""Attention, pointwise operations, losses and FP8 products: a PyTorch reference and a Triton kernel of each."""
+"""Attention, pointwise operations, losses and FP8 products, most as a PyTorch reference and a Triton kernel."""

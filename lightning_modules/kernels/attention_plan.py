@@ -1,9 +1,9 @@
-"""Which keys the queries of packed rows meet, laid out on the host, so that no step waits for the device.
+"""Tables of the keys that the queries of packed rows attend to, built on the host so that no step waits for the device.
 
-A row is ``[prefix | a | b | ... | padding]`` and every segment is contiguous, so the batch contract's rule splits in
-two runs of keys: a token's own segment up to itself and, for tokens behind a prefix, the whole prefix.
+A row is ``[prefix | a | b | ... | padding]`` and every segment is contiguous. So the rule of the batch contract splits
+into two runs of keys: the segment of a token up to the token itself and, for tokens after a prefix, the whole prefix.
 
-Shapes in names: B rows, T tokens a row, N tokens of all rows in one line.
+Shapes in names: B rows, T tokens per row, N tokens of all rows, concatenated.
 """
 
 from __future__ import annotations
@@ -18,12 +18,18 @@ from datamodules.batch import PADDING, PREFIX
 
 ROWS = 128  #: queries times heads of a tile
 KEYS = 64  #: keys of a tile
-CHUNK = 512  #: queries behind one prefix that share a partial sum of the prefix's gradients
+CHUNK = 512  #: queries after one prefix that share a partial sum of the gradients of the prefix
 
 
 @dataclass(frozen=True)
-class Prefix:
-    """One row's shared prefix: its first token, its end, and the end of the tokens behind it."""
+class PrefixSpan:
+    """The shared prefix of one row, as positions in the concatenated rows.
+
+    Attributes:
+        first: first token of the prefix.
+        end: end of the prefix (exclusive), which is the first token after it.
+        last: end of the tokens that attend to it (exclusive).
+    """
 
     first: int
     end: int
@@ -32,12 +38,12 @@ class Prefix:
 
 @dataclass(frozen=True)
 class BlockTables:
-    """What each block of queries and each block of keys meets, for the GPU's kernels; int32.
+    """Keys of each block of queries, and queries of each block of keys, for the kernels of a GPU; int32.
 
     Attributes:
-        starts_N: first key of each token's own segment; padding meets itself alone.
-        prefix_N: end of the prefix before each token, 0 where there is none.
-        queries: [blocks, 5]: first query and end, first key of their segments, the prefix's first key and end.
+        starts_N: first key of the segment of each token; a token of padding attends to itself only.
+        prefix_N: end of the prefix before each token, 0 if there is none.
+        queries: [blocks, 5]: first query and end, first key of their segments, first key and end of the prefix.
         keys: [tasks, 5]: first key and end, first query and end, and the slot of a partial sum, or -1.
     """
 
@@ -58,31 +64,27 @@ class AttentionPlan:
     """The segments of a batch.
 
     Attributes:
-        bounds: bounds of every segment (prefix, examples, padding) of all rows, as positions in the line of N tokens.
-        prefixes: one entry for each row that has a prefix and something behind it.
-        tables: the same for kernels.
+        bounds: bounds of every segment (prefix, examples, padding) of all rows, as positions in the N tokens.
+        prefixes: one entry for each row that has a prefix and tokens after it.
+        longest: number of tokens of the longest example, including its prefix; padding does not count.
+        tables: bounds and prefixes for the GPU kernels.
     """
 
     bounds: tuple[int, ...]
-    prefixes: tuple[Prefix, ...]
+    prefixes: tuple[PrefixSpan, ...]
+    longest: int
     tables: BlockTables
 
-    @property
-    def longest(self) -> int:
-        """Tokens of the longest example, its prefix included."""
-        own = max(end - start for start, end in zip(self.bounds, self.bounds[1:], strict=False))
-        return own + max((prefix.end - prefix.first for prefix in self.prefixes), default=0)
-
     def to(self, device: torch.device | str, non_blocking: bool = True) -> AttentionPlan:
-        """Copies the tables to a device; the rest stays on the host, where it is used."""
+        """Copies the tables to a device; the bounds stay on the host, which reads them."""
         return replace(self, tables=self.tables.to(device, non_blocking))
 
 
 def build_attention_plan(segment_ids_BT: Tensor, group: int) -> AttentionPlan:
-    """Reads a batch's segment ids, on the CPU.
+    """Builds the plan of a batch, on the CPU.
 
     Args:
-        segment_ids_BT: integers, see :mod:`datamodules.batch`; each row's segments are contiguous.
+        segment_ids_BT: integers, see :mod:`datamodules.batch`; the segments of a row are contiguous.
         group: query heads that share a key-value head.
     """
     ids_BT = segment_ids_BT.numpy()
@@ -94,22 +96,28 @@ def build_attention_plan(segment_ids_BT: Tensor, group: int) -> AttentionPlan:
     for row, (length, last) in enumerate(zip((ids_BT == PREFIX).sum(1), (ids_BT != PADDING).sum(1), strict=True)):
         if 0 < length < last:
             first = row * tokens
-            prefixes.append(Prefix(first, first + int(length), first + int(last)))
+            prefixes.append(PrefixSpan(first, first + int(length), first + int(last)))
     tables = _tables(bounds, ids_BT, prefixes, query_tokens(group))
-    return AttentionPlan(tuple(bounds.tolist()), tuple(prefixes), tables)
+    return AttentionPlan(tuple(bounds.tolist()), tuple(prefixes), _longest_example(bounds, ids_BT), tables)
+
+
+def _longest_example(bounds: np.ndarray, ids_BT: np.ndarray) -> int:
+    segments, prefix_lengths = ids_BT.ravel()[bounds[:-1]], (ids_BT == PREFIX).sum(1)
+    before = np.where(segments > PREFIX, prefix_lengths[bounds[:-1] // ids_BT.shape[1]], 0)
+    return int(np.where(segments == PADDING, 0, np.diff(bounds) + before).max(initial=0))
 
 
 def query_tokens(group: int) -> int:
-    """Tokens of a block of queries: a tile's rows are its tokens times the heads of a group."""
+    """Returns the number of tokens of a block of queries: a tile has one row per token and head of a group."""
     return max(16, ROWS // (1 << (group - 1).bit_length()))
 
 
-def _tables(bounds: np.ndarray, ids_BT: np.ndarray, prefixes: list[Prefix], block: int) -> BlockTables:
+def _tables(bounds: np.ndarray, ids_BT: np.ndarray, prefixes: list[PrefixSpan], block: int) -> BlockTables:
     rows, tokens = ids_BT.shape
-    here, padding = np.arange(rows * tokens), ids_BT.ravel() == PADDING
-    starts = np.where(padding, here, np.repeat(bounds[:-1], np.diff(bounds)))
-    ends = np.where(padding, here + 1, np.repeat(bounds[1:], np.diff(bounds)))
-    prefix, prefix_first = np.zeros_like(here), np.zeros_like(here)
+    positions, padding = np.arange(rows * tokens), ids_BT.ravel() == PADDING
+    starts = np.where(padding, positions, np.repeat(bounds[:-1], np.diff(bounds)))
+    ends = np.where(padding, positions + 1, np.repeat(bounds[1:], np.diff(bounds)))
+    prefix, prefix_first = np.zeros_like(positions), np.zeros_like(positions)
     for p in prefixes:
         prefix[p.end : p.last], prefix_first[p.end : p.last] = p.end, p.first
 
@@ -129,8 +137,9 @@ def _tables(bounds: np.ndarray, ids_BT: np.ndarray, prefixes: list[Prefix], bloc
     ]
     slots = np.array([(*task, slot) for slot, task in enumerate(shared)], np.int64).reshape(-1, 5)
     tasks = np.concatenate([slots, own])
-    walks = np.stack(queries, 1)
-    # long walks begin first: a GPU's last multiprocessor would else wait for one that began late
-    walks = walks[np.argsort(walks[:, 2] - walks[:, 1] + walks[:, 3] - walks[:, 4], kind="stable")]
+    query_blocks = np.stack(queries, 1)
+    # longest first: otherwise the last multiprocessor of a GPU would finish late with a long one that started late
+    lengths = query_blocks[:, 1] - query_blocks[:, 2] + query_blocks[:, 4] - query_blocks[:, 3]
+    query_blocks = query_blocks[np.argsort(-lengths, kind="stable")]
     tasks = tasks[np.argsort(tasks[:, 2] - tasks[:, 3], kind="stable")]
-    return BlockTables(*(torch.from_numpy(array.astype(np.int32)) for array in (starts, prefix, walks, tasks)))
+    return BlockTables(*(torch.from_numpy(array.astype(np.int32)) for array in (starts, prefix, query_blocks, tasks)))

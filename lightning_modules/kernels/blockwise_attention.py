@@ -1,12 +1,12 @@
-"""Attention over packed rows in blocks of queries: plain operations, no T x T scores, for compilers such as XLA.
+"""Attention over packed rows in blocks of queries: basic operations, no T x T scores, for compilers such as XLA.
 
-Shapes in names: B rows, T tokens a row (Q of a block of queries, S keys up to its end), K key heads, G query heads of
+Shapes in names: B rows, T tokens per row (Q of a block of queries, S keys up to its end), K key heads, G query heads of
 one key head, D channels of a head.
 
-A block of queries sees the keys up to its end, so scores take Q x S and half the products of a full square. Nothing of
-that size is kept: the backward pass makes a block's probabilities again from the logarithm of their sum (Dao et al.,
-arXiv 2205.14135, algorithm 4, with whole rows of keys). Scores and sums are float32 at least; so are the gradients of
-keys and values, which blocks add up.
+A block of queries attends to keys up to its end, so scores have the size Q x S and need half the products of a full
+square. Nothing of that size is kept: the backward pass recomputes the probabilities of a block from the logarithm of
+their sum (Dao et al., arXiv 2205.14135, algorithm 4, with whole rows of keys). Scores and sums are float32 or wider; so
+are the gradients of keys and values, which are sums over blocks.
 """
 
 from __future__ import annotations
@@ -22,33 +22,33 @@ from datamodules.batch import PREFIX
 BLOCK = 512  #: queries of a block
 
 
-class _Rule:
-    """Which keys the queries of a block may see: the batch contract's rule, and a window."""
+class _MaskRule:
+    """The mask of a block of queries: the rule of the batch contract, and a window."""
 
     def __init__(self, segments_BT: Tensor, positions_BT: Tensor, window: int | None) -> None:
         self.segments_BT, self.positions_BT, self.window = segments_BT, positions_BT, window
 
-    def blocked(self, start: int, end: int) -> Tensor:
-        """Bool [B, 1, 1, Q, S], true where the query may not attend to the key."""
+    def masked(self, start: int, end: int) -> Tensor:
+        """Computes bool [B, 1, 1, Q, S], true if the query may not attend to the key."""
         key, query = self.segments_BT[:, None, None, None, :end], self.segments_BT[:, None, None, start:end, None]
         index = torch.arange(end, device=key.device)
-        seen = (key == query) | ((key == PREFIX) & (query > PREFIX))
-        seen = seen & (index <= index[start:, None])
+        allowed = (key == query) | ((key == PREFIX) & (query > PREFIX))
+        allowed = allowed & (index <= index[start:, None])
         if self.window is not None:
             at = self.positions_BT
-            seen = seen & (at[:, None, None, start:end, None] - at[:, None, None, None, :end] < self.window)
-        return ~seen
+            allowed = allowed & (at[:, None, None, start:end, None] - at[:, None, None, None, :end] < self.window)
+        return ~allowed
 
 
 class _BlockwiseAttention(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, query_BKGTD: Tensor, key_BKTD: Tensor, value_BKTD: Tensor, rule: _Rule, scale: float, block: int
+        ctx: Any, query_BKGTD: Tensor, key_BKTD: Tensor, value_BKTD: Tensor, rule: _MaskRule, scale: float, block: int
     ) -> Tensor:
         outputs: list[Tensor] = []
         sums: list[Tensor] = []
         for start, end in _blocks(query_BKGTD.shape[-2], block):
-            query_BKGQD = _behind(outputs[-1:], query_BKGTD[..., start:end, :])
+            query_BKGQD = _ordered_after(outputs[-1:], query_BKGTD[..., start:end, :])
             scores = _scores(query_BKGQD, key_BKTD, rule, scale, start, end)
             log_sum = torch.logsumexp(scores, -1, keepdim=True)
             probabilities = (scores - log_sum).exp().to(value_BKTD.dtype)
@@ -64,20 +64,20 @@ class _BlockwiseAttention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_BKGTD: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, output, log_sum, segments_BT, positions_BT = ctx.saved_tensors
-        rule, wide = _Rule(segments_BT, positions_BT, ctx.window), log_sum.dtype
+        rule, wide = _MaskRule(segments_BT, positions_BT, ctx.window), log_sum.dtype
         dot_BKGT1 = (grad_BKGTD.to(wide) * output.to(wide)).sum(-1, keepdim=True)
         query_grads: list[Tensor] = []
         key_grad, value_grad = torch.zeros_like(key, dtype=wide), torch.zeros_like(value, dtype=wide)
         for start, end in _blocks(query.shape[-2], ctx.block):
-            here, grad = slice(start, end), grad_BKGTD[..., start:end, :]
+            block, grad = slice(start, end), grad_BKGTD[..., start:end, :]
             before = [*query_grads[-1:], key_grad, value_grad] if query_grads else []
-            query_block = _behind(before, query[..., here, :])
+            query_block = _ordered_after(before, query[..., block, :])
             scores = _scores(query_block, key, rule, ctx.scale, start, end)
-            probabilities = (scores - log_sum[..., here, :]).exp()
-            of_probabilities = torch.matmul(grad.to(wide), value[:, :, None, :end].to(wide).transpose(-1, -2))
-            of_scores = (probabilities * (of_probabilities - dot_BKGT1[..., here, :]) * ctx.scale).to(query.dtype)
-            query_grads.append(torch.matmul(of_scores, key[:, :, None, :end]))
-            _add_to(key_grad, end, of_scores, query_block)
+            probabilities = (scores - log_sum[..., block, :]).exp()
+            grad_probabilities = torch.matmul(grad.to(wide), value[:, :, None, :end].to(wide).transpose(-1, -2))
+            grad_scores = (probabilities * (grad_probabilities - dot_BKGT1[..., block, :]) * ctx.scale).to(query.dtype)
+            query_grads.append(torch.matmul(grad_scores, key[:, :, None, :end]))
+            _add_to(key_grad, end, grad_scores, query_block)
             _add_to(value_grad, end, probabilities.to(grad.dtype), grad)
         return torch.cat(query_grads, -2), key_grad.to(key.dtype), value_grad.to(value.dtype), None, None, None
 
@@ -92,25 +92,25 @@ def blockwise_attention(
     window: int | None = None,
     block: int = BLOCK,
 ) -> Tensor:
-    """Attends within the segments of packed rows, and to their shared prefix.
+    """Computes attention within the segments of packed rows, and to their shared prefix.
 
     Args:
         query_BHTD: H heads, a multiple of the key heads.
         key_BKTD: as many heads as the values.
         value_BKTD: of the keys' shape.
         segments_BT: see :mod:`datamodules.batch`.
-        positions_BT: rotary positions; looked at with a window only.
+        positions_BT: rotary positions; read only if there is a window.
         scale: of the scores.
-        window: how many positions a query sees, itself included; None for all.
-        block: queries whose scores exist at a time.
+        window: number of positions that a query attends to, including its own; None for all.
+        block: number of queries whose scores are in memory at the same time.
 
     Returns:
         [B, H, T, D] in the type of the values.
     """
     heads = key_BKTD.shape[1]
     grouped = query_BHTD.unflatten(1, (heads, -1))
-    rule = _Rule(segments_BT, positions_BT, window)
-    with torch.autocast(query_BHTD.device.type, enabled=False):  # it would round the scores
+    rule = _MaskRule(segments_BT, positions_BT, window)
+    with torch.autocast(query_BHTD.device.type, enabled=False):  # autocast would round the scores
         output: Tensor = _BlockwiseAttention.apply(grouped, key_BKTD, value_BKTD, rule, scale, block)
     return output.flatten(1, 2)
 
@@ -119,8 +119,8 @@ def _blocks(tokens: int, block: int) -> list[tuple[int, int]]:
     return [(start, min(start + block, tokens)) for start in range(0, tokens, block)]
 
 
-def _behind(before: list[Tensor], tensor: Tensor) -> Tensor:
-    """Has XLA compute what follows from a tensor after others, so that the scores of one block live at a time."""
+def _ordered_after(before: list[Tensor], tensor: Tensor) -> Tensor:
+    """Makes XLA compute uses of a tensor after other tensors, so that scores of one block are alive at a time."""
     if not before or tensor.device.type != "xla":
         return tensor
     import torch_xla.core.xla_model as xm
@@ -130,14 +130,14 @@ def _behind(before: list[Tensor], tensor: Tensor) -> Tensor:
     return tensor
 
 
-def _scores(query_BKGQD: Tensor, key: Tensor, rule: _Rule, scale: float, start: int, end: int) -> Tensor:
+def _scores(query_BKGQD: Tensor, key: Tensor, rule: _MaskRule, scale: float, start: int, end: int) -> Tensor:
     wide = torch.promote_types(query_BKGQD.dtype, torch.float32)
     key_BKDS = key[:, :, None, :end].to(wide).transpose(-1, -2)
     scores = torch.matmul(query_BKGQD.to(wide), key_BKDS) * scale
-    return scores.masked_fill(rule.blocked(start, end), float("-inf"))
+    return scores.masked_fill(rule.masked(start, end), float("-inf"))
 
 
 def _add_to(total_BKTD: Tensor, end: int, weights_BKGQS: Tensor, rows_BKGQD: Tensor) -> None:
-    """Adds ``weights^T rows``, over all query heads of a key head, to the first keys."""
+    """Adds ``weights^T rows``, summed over the query heads of each key head, to the first ``end`` keys."""
     weights, rows = weights_BKGQS.flatten(2, 3), rows_BKGQD.flatten(2, 3)
     total_BKTD[:, :, :end] += torch.matmul(weights.transpose(-1, -2), rows).to(total_BKTD.dtype)

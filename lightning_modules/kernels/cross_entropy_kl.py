@@ -1,8 +1,8 @@
-"""Cross-entropy and forward KL of logits, with the logits' gradient made in the same pass.
+"""Cross-entropy and forward KL of logits; the gradient of the logits is computed in the same pass.
 
-Plain torch in the logits' own precision, for any device; on CUDA the Triton kernel of
-:mod:`lightning_modules.kernels.cross_entropy_kl_triton`, which reads the logits twice and writes once where autograd
-over torch's own functions moves them some ten times (cross-entropy) or forty (KL).
+The reference computes in the precision of the logits, on any device. CUDA tensors in float32 use the Triton kernel of
+:mod:`lightning_modules.kernels.cross_entropy_kl_triton`, which reads the logits twice and writes once; autograd over
+torch's functions reads or writes them about ten times (cross-entropy) or forty times (KL).
 
 Shapes in names: N tokens, V vocabulary.
 """
@@ -16,36 +16,27 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from datamodules.batch import IGNORE_INDEX
+from lightning_modules.kernels.dispatch import triton_on_cuda
 
 
+@triton_on_cuda("lightning_modules.kernels.cross_entropy_kl_triton", dtypes=(torch.float32,))
 def cross_entropy_kl(
     logits_NV: Tensor, labels_N: Tensor, teacher_NV: Tensor | None, ce_weight: float, kl_weight: float, t: float
 ) -> tuple[Tensor, Tensor]:
-    """Computes ``ce_weight CE + kl_weight KL(teacher || student)`` of each token, apart, and its gradient.
+    """Computes CE and KL(teacher || student) per token, and the gradient of ``ce_weight CE + kl_weight KL``.
 
     Args:
         logits_NV: of the student, float32 or float64.
-        labels_N: -100 counts nothing.
-        teacher_NV: logits of the teacher, None for no KL; columns that only one of both has are no tokens to the KL.
+        labels_N: tokens with the label -100 contribute nothing.
+        teacher_NV: logits of the teacher, None for no KL; the KL ignores columns that only one of the two has.
         ce_weight: of the cross-entropy.
         kl_weight: of the KL between the softmaxes of logits divided by ``t``.
         t: temperature.
 
     Returns:
-        Cross-entropy, KL and whether the label has the highest logit [N, 3]; the weighted sum's gradient [N, V].
+        Cross-entropy, KL and whether the label has the highest logit [N, 3]; the gradient of the weighted sum [N, V].
     """
-    if logits_NV.is_cuda and logits_NV.dtype == torch.float32:
-        from lightning_modules.kernels import cross_entropy_kl_triton
-
-        return cross_entropy_kl_triton.cross_entropy_kl(logits_NV, labels_N, teacher_NV, ce_weight, kl_weight, t)
-    return cross_entropy_kl_reference(logits_NV, labels_N, teacher_NV, ce_weight, kl_weight, t)
-
-
-def cross_entropy_kl_reference(
-    logits_NV: Tensor, labels_N: Tensor, teacher_NV: Tensor | None, ce_weight: float, kl_weight: float, t: float
-) -> tuple[Tensor, Tensor]:
-    """See :func:`cross_entropy_kl`."""
-    counts_N1 = (labels_N != IGNORE_INDEX)[:, None]
+    supervised_N1 = (labels_N != IGNORE_INDEX)[:, None]
     labels_N1 = labels_N.clamp(min=0)[:, None]
     log_probs_NV = logits_NV.log_softmax(dim=-1)
     ce_N1 = -log_probs_NV.gather(1, labels_N1)
@@ -59,11 +50,11 @@ def cross_entropy_kl_reference(
         grad_NV[:, :width] += (student.exp_() - probs) * (kl_weight / t)
     correct_N1 = logits_NV.argmax(dim=-1, keepdim=True) == labels_N[:, None]
     figures_N3 = torch.cat([ce_N1, kl_N1, correct_N1.to(ce_N1)], dim=1)
-    return torch.where(counts_N1, figures_N3, 0), torch.where(counts_N1, grad_NV, 0)
+    return torch.where(supervised_N1, figures_N3, 0), torch.where(supervised_N1, grad_NV, 0)
 
 
 class CrossEntropyKL(torch.autograd.Function):
-    """:func:`cross_entropy_kl` summed over tokens: the weighted loss, whether labels are right, cross-entropy, KL."""
+    """Sums of :func:`cross_entropy_kl` over tokens: weighted loss, number of correct labels, cross-entropy, KL."""
 
     @staticmethod
     def forward(
@@ -75,7 +66,7 @@ class CrossEntropyKL(torch.autograd.Function):
         kl_weight: float,
         t: float,
     ) -> tuple[Tensor, ...]:
-        """Takes what :func:`cross_entropy_kl` does."""
+        """Computes the sums; the arguments are those of :func:`cross_entropy_kl`."""
         figures_N3, grad_NV = cross_entropy_kl(logits_NV, labels_N, teacher_NV, ce_weight, kl_weight, t)
         ctx.save_for_backward(grad_NV)
         ce, kl, correct = figures_N3.sum(dim=0).unbind()
@@ -86,6 +77,6 @@ class CrossEntropyKL(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor, None, None, None, None, None]:
-        """Scales the gradient that is there already."""
+        """Scales the gradient that the forward pass computed."""
         (grad_NV,) = ctx.saved_tensors
         return grad_NV * grad, None, None, None, None, None

@@ -1,7 +1,7 @@
 """The GPU kernel of :mod:`lightning_modules.kernels.cross_entropy_kl`, in Triton.
 
-One program a token. Its first walk over the vocabulary keeps running maxima and sums (online softmax, arXiv
-1805.02867), from which the cross-entropy and the KL follow; the second, whose logits are still in the cache, writes the
+One program per token. Its first loop over the vocabulary keeps running maxima and sums (online softmax, arXiv
+1805.02867), which give the cross-entropy and the KL. The second loop, whose logits are still in the cache, writes the
 gradient.
 
 Shapes in names: N tokens, V vocabulary.
@@ -80,7 +80,7 @@ def _token_loss_kernel(
 def cross_entropy_kl(
     logits_NV: Tensor, labels_N: Tensor, teacher_NV: Tensor | None, ce_weight: float, kl_weight: float, t: float
 ) -> tuple[Tensor, Tensor]:
-    """See :func:`lightning_modules.kernels.cross_entropy_kl.cross_entropy_kl`."""
+    """Runs the kernel; see :func:`lightning_modules.kernels.cross_entropy_kl.cross_entropy_kl`."""
     tokens, width = logits_NV.shape
     figures_N3 = torch.empty(tokens, 3, dtype=torch.float32, device=logits_NV.device)
     grad_NV = torch.empty(tokens, width, dtype=torch.float32, device=logits_NV.device)

@@ -1,8 +1,9 @@
 """Pointwise and row-wise GPU kernels of a decoder block, in Triton.
 
 Each is bound by memory: it reads its inputs once and writes its outputs once. Sums, norms and SwiGLU are computed in
-fp32, as transformers' own modules do. :mod:`lightning_modules.kernels.pointwise` has the same functions for other
-devices and chooses between the two; tests hold each kernel against it in Triton's interpreter, which needs no GPU.
+fp32, as in the modules of transformers. :mod:`lightning_modules.kernels.pointwise` has the references for other
+devices and selects between the two. Tests compare each kernel with its reference in Triton's interpreter, which needs
+no GPU.
 
 Shapes in names: N tokens, C channels, I inner channels of the MLP, H heads that are rotated, D head width.
 """
@@ -15,7 +16,6 @@ import triton.language as tl
 from torch import Tensor
 
 FP8 = torch.float8_e4m3fn
-FP8_MAX = 448.0  #: largest number of e4m3
 
 
 def _warps(block: int) -> int:
@@ -33,12 +33,12 @@ def _rms_norm_kernel(X, WEIGHT, Y, channels, eps, BLOCK: tl.constexpr):
     x = tl.load(X + row + c, mask=keep, other=0.0).to(tl.float32)
     weight = tl.load(WEIGHT + c, mask=keep, other=0.0)
     normed = x * tl.rsqrt(tl.sum(x * x, 0) / channels + eps)
-    normed = normed.to(Y.dtype.element_ty)  # rounded before the weight comes in, as transformers does
+    normed = normed.to(Y.dtype.element_ty)  # rounded before the weight is applied, as in transformers
     tl.store(Y + row + c, (normed.to(tl.float32) * weight.to(tl.float32)).to(Y.dtype.element_ty), mask=keep)
 
 
 def rms_norm(x_NC: Tensor, weight_C: Tensor, eps: float) -> Tensor:
-    """X / rms(x) * weight, in the dtype of x."""
+    """Computes x / rms(x) * weight, in the dtype of x."""
     y_NC = torch.empty_like(x_NC)
     tokens, channels = x_NC.shape
     block = triton.next_power_of_2(channels)
@@ -67,7 +67,7 @@ def _rms_norm_backward_kernel(
 def rms_norm_backward(
     x_NC: Tensor, weight_C: Tensor, eps: float, grad_NC: Tensor, residual_NC: Tensor | None
 ) -> Tensor:
-    """Gradient of x, plus the residual stream's own gradient where there is one."""
+    """Computes the gradient of x, plus the gradient of the residual stream if one is given."""
     out_NC = torch.empty_like(x_NC)
     tokens, channels = x_NC.shape
     block = triton.next_power_of_2(channels)
@@ -92,7 +92,7 @@ def _swiglu_kernel(GATE_UP, HIDDEN, inner, BLOCK: tl.constexpr):
 
 
 def swiglu(gate_up_NO: Tensor) -> Tensor:
-    """silu(gate) * up: [N, 2 I] -> [N, I]."""
+    """Computes silu(gate) * up: [N, 2 I] -> [N, I]."""
     tokens, inner = gate_up_NO.shape[0], gate_up_NO.shape[1] // 2
     hidden_NI = gate_up_NO.new_empty(tokens, inner)
     block = 2048
@@ -118,7 +118,7 @@ def _swiglu_backward_kernel(GATE_UP, GRAD, GRAD_GATE_UP, HIDDEN, inner, BLOCK: t
 
 
 def swiglu_backward(gate_up_NO: Tensor, grad_NI: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients of gate and up [N, 2 I], and SwiGLU's output [N, I] made again."""
+    """Computes the gradients of gate and up [N, 2 I], and recomputes the output of SwiGLU [N, I]."""
     tokens, inner = grad_NI.shape
     grad_NO, hidden_NI = torch.empty_like(gate_up_NO), torch.empty_like(grad_NI)
     block = 2048
@@ -138,7 +138,7 @@ def _rotate_kernel(Y, COS, SIN, width, heads, sign, D: tl.constexpr, HEADS: tl.c
     d = tl.arange(0, D // 2)[None, :]
     keep = (head < heads) & (d < D // 2)
     dtype = Y.dtype.element_ty
-    # rounded to the model's type before use, as transformers does
+    # rounded to the type of the model before use, as in transformers
     cos = tl.load(COS + token * D + d).to(dtype).to(tl.float32)
     sin = tl.load(SIN + token * D + d).to(dtype).to(tl.float32) * sign
     at = Y + token * width + head * D + d
@@ -149,7 +149,7 @@ def _rotate_kernel(Y, COS, SIN, width, heads, sign, D: tl.constexpr, HEADS: tl.c
 
 
 def rotate_(y_NO: Tensor, cos_ND: Tensor, sin_ND: Tensor, heads: int, back: bool = False) -> Tensor:
-    """Applies rotary positions in place to the first ``heads`` heads of each row; ``back`` undoes it."""
+    """Applies rotary positions in place to the first ``heads`` heads of each row; ``back`` reverses it."""
     width = cos_ND.shape[-1]
     _rotate_kernel[(y_NO.shape[0],)](
         y_NO, cos_ND, sin_ND, y_NO.shape[1], heads, -1.0 if back else 1.0,
@@ -173,7 +173,7 @@ def _quantize_rows_kernel(X, OUT, SCALE, stride, channels, BLOCK: tl.constexpr):
 
 
 def quantize_rows(x_NC: Tensor) -> tuple[Tensor, Tensor]:
-    """e4m3 numbers [N, C] and each row's scale [N, 1] in fp32; the largest of a row becomes 448."""
+    """Quantizes rows to e4m3 numbers [N, C], each row with its own scale [N, 1] in fp32."""
     tokens, channels = x_NC.shape
     out_NC = torch.empty(tokens, channels, dtype=FP8, device=x_NC.device)
     scale_N1 = torch.empty(tokens, 1, dtype=torch.float32, device=x_NC.device)

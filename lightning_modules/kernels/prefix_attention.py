@@ -1,10 +1,10 @@
-"""Attention over packed rows behind a shared prefix: a Triton kernel on CUDA, plain torch elsewhere.
+"""Attention over packed rows with a shared prefix: Triton kernels on CUDA, a PyTorch reference on other devices.
 
-Shapes in names: N tokens of all rows in one line, H query heads, K key-value heads, D head width.
+Shapes in names: N tokens of all rows, concatenated, H query heads, K key-value heads, D head width.
 
-A token attends to its own segment and, behind a prefix, to the whole prefix
-(:mod:`lightning_modules.kernels.attention_plan`).
-In plain torch each run of keys gives a partial output and its log-sum-exp, and two are merged exactly::
+A token attends to its own segment up to itself and, after a prefix, to the whole prefix
+(:mod:`lightning_modules.kernels.attention_plan`). In the reference, each run of keys gives a partial output and its
+log-sum-exp, and two are merged exactly::
 
     lse = logaddexp(lse_a, lse_b);   out = out_a * exp(lse_a - lse) + out_b * exp(lse_b - lse)
 
@@ -15,59 +15,50 @@ exact share of the gradients (the identity that ring attention uses, Liu et al.,
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from lightning_modules.kernels.attention_plan import AttentionPlan
+from lightning_modules.kernels.dispatch import triton_on_cuda
 
+TRITON = "lightning_modules.kernels.prefix_attention_triton"
 Inputs = tuple[Tensor, Tensor, Tensor]  #: queries, keys and values
 
 
-def kernels_for(tensor: Tensor) -> Any:
-    """The module of kernels for a tensor's device, or None."""
-    if not tensor.is_cuda:
-        return None
-    from lightning_modules.kernels import prefix_attention_triton
-
-    return prefix_attention_triton
-
-
+@triton_on_cuda(TRITON)
 def attend(
     query_NHD: Tensor, key_NKD: Tensor, value_NKD: Tensor, plan: AttentionPlan, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """Attends within segments and to the prefix; grouped-query heads are shared, not repeated.
+    """Computes attention within segments and to the prefix; keys and values of grouped queries are not repeated.
 
     Args:
-        query_NHD: queries with rotary positions applied; 16-bit on CUDA, any float type elsewhere. Each token's heads
-            lie together; tokens may be apart, as in a view of one buffer for all three.
+        query_NHD: queries with rotary positions applied; 16-bit on CUDA, any float type on other devices. The heads of
+            a token are contiguous; tokens may be strided, as in a view of one buffer for queries, keys and values.
         key_NKD: keys with rotary positions applied, H a multiple of K.
         value_NKD: values.
         plan: from :func:`lightning_modules.kernels.attention_plan.build_attention_plan`, on the same device.
-        scale: factor of the scores, 1/sqrt(D) as a rule.
+        scale: factor of the scores, usually 1/sqrt(D).
 
     Returns:
-        out_NHD in the dtype of the queries, and what :func:`attend_backward` wants of it. What padding attends to is
-        unspecified.
+        out_NHD in the dtype of the queries, and the log-sum-exp of the scores [H, N] for :func:`attend_backward`, in
+        the base that the implementation uses. The output at padding is unspecified.
     """
-    if kernels := kernels_for(query_NHD):
-        result: tuple[Tensor, Tensor] = kernels.attend(query_NHD, key_NKD, value_NKD, plan.tables, scale)
-        return result
     wide = torch.promote_types(query_NHD.dtype, torch.float32)
     out = torch.zeros(query_NHD.shape, dtype=wide)
     lse_HN = torch.full(query_NHD.shape[1::-1], float("-inf"), dtype=wide)
     for queries, keys, causal in _runs(plan):
         scores = _scores(query_NHD[queries], key_NKD[keys], causal, scale)
         part_lse = scores.logsumexp(-1)
-        weights, value = (scores - part_lse[..., None]).exp(), _shared(value_NKD[keys], query_NHD)
+        weights, value = (scores - part_lse[..., None]).exp(), _repeated(value_NKD[keys], query_NHD)
         merged = torch.logaddexp(lse_HN[:, queries], part_lse)
-        mine, old = ((lse - merged).exp().T[..., None] for lse in (part_lse, lse_HN[:, queries]))
-        out[queries] = out[queries] * old + torch.einsum("hqk,khd->qhd", weights, value) * mine
+        new, old = ((lse - merged).exp().T[..., None] for lse in (part_lse, lse_HN[:, queries]))
+        out[queries] = out[queries] * old + torch.einsum("hqk,khd->qhd", weights, value) * new
         lse_HN[:, queries] = merged
     return out.to(query_NHD.dtype), lse_HN
 
 
+@triton_on_cuda(TRITON)
 def attend_backward(
     grad_NHD: Tensor, inputs: Inputs, out_NHD: Tensor, lse_HN: Tensor, plan: AttentionPlan, scale: float, grads: Inputs
 ) -> None:
@@ -75,22 +66,19 @@ def attend_backward(
 
     Args:
         grad_NHD: gradient of the output.
-        inputs: queries, keys and values, as :func:`attend` took them.
-        out_NHD: output, as it gave it.
-        lse_HN: log-sum-exp, as it gave it.
+        inputs: queries, keys and values, as given to :func:`attend`.
+        out_NHD: output of :func:`attend`.
+        lse_HN: log-sum-exp of :func:`attend`.
         plan: of the segments.
-        scale: of the scores.
-        grads: where to write; laid out as the inputs may be.
+        scale: factor of the scores.
+        grads: tensors to write to; they may be strided as the inputs.
     """
     query_NHD, key_NKD, value_NKD = inputs
-    if kernels := kernels_for(query_NHD):
-        kernels.attend_backward(grad_NHD.contiguous(), inputs, out_NHD, lse_HN, plan, scale, grads)
-        return
     sums = [torch.zeros(tensor.shape, dtype=lse_HN.dtype) for tensor in grads]
     delta_HN = (grad_NHD.to(lse_HN.dtype) * out_NHD).sum(-1).T
     for queries, keys, causal in _runs(plan):
         query, grad = query_NHD[queries], grad_NHD[queries].to(lse_HN.dtype)
-        key, value = (_shared(tensor[keys], query_NHD) for tensor in (key_NKD, value_NKD))
+        key, value = (_repeated(tensor[keys], query_NHD) for tensor in (key_NKD, value_NKD))
         weights = (_scores(query, key_NKD[keys], causal, scale) - lse_HN[:, queries, None]).exp()
         grad_scores = weights * (torch.einsum("qhd,khd->hqk", grad, value) - delta_HN[:, queries, None]) * scale
         sums[0][queries] += torch.einsum("hqk,khd->qhd", grad_scores, key)
@@ -101,27 +89,27 @@ def attend_backward(
 
 
 def _runs(plan: AttentionPlan) -> Iterator[tuple[slice, slice, bool]]:
-    """Runs of queries, the keys that they meet, and whether only those up to themselves."""
+    """Yields runs of queries, the run of keys that each attends to, and whether a causal mask applies."""
     for start, end in zip(plan.bounds, plan.bounds[1:], strict=False):
         yield slice(start, end), slice(start, end), True
     for prefix in plan.prefixes:
         yield slice(prefix.end, prefix.last), slice(prefix.first, prefix.end), False
 
 
-def _shared(key_NKD: Tensor, query_NHD: Tensor) -> Tensor:
-    """Key-value heads as query heads see them, in the dtype that scores are computed in."""
+def _repeated(key_NKD: Tensor, query_NHD: Tensor) -> Tensor:
+    """Repeats key-value heads for their query heads, in the dtype in which scores are computed."""
     wide = key_NKD.to(torch.promote_types(key_NKD.dtype, torch.float32))
     return wide.repeat_interleave(query_NHD.shape[1] // key_NKD.shape[1], 1)
 
 
 def _summed(grad_NHD: Tensor, key_NKD: Tensor) -> Tensor:
-    """Adds the gradients of query heads that share a key-value head."""
+    """Sums the gradients over the query heads that share a key-value head."""
     return grad_NHD.unflatten(1, (key_NKD.shape[1], -1)).sum(2)
 
 
 def _scores(query: Tensor, key: Tensor, causal: bool, scale: float) -> Tensor:
-    shared = _shared(key, query)
-    scores = torch.einsum("qhd,khd->hqk", query.to(shared.dtype), shared) * scale
+    repeated = _repeated(key, query)
+    scores = torch.einsum("qhd,khd->hqk", query.to(repeated.dtype), repeated) * scale
     if causal:
         hidden = torch.ones(scores.shape[1:], dtype=torch.bool).triu(1)
         scores = scores.masked_fill(hidden, float("-inf"))

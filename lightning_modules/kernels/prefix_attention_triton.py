@@ -1,19 +1,19 @@
-"""Attention over packed rows behind a shared prefix, as one pass of Triton kernels.
+"""Triton kernels of attention over packed rows with a shared prefix, in one pass.
 
-A query attends to the keys of its own segment up to itself and, where it stands behind a prefix, to the whole prefix.
-So a block of queries walks two runs of keys and no others, whatever the row's length; the host says which
-(:mod:`lightning_modules.kernels.attention_plan`), so that nothing waits for the device and nothing is compiled anew.
-Query heads
-that share a key-value head are rows of one tile: a key is loaded once for all of them, and a block spans few tokens, so
-that little of what it computes is masked away.
+A query attends to the keys of its own segment up to itself and, after a prefix, to the whole prefix. So a block of
+queries loops over two runs of keys and no others, whatever the length of the row. The host computes the runs
+(:mod:`lightning_modules.kernels.attention_plan`), so that nothing waits for the device and nothing is compiled again.
+Query heads that share a key-value head are rows of one tile: a key is loaded once for all of them. A block spans few
+tokens, so that little of the computed scores is masked.
 
-The backward pass walks queries for a block of keys. The prefix's keys would gather the gradients of every query of
-their row on one multiprocessor; instead runs of ``CHUNK`` queries give partial sums, which are added up in a fixed
-order: the result does not depend on timing.
+The backward pass loops over queries for a block of keys. For the keys of the prefix, one multiprocessor would have to
+add the gradients of every query of their row; instead runs of ``CHUNK`` queries give partial sums, which are added in a
+fixed order, so that the result does not depend on timing.
 
-Dao, "FlashAttention-2", arXiv 2307.08691, for the recurrences; the segments' walk and the prefix's split are ours.
+The recurrences are those of Dao, "FlashAttention-2", arXiv 2307.08691; the loop over segments and the split of the
+prefix are specific to this project.
 
-Shapes in names: N tokens of all rows in one line, H query heads, K key-value heads, D head width.
+Shapes in names: N tokens of all rows, concatenated, H query heads, K key-value heads, D head width.
 """
 
 from __future__ import annotations
@@ -26,17 +26,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from lightning_modules.kernels.attention_plan import CHUNK, KEYS, AttentionPlan, BlockTables, query_tokens
+from lightning_modules.kernels.attention_plan import CHUNK, KEYS, AttentionPlan, query_tokens
 
-NOTHING = tl.constexpr(-1e30)  #: score of a masked pair; no infinity, whose difference to itself is no number
+MASKED = tl.constexpr(-1e30)  #: score of a masked pair; not infinity, whose difference to itself is NaN
 LOG2E = 1.4426950408889634
 
-#: compile options of each kernel, the fastest of those tried on one H100
+#: compile options of each kernel: the fastest of those tried on one H100
 FORWARD = {"num_warps": 8, "num_stages": 3}
 BACKWARD_QUERIES = {"num_warps": 8, "num_stages": 3}
 BACKWARD_KEYS = {"num_warps": 4, "num_stages": 3}
-BACKWARD_ROWS = 32  #: queries times heads of a tile of the last
-SHARED_MEMORY = 160 << 10  #: bytes a block that the second wants (heads of 128); with two stages 96 KiB, a GeForce's
+BACKWARD_ROWS = 32  #: queries times heads of a tile of the backward kernel over keys
+#: bytes of shared memory per block that BACKWARD_QUERIES needs (heads of 128); two stages need 96 KiB, as a GeForce has
+SHARED_MEMORY = 160 << 10
 
 
 @triton.jit
@@ -49,7 +50,7 @@ def _load(POINTER, token, head, stride, keep, D: tl.constexpr):
 def _attend(q, K, V, key, last, keep, head, stride, out, most, total, scale, D: tl.constexpr):
     k = _load(K, key, head, stride, key < last, D)
     v = _load(V, key, head, stride, key < last, D)
-    scores = tl.where(keep, tl.dot(q, tl.trans(k), input_precision="ieee") * scale, NOTHING)
+    scores = tl.where(keep, tl.dot(q, tl.trans(k), input_precision="ieee") * scale, MASKED)
     new = tl.maximum(most, tl.max(scores, 1))
     old = tl.exp2(most - new)
     weights = tl.exp2(scores - new[:, None])
@@ -70,7 +71,7 @@ def _forward_kernel(
     prefix = tl.load(PREFIX + token, mask=real, other=0)
     q = _load(Q, token, head, q_stride, real, D)
     out = tl.zeros([M, D], tl.float32)
-    most = tl.full([M], NOTHING, tl.float32)
+    most = tl.full([M], MASKED, tl.float32)
     total = tl.zeros([M], tl.float32)
     prefix_first, prefix_last = tl.load(block + 3), tl.load(block + 4)
     for at in range(prefix_first, prefix_last, KEYS):
@@ -174,27 +175,28 @@ def _backward_keys_kernel(
 
 
 def attend(
-    query_NHD: Tensor, key_NKD: Tensor, value_NKD: Tensor, tables: BlockTables, scale: float
+    query_NHD: Tensor, key_NKD: Tensor, value_NKD: Tensor, plan: AttentionPlan, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """Attends.
+    """Runs the forward kernel; see :func:`lightning_modules.kernels.prefix_attention.attend`.
 
     Args:
-        query_NHD: each token's heads lie together; tokens may be apart (a view of a wider buffer).
+        query_NHD: the heads of a token are contiguous; tokens may be strided (a view of a wider buffer).
         key_NKD: likewise, with the stride of ``value_NKD``.
         value_NKD: values.
-        tables: on the same device.
-        scale: of the scores.
+        plan: on the same device.
+        scale: factor of the scores.
 
     Returns:
-        out_NHD, and the base-2 log-sum-exp of each query's scores [H, N] in fp32.
+        out_NHD, and the base-2 log-sum-exp of the scores of each query [H, N] in fp32.
     """
+    tables = plan.tables
     tokens, heads, width = query_NHD.shape
     out_NHD = torch.empty(query_NHD.shape, dtype=query_NHD.dtype, device=query_NHD.device)
     lse_HN = torch.empty(heads, tokens, dtype=torch.float32, device=query_NHD.device)
     grid = (key_NKD.shape[1], len(tables.queries))
     _forward_kernel[grid](
         query_NHD, key_NKD, value_NKD, out_NHD, lse_HN, tables.starts_N, tables.prefix_N, tables.queries, tokens,
-        query_NHD.stride(0), key_NKD.stride(0), heads * width, scale * LOG2E, **_shape(query_NHD, key_NKD), **FORWARD,
+        query_NHD.stride(0), key_NKD.stride(0), heads * width, scale * LOG2E, **_tile(query_NHD, key_NKD), **FORWARD,
     )  # fmt: skip
     return out_NHD, lse_HN
 
@@ -208,17 +210,18 @@ def attend_backward(
     scale: float,
     grads: tuple[Tensor, Tensor, Tensor],
 ) -> None:
-    """Writes the gradients of :func:`attend`'s inputs; see :mod:`lightning_modules.kernels.prefix_attention`.
+    """Writes the gradients of the inputs; see :func:`lightning_modules.kernels.prefix_attention.attend_backward`.
 
     Args:
-        grad_NHD: gradient of the output, contiguous.
+        grad_NHD: gradient of the output.
         inputs: queries, keys and values.
-        out_NHD: the output.
-        lse_HN: its log-sum-exp.
+        out_NHD: output of :func:`attend`.
+        lse_HN: log-sum-exp of :func:`attend`.
         plan: on the same device.
-        scale: of the scores.
-        grads: where to write; those of keys and values are alike in stride.
+        scale: factor of the scores.
+        grads: tensors to write to; those of keys and values have the same strides.
     """
+    grad_NHD = grad_NHD.contiguous()
     query_NHD, key_NKD, value_NKD = inputs
     tokens, heads, width = query_NHD.shape
     shared = key_NKD.shape[1]
@@ -228,11 +231,11 @@ def attend_backward(
     slots = sum(blocks * chunks for blocks, chunks in sizes)
     partial = torch.empty(2, slots, KEYS, shared, width, dtype=torch.float32, device=query_NHD.device)
     strides = (tokens, query_NHD.stride(0), key_NKD.stride(0), heads * width)
-    shape, factors = _shape(query_NHD, key_NKD), (scale * LOG2E, scale)
+    shape, factors = _tile(query_NHD, key_NKD), (scale * LOG2E, scale)
     _backward_queries_kernel[(shared, len(tables.queries))](
         query_NHD, key_NKD, value_NKD, out_NHD, grad_NHD, lse_HN, delta_HN, grad_query,
         tables.starts_N, tables.prefix_N, tables.queries, *strides, grad_query.stride(0), *factors,
-        **shape, **_fitting(BACKWARD_QUERIES),
+        **shape, **_fit_stages(BACKWARD_QUERIES),
     )  # fmt: skip
     _backward_keys_kernel[(shared, len(tables.keys))](
         query_NHD, key_NKD, value_NKD, grad_NHD, lse_HN, delta_HN, grad_key, grad_value, partial[0], partial[1],
@@ -247,16 +250,16 @@ def attend_backward(
 
 
 @cache
-def _small_memory() -> bool:
+def _has_little_shared_memory() -> bool:
     properties = torch.cuda.get_device_properties()
     return bool(getattr(properties, "shared_memory_per_block_optin", SHARED_MEMORY) < SHARED_MEMORY)
 
 
-def _fitting(options: dict[str, int]) -> dict[str, int]:
-    return options | {"num_stages": 2} if torch.cuda.is_available() and _small_memory() else options
+def _fit_stages(options: dict[str, int]) -> dict[str, int]:
+    return options | {"num_stages": 2} if torch.cuda.is_available() and _has_little_shared_memory() else options
 
 
-def _shape(query_NHD: Tensor, key_NKD: Tensor) -> dict[str, Any]:
+def _tile(query_NHD: Tensor, key_NKD: Tensor) -> dict[str, Any]:
     group = query_NHD.shape[1] // key_NKD.shape[1]
     padded = triton.next_power_of_2(group)
     rows = query_tokens(group) * padded

@@ -1,10 +1,10 @@
-"""The plain forward pass of any Hugging Face causal LM over packed rows.
+"""The eager forward pass of any Hugging Face causal LM over packed rows.
 
-Shapes in names: B rows, T tokens a row, N supervised tokens, C channels, V vocabulary.
+Shapes in names: B rows, T tokens per row, N supervised tokens, C channels, V vocabulary.
 
-Logits are wanted at supervised positions only (some 30 % of a row), so the decoder and the head are called apart:
-hidden states of all positions, then the head on some. This path works for every architecture, and is the reference that
-the fast one is tested against.
+Logits are needed at supervised positions only (about 30 % of a row), so decoder and head are called separately: the
+decoder on all positions, then the head on some. This path supports every architecture, and is the reference in the
+tests of the fused kernels.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from datamodules.batch import Batch
 from datamodules.errors import UserError
-from lightning_modules.models.attention_masks import attention_mask
+from lightning_modules.models.attention_masks import attention_mask, attn_implementation
 from lightning_modules.models.backend import EAGER, Backend, gather_positions
 
 if TYPE_CHECKING:
@@ -28,13 +28,13 @@ _LAYER_TYPES = {"full_attention", "sliding_attention"}
 
 
 class Decoder:
-    """A view of a causal LM as decoder and head; holds nothing of its own.
+    """A view of a causal LM as decoder and head, without parameters of its own.
 
     Args:
-        model: a causal LM, as it is or wrapped by PEFT.
+        model: a causal LM, with or without PEFT's wrapper.
 
     Raises:
-        UserError: some layers can't be told where a packed example ends (state-space, linear or chunked attention).
+        UserError: some layers do not accept the ends of packed examples (state-space, linear or chunked attention).
     """
 
     def __init__(self, model: Any) -> None:
@@ -50,18 +50,18 @@ class Decoder:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Type of the hidden states: that of the embeddings, whatever type the adapter has."""
+        """Dtype of the hidden states, which is that of the embeddings; the adapter may have another one."""
         dtype: torch.dtype = self.model.get_input_embeddings().weight.dtype
         return dtype
 
     def autocast(self) -> AbstractContextManager[Any]:
-        """Computes in the base's half-precision type where the adapter's weights are float32."""
+        """Returns a context that computes in the half-precision dtype of the base if the adapter is in float32."""
         if self.dtype not in (torch.bfloat16, torch.float16):
             return nullcontext()
         return torch.autocast(self.model.get_input_embeddings().weight.device.type, dtype=self.dtype)
 
     def hidden_states(self, batch: Batch) -> Tensor:
-        """Computes the last hidden states [B, T, C], behind the final norm."""
+        """Computes the last hidden states [B, T, C], after the final norm."""
         with self.autocast():
             output = self.model.get_decoder()(
                 input_ids=batch.input_ids_BT,
@@ -73,38 +73,43 @@ class Decoder:
         return hidden_BTC
 
     def hidden_states_at(self, batch: Batch, positions_N: Tensor | None) -> Tensor:
-        """Computes the last hidden states [N, C] of some positions of the flattened rows, of all where None."""
+        """Computes the last hidden states [N, C] at some positions of the flattened rows; None for all positions."""
         return gather_positions(self.hidden_states(batch).flatten(0, 1), positions_N)
 
     def hidden_states_of_layers(
         self, batch: Batch, positions_N: Tensor | None, names: Sequence[str]
     ) -> tuple[Tensor, list[Tensor]]:
-        """The same, and the outputs [N, C] of named layers (``layers.3``: the fourth block, before any final norm).
+        """Computes the same, and the outputs [N, C] of the given layers, before the final norm.
+
+        Args:
+            batch: packed rows.
+            positions_N: of the flattened rows; None for all.
+            names: of layers, such as ``layers.3`` for the fourth block.
 
         Raises:
-            UserError: there is no layer of a name.
+            UserError: the model has no layer of a name.
         """
         blocks = {n: m for n, m in self.model.get_decoder().named_modules() if n.rpartition(".")[2].isdigit()}
         check_names(names, list(blocks))
-        found: dict[str, Tensor] = {}
+        outputs: dict[str, Tensor] = {}
 
-        def watching(name: str) -> Callable[..., None]:
-            def watch(module: Any, inputs: Any, output: Any) -> None:
-                found[name] = output[0] if isinstance(output, tuple) else output
+        def hook_for(name: str) -> Callable[..., None]:
+            def hook(module: Any, inputs: Any, output: Any) -> None:
+                outputs[name] = output[0] if isinstance(output, tuple) else output
 
-            return watch
+            return hook
 
-        handles = [blocks[name].register_forward_hook(watching(name)) for name in names]
+        handles = [blocks[name].register_forward_hook(hook_for(name)) for name in names]
         try:
             hidden_NC = self.hidden_states_at(batch, positions_N)
         finally:
             for handle in handles:
                 handle.remove()
-        # not in the hooks: a checkpointed layer that is computed again would lack them
-        return hidden_NC, [gather_positions(found[name].flatten(0, 1), positions_N) for name in names]
+        # not in the hooks, which do not run when a checkpointed layer is recomputed
+        return hidden_NC, [gather_positions(outputs[name].flatten(0, 1), positions_N) for name in names]
 
     def head(self, hidden_NC: Tensor) -> Tensor:
-        """Computes logits [N, V] in float32 (float64 where the model is), scaled and capped as the model does it."""
+        """Computes logits [N, V] in float32 (float64 for a float64 model), with the scale and cap of the model."""
         with self.autocast():
             logits_NV: Tensor = self.model.get_output_embeddings()(hidden_NC)
         logits_NV = logits_NV.to(torch.promote_types(logits_NV.dtype, torch.float32))
@@ -119,17 +124,17 @@ class Decoder:
 
     @property
     def frozen_head(self) -> bool:
-        """Whether no parameter of the head is trained."""
+        """Whether the head has no trainable parameter."""
         return not any(parameter.requires_grad for parameter in self.model.get_output_embeddings().parameters())
 
     def _mask(self, batch: Batch) -> Any:
-        """The mask, or one a layer type where rows are longer than the window of some layers."""
+        """Builds the mask, or one per layer type if rows are longer than the window of some layers."""
         window = getattr(self.config, "sliding_window", None)
         if window is not None and batch.input_ids_BT.shape[1] <= window:
             window = None
 
         def mask(window: int | None) -> Any:
-            return attention_mask(batch, self.config._attn_implementation, self.dtype, window)
+            return attention_mask(batch, attn_implementation(self.config), self.dtype, window)
 
         if window is None or self._layer_types == {"full_attention"}:
             return mask(None)
@@ -139,26 +144,27 @@ class Decoder:
 
 
 def check_names(names: Sequence[str], layers: Sequence[str]) -> None:
-    """Refuses names of layers that a model does not have.
+    """Raises an error if the model does not have a layer of one of the names.
 
     Raises:
-        UserError: one of them.
+        UserError: no such layer.
     """
     for name in names:
         if name not in layers:
-            raise UserError(f"objective.hidden.layers: no layer {name}; the model has {layers[0]} to {layers[-1]}")
+            known = f"the model has {layers[0]} to {layers[-1]}"
+            raise UserError(f"objective.hidden.layers: no layer {name}; {known}. Fix: name one of them")
 
 
 @dataclass(frozen=True)
 class Predictions:
-    """Hidden states at supervised positions and the head that makes logits of them, a chunk at a time.
+    """Hidden states at supervised positions, and the head that computes their logits chunk by chunk.
 
     Attributes:
         hidden_NC: hidden states of the supervised positions.
         head: hidden states [n, C] -> logits [n, V] in float32 or float64.
-        frozen_head: whether the head has no parameter that wants a gradient.
-        states: hidden states [N, C] of the layers that an objective compares, the student's as its projection left it.
-        backend: how they are cut into chunks, and what recomputes one.
+        frozen_head: whether the head has no trainable parameter.
+        states: hidden states [N, C] of the layers that an objective compares; those of a student are projected.
+        backend: splits them into chunks and recomputes a chunk.
     """
 
     hidden_NC: Tensor

@@ -1,17 +1,17 @@
 """Frozen projections with LoRA, computed in groups, for :mod:`lightning_modules.models.fused_blocks`.
 
-Shapes in names: N tokens, C input channels, O output channels of a group of projections, R ranks of its LoRA matrices
-together.
+Shapes in names: N tokens, C input channels, O output channels of a group of projections, R sum of the ranks of its LoRA
+matrices.
 
-What the plain path (PEFT over bitsandbytes modules) pays for and this does not:
+Costs of the eager path (PEFT over bitsandbytes modules) that this module avoids:
 
-- a group's projections (Q, K, V; gate, up) are one product, their LoRA A matrices another: bigger, fewer GEMMs;
-- NF4 is dequantised once per use into a buffer that is freed at once: no saved dequantised weight;
-- LoRA's product is written first and the base's accumulated onto it, where reading the buffer hides behind arithmetic:
-  no separate buffer, no fp32 copies.
+- the projections of a group (Q, K, V; gate, up) are one product, their LoRA A matrices another: fewer, larger GEMMs;
+- NF4 is dequantized once per use into a buffer that is freed after the product: no dequantized weight is saved;
+- the product of LoRA is written first and the product of the base is accumulated into it, while arithmetic hides the
+  time to read the buffer: no separate buffer, no fp32 copies.
 
-PEFT still owns the LoRA parameters: they are read from its modules at every call, so saving, loading and merging stay
-PEFT's.
+PEFT still owns the LoRA parameters: they are read from its modules at every call, so that PEFT saves, loads and merges
+them.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ from lightning_modules.kernels.fp8 import Fp8Weight
 
 
 class FrozenWeight:
-    """A projection's frozen weight [out, in], dense or NF4; :meth:`read` gives it in the compute dtype.
+    """The frozen weight [out, in] of a projection, dense or NF4; :meth:`read` converts it to the compute dtype.
 
     Args:
         module: ``nn.Linear``, or bitsandbytes' ``Linear4bit`` (NF4 or FP4).
-        undo_nesting: keep the scales of a double-quantised weight in fp32 (0.4 GB more for 7B parameters, a third less
-            time to dequantise).
+        undo_nesting: whether the scales of a double-quantized weight are kept in fp32 (0.4 GB more for 7B parameters, a
+            third less time to dequantize).
     """
 
     def __init__(self, module: Any, undo_nesting: bool = True) -> None:
@@ -53,11 +53,11 @@ class FrozenWeight:
         if out.is_cuda:
             operator.out(*arguments, out=out)
         else:
-            out.copy_(operator.default(*arguments))  # bitsandbytes has no out variant on a CPU
+            out.copy_(operator.default(*arguments))  # bitsandbytes has no out variant for the CPU
 
 
 def _unnested_scales(state: Any) -> Tensor:
-    """The fp32 scales of a quantised weight, their own quantisation undone."""
+    """Computes the fp32 scales of a quantized weight from its quantized scales."""
     if not state.nested:
         return state.absmax
     from bitsandbytes.functional import dequantize_blockwise
@@ -67,7 +67,7 @@ def _unnested_scales(state: Any) -> Tensor:
 
 @dataclass
 class Projection:
-    """One linear layer as PEFT left it: a frozen weight and, where it is adapted, A [r, in] and B [out, r]."""
+    """One linear layer: a frozen weight and, if PEFT adapts it, A [r, in], B [out, r] and the scale of B A."""
 
     weight: FrozenWeight
     a: nn.Parameter | None = None
@@ -76,41 +76,28 @@ class Projection:
 
     @classmethod
     def of(cls, module: Any, undo_nesting: bool = True) -> Projection:
-        """Reads a linear layer or a PEFT LoRA layer around one.
+        """Reads a linear layer, or a LoRA layer of PEFT around one.
 
-        Raises:
-            NotImplementedError: a feature that the fused functions do not compute; the message names it.
+        The layer must be supported, see :func:`lightning_modules.models.fused_support.unsupported_reason`.
         """
         base = module.get_base_layer() if hasattr(module, "get_base_layer") else module
-        if getattr(base, "bias", None) is not None:
-            raise NotImplementedError("a projection has a bias")
-        if base.weight.dtype == torch.int8:
-            raise NotImplementedError("the base is quantised to int8")
         weight = FrozenWeight(base, undo_nesting)
         if base is module or not module.active_adapters:
             return cls(weight)
-        if len(module.active_adapters) > 1:
-            raise NotImplementedError("more than one adapter is active")
-        name = module.active_adapters[0]
+        (name,) = module.active_adapters
         if name not in module.lora_A:
             return cls(weight)
-        if module.use_dora.get(name) or module.lora_variant.get(name):
-            raise NotImplementedError("DoRA, or another LoRA variant")
-        if getattr(module.lora_dropout[name], "p", 0.0) > 0:
-            raise NotImplementedError("LoRA dropout > 0")
-        if module.lora_bias.get(name):
-            raise NotImplementedError("a LoRA bias")
         return cls(weight, module.lora_A[name].weight, module.lora_B[name].weight, float(module.scaling[name]))
 
 
 @dataclass
-class Group:
-    """Projections of one input, computed as one product.
+class ProjectionGroup:
+    """Projections of the same input, computed as one product.
 
     Attributes:
         members: the projections, in the order of their outputs.
-        sizes: outputs of each.
-        fp8: the base's weights in FP8, where :meth:`to_fp8` was called.
+        sizes: number of output channels of each.
+        fp8: weights of the base in FP8, after a call of :meth:`to_fp8`.
     """
 
     members: Sequence[Projection]
@@ -121,16 +108,16 @@ class Group:
         self.sizes = [member.weight.shape[0] for member in self.members]
 
     def to_fp8(self, dtype: torch.dtype) -> None:
-        """Has the base's products computed in FP8 from now on; ``dtype`` is what the weights are quantised from."""
+        """Quantizes the weights of the base to FP8 for all later products; ``dtype`` is the type to quantize from."""
         module = self.members[0].weight.module
         self.fp8 = Fp8Weight.of(self.weight_OC(torch.empty(0, dtype=dtype, device=module.weight.device)))
 
-    def without_adapter(self) -> Group:
-        """The same frozen weights, in whatever form they are, without LoRA."""
-        return Group([Projection(member.weight) for member in self.members], fp8=self.fp8)
+    def without_adapter(self) -> ProjectionGroup:
+        """Returns a group that shares the frozen weights, FP8 ones too, and has no LoRA."""
+        return ProjectionGroup([Projection(member.weight) for member in self.members], fp8=self.fp8)
 
     def weight_OC(self, like: Tensor) -> Tensor:
-        """The base's weights, dequantised into a new buffer (or the weight itself where there is nothing to do)."""
+        """Returns the weights of the base: dequantized into a new buffer, or a single dense weight itself."""
         first = self.members[0].weight
         if len(self.members) == 1 and first.state is None and first.module.weight.dtype == like.dtype:
             return first.module.weight
@@ -140,30 +127,30 @@ class Group:
         return buffer
 
     def parameters(self) -> list[Tensor | None]:
-        """A and B of every member, None where it is not adapted: what an autograd function must see as inputs."""
+        """Returns A and B of every member, None if it is not adapted; an autograd function needs them as inputs."""
         return [parameter for member in self.members for parameter in (member.a, member.b)]
 
     def a_RC(self, parameters: Sequence[Tensor | None], dtype: torch.dtype) -> Tensor | None:
-        """The members' A matrices in one."""
-        found = [a.to(dtype) for a in parameters[::2] if a is not None]
-        return torch.cat(found) if len(found) > 1 else (found[0] if found else None)
+        """Concatenates the A matrices of the members; None if no member is adapted."""
+        matrices = [a.to(dtype) for a in parameters[::2] if a is not None]
+        return torch.cat(matrices) if len(matrices) > 1 else (matrices[0] if matrices else None)
 
-    def ranked(self, parameters: Sequence[Tensor | None]) -> list[tuple[int, slice, slice, Tensor, float]]:
-        """Of each adapted member: (index, its outputs, its ranks, B, scale)."""
-        found, output, rank = [], 0, 0
+    def adapted_members(self, parameters: Sequence[Tensor | None]) -> list[tuple[int, slice, slice, Tensor, float]]:
+        """Lists (index, its output channels, its ranks, B, scale) of each adapted member."""
+        adapted, output, rank = [], 0, 0
         for index, (member, size) in enumerate(zip(self.members, self.sizes, strict=True)):
             b = parameters[2 * index + 1]
             if b is not None:
                 ranks = slice(rank, rank + b.shape[1])
-                found.append((index, slice(output, output + size), ranks, b, member.scale))
+                adapted.append((index, slice(output, output + size), ranks, b, member.scale))
                 rank = ranks.stop
             output += size
-        return found
+        return adapted
 
     def forward(
         self, x_NC: Tensor, parameters: Sequence[Tensor | None], residual: Tensor | None = None
     ) -> tuple[Tensor, Tensor | None]:
-        """Computes the outputs [N, O] (plus ``residual``) and x A^T [N, R], which the backward pass wants."""
+        """Computes the outputs [N, O] (plus ``residual``) and x A^T [N, R], which the backward pass needs."""
         a_RC = self.a_RC(parameters, x_NC.dtype)
         xa_NR = None if a_RC is None else x_NC @ a_RC.T
         if self.fp8 is not None:
@@ -180,24 +167,24 @@ class Group:
     def _add_adapters(
         self, y_NO: Tensor, xa_NR: Tensor | None, parameters: Sequence[Tensor | None], fresh: bool = False
     ) -> Tensor:
-        """Adds x A^T B^T to the outputs in place, or writes it where they are ``fresh``."""
+        """Adds x A^T B^T to the outputs in place; overwrites them if they are ``fresh`` (uninitialized)."""
         if xa_NR is None:
             return y_NO
-        ranked = self.ranked(parameters)
-        if fresh and len(ranked) < len(self.members):
+        adapted = self.adapted_members(parameters)
+        if fresh and len(adapted) < len(self.members):
             y_NO.zero_()
-        for _, outputs, ranks, b, scale in ranked:
+        for _, outputs, ranks, b, scale in adapted:
             y_NO[:, outputs].addmm_(xa_NR[:, ranks], b.to(y_NO.dtype).T, beta=0 if fresh else 1, alpha=scale)
         return y_NO
 
     def input_gradient(
         self, grad_NO: Tensor, parameters: Sequence[Tensor | None], need_input: bool = True
     ) -> tuple[Tensor | None, Tensor | None]:
-        """Gradients of the input [N, C] (None unless needed) and of x A^T [N, R] (None without adapters)."""
+        """Computes the gradients of the input [N, C] (None if not needed) and of x A^T [N, R] (None without LoRA)."""
         a_RC, ga_NR = self.a_RC(parameters, grad_NO.dtype), None
         if a_RC is not None:
             ga_NR = grad_NO.new_empty(len(grad_NO), len(a_RC))
-            for _, outputs, ranks, b, scale in self.ranked(parameters):
+            for _, outputs, ranks, b, scale in self.adapted_members(parameters):
                 torch.mul(grad_NO[:, outputs] @ b.to(grad_NO.dtype), scale, out=ga_NR[:, ranks])
         if not need_input:
             return None, ga_NR
@@ -217,14 +204,22 @@ class Group:
         xa_NR: Tensor | None,
         parameters: Sequence[Tensor | None],
     ) -> list[Tensor | None]:
-        """Gradients of every A and B."""
+        """Computes the gradients of every A and B, in the order of :meth:`parameters`.
+
+        Args:
+            grad_NO: gradient of the outputs.
+            ga_NR: gradient of x A^T, from :meth:`input_gradient`.
+            x_NC: the input.
+            xa_NR: x A^T, from :meth:`forward`; None recomputes it.
+            parameters: A and B of every member.
+        """
         grads: list[Tensor | None] = [None] * len(parameters)
         if ga_NR is None:
             return grads
         if xa_NR is None:
             xa_NR = x_NC @ self.a_RC(parameters, x_NC.dtype).T  # type: ignore[union-attr]
         grad_a = ga_NR.T @ x_NC
-        for index, outputs, ranks, b, scale in self.ranked(parameters):
+        for index, outputs, ranks, b, scale in self.adapted_members(parameters):
             grads[2 * index] = grad_a[ranks].to(b.dtype)
             grads[2 * index + 1] = (grad_NO[:, outputs].T @ xa_NR[:, ranks]).mul_(scale).to(b.dtype)
         return grads

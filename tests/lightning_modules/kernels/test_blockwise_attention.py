@@ -1,3 +1,5 @@
+"""Blockwise attention against scaled dot-product attention with a dense mask, and in a model."""
+
 import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
@@ -17,7 +19,7 @@ def inputs(dtype, heads=6, key_heads=2, channels=5):
 
 
 def reference(query, key, value, window):
-    """The whole square of scores, by PyTorch."""
+    """Attention with the dense mask, by PyTorch."""
     mask = segment_mask(SEGMENTS, POSITIONS, window)
     key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], 1) for x in (key, value))
     return scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=0.3)
@@ -25,20 +27,22 @@ def reference(query, key, value, window):
 
 @pytest.mark.parametrize("window", [None, 1, 3])
 @pytest.mark.parametrize("block", [1, 2, 4, 9, 64])
-@pytest.mark.parametrize(("dtype", "near"), [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 0.03)])
-def test_output_and_gradients_are_those_of_the_whole_square(dtype, near, block, window):
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5), (torch.bfloat16, 0.03)]
+)
+def test_output_and_gradients_equal_those_with_a_dense_mask(dtype, tolerance, block, window):
     tensors = inputs(dtype)
     output = blockwise_attention(*tensors, SEGMENTS, POSITIONS, 0.3, window, block)
     expected = reference(*tensors, window)
     assert output.dtype == dtype
-    torch.testing.assert_close(output, expected, atol=near, rtol=near)
+    torch.testing.assert_close(output, expected, atol=tolerance, rtol=tolerance)
     weights = torch.randn_like(output)
     got = torch.autograd.grad((output * weights).sum(), tensors)
-    wanted = torch.autograd.grad((expected * weights).sum(), tensors)
-    torch.testing.assert_close(got, wanted, atol=near, rtol=near)
+    expected_gradients = torch.autograd.grad((expected * weights).sum(), tensors)
+    torch.testing.assert_close(got, expected_gradients, atol=tolerance, rtol=tolerance)
 
 
-def test_gradients_numerically():
+def test_gradients_equal_finite_differences():
     tensors = inputs(torch.float64, heads=2, key_heads=1, channels=3)
     torch.autograd.gradcheck(
         lambda *x: blockwise_attention(*x, SEGMENTS, POSITIONS, 0.3, None, 4), tensors, atol=1e-8, rtol=1e-6
@@ -52,7 +56,7 @@ def test_autocast_does_not_round_the_scores():
         assert torch.equal(blockwise_attention(*tensors, SEGMENTS, POSITIONS, 0.3), plain)
 
 
-def test_a_model_gives_the_same_hidden_states_and_generates(tiny_mistral):
+def test_a_model_has_the_hidden_states_and_the_generated_tokens_of_sdpa(tiny_mistral):
     ids = torch.randint(5, 200, SEGMENTS.shape)
     batch = Batch(ids, POSITIONS, torch.full_like(ids, -100), SEGMENTS)
     hidden, generated = {}, {}

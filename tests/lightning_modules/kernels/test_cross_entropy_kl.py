@@ -1,11 +1,13 @@
-"""The token loss and its kernel against torch's own losses and autograd, at odd shapes; see also test_objectives.py."""
+"""Cross-entropy and KL, reference and kernel, against the losses of torch and autograd, at odd shapes."""
 
 import pytest
 import torch
 from torch.nn.functional import cross_entropy, kl_div, log_softmax
 
-from lightning_modules.kernels.cross_entropy_kl import CrossEntropyKL, cross_entropy_kl_reference
+from lightning_modules.kernels.cross_entropy_kl import CrossEntropyKL, cross_entropy_kl
+from lightning_modules.kernels.dispatch import reference_of
 
+reference = reference_of(cross_entropy_kl)
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
@@ -33,30 +35,30 @@ def expected(logits, labels, teacher, ce_weight, kl_weight, t):
     kl = torch.zeros_like(ce)
     if teacher is not None:
         width = min(leaf.shape[1], teacher.shape[1])
-        ours, theirs = log_softmax(leaf[:, :width] / t, -1), log_softmax(teacher[:, :width] / t, -1)
-        kl = kl_div(ours, theirs, log_target=True, reduction="none").sum(-1) * (labels >= 0)
-    right = (leaf.argmax(-1) == labels).double()
+        student, target = (log_softmax(x[:, :width] / t, -1) for x in (leaf, teacher))
+        kl = kl_div(student, target, log_target=True, reduction="none").sum(-1) * (labels >= 0)
+    correct = (leaf.argmax(-1) == labels).double()
     (gradient,) = torch.autograd.grad((ce_weight * ce + kl_weight * kl).sum(), leaf)
-    return torch.stack([ce, kl, right], 1).detach(), gradient
+    return torch.stack([ce, kl, correct], 1).detach(), gradient
 
 
-@pytest.mark.parametrize("function", [cross_entropy_kl_reference, kernel])
+@pytest.mark.parametrize("function", [reference, kernel])
 @pytest.mark.parametrize("t", [0.5, 1.0, 2.0, 5.0])
 @pytest.mark.parametrize("widths", [(5, 5), (41, 38), (41, 44), (4099, 4090)])
 def test_values_and_gradients_equal_autograd(function, widths, t):
-    dtype, tolerance = (torch.float64, 1e-9) if function is cross_entropy_kl_reference else (torch.float32, 2e-5)
+    dtype, tolerance = (torch.float64, 1e-9) if function is reference else (torch.float32, 2e-5)
     logits, labels, teacher = case(7, *widths)
-    for taught in (teacher, None):
-        arguments = (taught, 0.7, 0.3 * t * t, t)
-        figures, gradient = expected(logits, labels, *arguments)
-        smaller = None if taught is None else taught.to(dtype)
-        got, got_gradient = function(logits.to(dtype), labels, smaller, *arguments[1:])
+    for teacher_logits in (teacher, None):
+        weights = (0.7, 0.3 * t * t, t)
+        figures, gradient = expected(logits, labels, teacher_logits, *weights)
+        rounded = None if teacher_logits is None else teacher_logits.to(dtype)
+        got, got_gradient = function(logits.to(dtype), labels, rounded, *weights)
         torch.testing.assert_close(got.double(), figures, rtol=tolerance, atol=tolerance)
         torch.testing.assert_close(got_gradient.double(), gradient, rtol=tolerance, atol=tolerance)
 
 
-@pytest.mark.parametrize("function", [cross_entropy_kl_reference, kernel])
-def test_extreme_logits_stay_finite_and_a_teacher_like_the_student_gives_nothing(function):
+@pytest.mark.parametrize("function", [reference, kernel])
+def test_extreme_logits_give_finite_losses_and_a_teacher_equal_to_the_student_gives_zero(function):
     logits = torch.tensor([[1e4, -1e4, 0.0], [-80.0, 90.0, 88.0]], device=DEVICE)
     labels = torch.tensor([1, 2], device=DEVICE)
     for teacher in (logits.flip(1), logits):
@@ -67,8 +69,8 @@ def test_extreme_logits_stay_finite_and_a_teacher_like_the_student_gives_nothing
     assert gradient.abs().max() < 1e-6
 
 
-@pytest.mark.parametrize("function", [cross_entropy_kl_reference, kernel])
-def test_no_token(function):
+@pytest.mark.parametrize("function", [reference, kernel])
+def test_an_empty_batch_gives_empty_results(function):
     figures, gradient = function(torch.zeros(0, 9), torch.zeros(0, dtype=torch.long), None, 1.0, 0.0, 1.0)
     assert (figures.shape, gradient.shape) == ((0, 3), (0, 9))
 

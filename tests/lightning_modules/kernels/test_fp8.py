@@ -1,4 +1,4 @@
-"""FP8 products: the arithmetic on a CPU, the hardware's on a GPU, and a decoder that computes with them."""
+"""FP8 products on a CPU and on a GPU, and a decoder that computes with them."""
 
 import pytest
 import torch
@@ -6,7 +6,8 @@ import torch
 from datamodules.errors import UserError
 from lightning_modules.kernels.fp8 import Fp8Weight
 from lightning_modules.models.fused_decoder import FusedDecoder, build_decoder
-from tests.lightning_modules.models.test_fused_decoder import adapted, gradients, packed_rows
+from tests.helpers.fused_models import VOCABULARY, adapted, gradients
+from tests.helpers.packed_rows import two_rows
 
 
 def error(got, expected):
@@ -20,7 +21,7 @@ def check_products(device, dtype, tokens, inputs, outputs):
     x, grad, weight = (t.to(device, dtype) for t in (x, grad, weight))
     fp8 = Fp8Weight.of(weight)
     assert fp8.forward(x).dtype == dtype
-    # e4m3 has 3 bits of mantissa: 2^-4 at most an entry, so some 3.7 % of a random product
+    # e4m3 has 3 bits of mantissa: an error of at most 2^-4 per entry, about 3.7 % of a random product
     assert error(fp8.forward(x).cpu(), (x.double() @ weight.double().T).cpu()) < 0.05
     assert error(fp8.backward(grad).cpu(), (grad.double() @ weight.double()).cpu()) < 0.05
 
@@ -39,10 +40,10 @@ def test_products_on_a_gpu(tokens, inputs, outputs):
     check_products("cuda", torch.bfloat16, tokens, inputs, outputs)
 
 
-def test_a_decoder_in_fp8_is_near_the_exact_one():
-    model = adapted("mistral", intermediate_size=96)
-    segments, positions = packed_rows()
-    ids = torch.randint(0, 97, segments.shape)
+def test_a_decoder_in_fp8_is_close_to_the_exact_one():
+    model = adapted("mistral", base_options={"intermediate_size": 96})
+    segments, positions = two_rows()
+    ids = torch.randint(0, VOCABULARY, segments.shape)
     results = []
     for fp8 in (False, True):
         decoder = FusedDecoder(model, fp8=fp8)
@@ -54,11 +55,11 @@ def test_a_decoder_in_fp8_is_near_the_exact_one():
         assert torch.cosine_similarity(grad.flatten(), exact_grads[name].flatten(), 0) > 0.98, name
 
 
-def test_a_shape_that_fp8_does_not_multiply_is_refused():
-    with pytest.raises(UserError, match=r"fp8=true: FP8 products want .* not \(48, 88\)"):
-        build_decoder(adapted("mistral", intermediate_size=88), "auto", "none", torch.device("cpu"), fp8=True)
+def test_a_size_that_is_not_a_multiple_of_16_raises_an_error():
+    with pytest.raises(UserError, match=r"fp8=true: FP8 products need .* not \(48, 88\)"):
+        build_decoder(adapted("mistral"), "auto", "none", torch.device("cpu"), fp8=True)
 
 
-def test_eager_kernels_have_no_fp8():
+def test_eager_kernels_do_not_support_fp8():
     with pytest.raises(UserError, match="fp8=true: needs fused kernels"):
         build_decoder(adapted("mistral"), "eager", "none", torch.device("cpu"), fp8=True)
