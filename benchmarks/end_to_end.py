@@ -1,10 +1,10 @@
-"""What do the trainer, the loader and the callbacks cost? ``main.py fit`` beside a bare loop over the same batches.
+"""Measures the cost of trainer, loader and callbacks: ``main.py fit`` next to a bare loop over the same batches.
 
     python benchmarks/end_to_end.py --steps 40 -- --config benchmarks/end_to_end.yaml [any option of fit]
 
-The bare loop holds its batches in memory beforehand and does nothing but forward, backward, clipping and the optimizer.
-Then ``main.py fit`` runs the same config in a process of its own, with all that a user gets; its speed is read from the
-curves that it logged, the first interval left out. Prints both in findings/s and what the difference is.
+The bare loop loads its batches into memory first, and runs only forward, backward, clipping and the optimizer. Then
+``main.py fit`` runs the same config in a process of its own, with every callback; its speed is read from the logged
+curves, without the first interval. Prints both in findings/s, and the difference.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ WARMUP = 4
 
 
 def bare(arguments: list[str], steps: int) -> float:
-    """Findings/s of a loop over batches that lie ready."""
+    """Returns the findings/s of a loop over batches in memory."""
     import torch
 
     from commands.cli import FinetuneCLI
@@ -60,7 +60,7 @@ def _wait(device: object) -> None:
 
 
 def through_fit(arguments: list[str], steps: int) -> float:
-    """Findings/s that ``main.py fit`` logs."""
+    """Returns the findings/s that ``main.py fit`` logs."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     with tempfile.TemporaryDirectory() as folder:
@@ -74,22 +74,22 @@ def through_fit(arguments: list[str], steps: int) -> float:
 
 
 def main() -> None:
-    """Reads the command line."""
+    """Parses the command line and runs both loops."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--only", choices=("bare", "fit"), help=argparse.SUPPRESS)
-    parser.add_argument("arguments", nargs="*", help="options of main.py fit, behind --")
+    parser.add_argument("arguments", nargs="*", help="options of main.py fit, after --")
     options = parser.parse_args()
-    if options.only == "bare":  # in a process of its own, so that its memory is free afterwards
+    if options.only == "bare":  # in a process of its own, so that its memory is freed
         print(f"BARE {bare(options.arguments, options.steps)}")
         return
     command = [sys.executable, __file__, "--only", "bare", "--steps", str(options.steps), "--", *options.arguments]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    found = [line.split()[1] for line in done.stdout.splitlines() if line.startswith("BARE ")]
-    if not found:
+    rates = [line.split()[1] for line in done.stdout.splitlines() if line.startswith("BARE ")]
+    if not rates:
         sys.exit(done.stdout + done.stderr)
-    loop, fit = float(found[0]), through_fit(options.arguments, options.steps)
-    print(f"bare loop {loop:.1f} findings/s, main.py fit {fit:.1f} findings/s: {1 - fit / loop:.1%} for the rest")
+    loop, fit = float(rates[0]), through_fit(options.arguments, options.steps)
+    print(f"bare loop {loop:.1f} findings/s, main.py fit {fit:.1f} findings/s: {1 - fit / loop:.1%} overhead")
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
-"""Are our GPU kernels worth having? Each beside the library's way, at the shapes of a 7B model, in one run on one GPU.
+"""Times the GPU kernels next to the alternatives of libraries, at the shapes of a 7B model, in one run on one GPU.
 
     python benchmarks/gpu_kernels.py [--tokens 16384]
 
-Attention over packed rows behind a shared prefix: ours beside compiled FlexAttention with the same mask; pointwise
-kernels beside ``torch.compile`` of the plain functions that they are tested against; FP8 products, the quantisation of
-their input included, beside bf16 ones; Lion's step for a 7B model's adapters beside fused AdamW's (two rules: only time
-compares). Prints milliseconds (median), the ratio, and the difference of the results.
+Attention over packed rows with a shared prefix next to compiled FlexAttention with the same mask; pointwise kernels
+next to ``torch.compile`` of their references; FP8 products, with the quantization of their input, next to bf16
+products; a step of Lion for the adapters of a 7B model next to fused AdamW (two rules: only the time is comparable).
+Prints milliseconds (median), the ratio, and the difference of the results.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from lightning_modules.kernels import pointwise, pointwise_triton, prefix_attention
 from lightning_modules.kernels.attention_plan import build_attention_plan
+from lightning_modules.kernels.dispatch import reference_of
 from lightning_modules.kernels.fp8 import Fp8Weight
 from optimizers import Lion
 
@@ -33,12 +34,12 @@ HEADS, SHARED, WIDTH, CHANNELS, INNER = 32, 8, 128, 4096, 14336  # Mistral-7B
 
 
 def random(*shape: int) -> Tensor:
-    """Random bf16 numbers on the GPU."""
+    """Returns random bf16 numbers on the GPU."""
     return torch.randn(*shape, device="cuda", dtype=torch.bfloat16)
 
 
 def row(tokens: int, prefix: int, example: int) -> Tensor:
-    """Segment ids [1, T] of examples of varied length behind a prefix."""
+    """Returns segment ids [1, T] of a prefix and examples of varied length."""
     ids, position, segment = torch.full((1, tokens), -1), prefix, 1
     ids[:, :prefix] = 0
     generator = torch.Generator().manual_seed(0)
@@ -49,25 +50,25 @@ def row(tokens: int, prefix: int, example: int) -> Tensor:
     return ids
 
 
-def compare(name: str, ours: Callable[[], Any], library: Callable[[], Any]) -> None:
+def compare(name: str, project: Callable[[], Any], library: Callable[[], Any]) -> None:
     """Prints a row of the table."""
-    mine, theirs = (function() for function in (ours, library))
-    pairs = zip(*((x if isinstance(x, tuple) else (x,)) for x in (mine, theirs)), strict=True)
+    results = (function() for function in (project, library))
+    pairs = zip(*((x if isinstance(x, tuple) else (x,)) for x in results), strict=True)
     error = max(float((a.float() - b.float()).norm() / b.float().norm()) for a, b in pairs)
-    first, second = (do_bench(function, warmup=50, rep=200, return_mode="median") for function in (ours, library))
+    first, second = (do_bench(function, warmup=50, rep=200, return_mode="median") for function in (project, library))
     print(f"| {name} | {first:.3f} | {second:.3f} | {second / first:.2f} | {error:.1e} |", flush=True)
 
 
 def attention(tokens: int) -> None:
-    """Forward and backward pass of one layer, with and without a prefix."""
+    """Times the forward and backward pass of one layer, with and without a prefix."""
     flex = torch.compile(flex_attention, dynamic=False)
     for prefix, example in ((165, 220), (0, 545)):
         ids = row(tokens, prefix, example)
         plan, segments = build_attention_plan(ids, HEADS // SHARED).to("cuda"), ids[0].cuda()
 
         def allowed(b: Any, h: Any, q: Tensor, k: Tensor, segments: Tensor = segments) -> Tensor:
-            behind = (segments[k] == 0) & (segments[q] > 0)
-            return (q >= k) & ((segments[q] == segments[k]) | behind)
+            to_prefix = (segments[k] == 0) & (segments[q] > 0)
+            return (q >= k) & ((segments[q] == segments[k]) | to_prefix)
 
         mask = create_block_mask(allowed, None, None, tokens, tokens, device="cuda")
         y = random(tokens, (HEADS + 2 * SHARED) * WIDTH)
@@ -99,7 +100,7 @@ def attention(tokens: int) -> None:
 
 
 def pointwise_parts(tokens: int) -> None:
-    """Norms, SwiGLU and rotary positions."""
+    """Times norms, SwiGLU, rotary positions and the quantization of rows."""
     x, grad, residual, weight = (
         random(tokens, CHANNELS),
         random(tokens, CHANNELS),
@@ -117,15 +118,14 @@ def pointwise_parts(tokens: int) -> None:
         "quantize_rows": (gate_up,),
     }
     for name, arguments in cases.items():
-        reference = name.rstrip("_") + "_reference" + ("_" if name.endswith("_") else "")
-        compiled = torch.compile(getattr(pointwise, reference), dynamic=False)
+        compiled = torch.compile(reference_of(getattr(pointwise, name)), dynamic=False)
         kernel = getattr(pointwise_triton, name)
         fresh = (lambda a: (a[0].clone(), *a[1:])) if name.endswith("_") else (lambda a: a)
         compare(name, lambda: kernel(*fresh(arguments)), lambda: compiled(*fresh(arguments)))
 
 
 def products(tokens: int) -> None:
-    """Compares x W^T in FP8 and in bf16."""
+    """Times x W^T in FP8 and in bf16."""
     for outputs, inputs in ((6144, CHANNELS), (CHANNELS, CHANNELS), (2 * INNER, CHANNELS), (CHANNELS, INNER)):
         x, weight = random(tokens, inputs), random(outputs, inputs) * 0.02
         fp8 = Fp8Weight.of(weight)
@@ -151,12 +151,12 @@ def lion() -> None:
 
 
 def main() -> None:
-    """Reads the command line."""
+    """Parses the command line and runs the benchmark."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, default=16384)
     tokens = parser.parse_args().tokens
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}")
-    print("| | ours, ms | library, ms | ratio | difference |\n|---|---|---|---|---|")
+    print("| | this project, ms | library, ms | ratio | difference |\n|---|---|---|---|---|")
     attention(tokens)
     pointwise_parts(tokens)
     products(tokens)

@@ -1,18 +1,18 @@
-"""Do we reach TRL's loss with the same data, order, optimizer and learning rate, and in what share of its time?
+"""Compares loss and time with TRL, with the same data, order, optimizer and learning rate.
 
     python benchmarks/parity.py --sources SHARDS --output FOLDER [--steps 300]
 
-A real small model (SmolLM2-135M-Instruct in NF4, LoRA r=16 on every projection) learns to score findings, once by our
-module (all examples of a step in one row behind their shared prefix) and once by TRL's ``SFTTrainer`` (padded rows,
-completion-only loss). Both begin with the same adapter, see the same examples in the same order, and take the same
-steps of AdamW at one constant rate. Held-out loss is measured by one function for both. Writes ``parity.json`` and a
-picture of the curves, and prints the difference.
+A real small model (SmolLM2-135M-Instruct in NF4, LoRA r=16 on every projection) learns to score findings, once by
+:class:`~lightning_modules.CausalLMModule` (all examples of a step in one row with their shared prefix) and once by
+``SFTTrainer`` of TRL (padded rows, completion-only loss). Both start from the same adapter, train on the same examples
+in the same order, and make the same number of AdamW steps at one constant rate. One function measures the held-out
+loss of both. Writes ``parity.json`` and a plot of the curves, and prints the difference.
 
-TRL keeps the adapter of a 4-bit base in bf16, where small steps are lost; ``TRL, float32`` undoes that, so that there
-is an arm of the same arithmetic for each of our types.
+TRL keeps the adapter of a 4-bit base in bf16, which loses small steps; ``TRL, float32`` converts it back to float32, so
+that each dtype of the adapter has an arm with the same arithmetic.
 
-``--arms`` adds what else wants a curve beside these: FP8 products with the base, and Lion over an adapter in
-float32, in bf16, and in bf16 with the optimizer's float32 copy.
+``--arms`` adds further arms: FP8 products with the base, and Lion with an adapter in float32, in bf16, and in bf16 with
+a float32 copy in the optimizer.
 """
 
 from __future__ import annotations
@@ -38,45 +38,45 @@ from optimizers import Lion  # noqa: E402
 
 RATE, BATCH, HELD_OUT, ROW = 2e-4, 16, 256, 8192
 ADAMW = partial(torch.optim.AdamW, lr=RATE, weight_decay=0.01)
-#: name -> (type of the adapter, optimizer, FP8 products)
+#: name -> (dtype of the adapter, optimizer, FP8 products)
 ARMS: dict[str, tuple[Any, Any, bool]] = {
-    "ours": ("float32", ADAMW, False),
-    "ours, bf16": ("bfloat16", ADAMW, False),
-    "ours, FP8": ("float32", ADAMW, True),
+    "module": ("float32", ADAMW, False),
+    "module, bf16": ("bfloat16", ADAMW, False),
+    "module, FP8": ("float32", ADAMW, True),
     "Lion, float32": ("float32", partial(Lion, lr=RATE / 4, weight_decay=0.04), False),
     "Lion, bf16": ("bfloat16", partial(Lion, lr=RATE / 4, weight_decay=0.04), False),
     "Lion, bf16 with a copy": ("bfloat16", partial(Lion, lr=RATE / 4, weight_decay=0.04, master_weights=True), False),
 }
-#: TRL casts the adapter of a 4-bit base to bf16; cast back, it differs from ours in nothing -> the arm it is held to
-PEERS = {"TRL, float32": "ours", "TRL": "ours, bf16"}
+#: arm of TRL -> the arm with the same arithmetic (TRL casts the adapter of a 4-bit base to bf16)
+PEERS = {"TRL, float32": "module", "TRL": "module, bf16"}
 
 
 def examples(options: argparse.Namespace) -> tuple[list[Any], list[Any]]:
-    """Training examples in the order of the run, and held-out ones."""
+    """Returns training examples in the order of the run, and held-out examples."""
     data = FindingsDataModule([options.sources], options.model, {"risk": 1.0}, val_fraction=0.06, test_fraction=0.0)
     task = data.tasks["risk"]
-    found = {}
+    splits = {}
     for split, count in (("train", options.steps * BATCH), ("val", HELD_OUT)):
         pairs = data.pairs(split, "risk", count)
-        found[split] = [e for e in data.chat.encode(task, pairs) if len(e.prompt_ids) + len(e.completion_ids) <= 1024]
+        splits[split] = [e for e in data.chat.encode(task, pairs) if len(e.prompt_ids) + len(e.completion_ids) <= 1024]
     order = np.random.default_rng(0)
     train: list[Any] = []
-    while len(train) < options.steps * BATCH:  # epochs, each in an order of its own
-        train += [found["train"][i] for i in order.permutation(len(found["train"]))]
-    return train[: options.steps * BATCH], found["val"]
+    while len(train) < options.steps * BATCH:  # epochs, each in a new order
+        train += [splits["train"][i] for i in order.permutation(len(splits["train"]))]
+    return train[: options.steps * BATCH], splits["val"]
 
 
 def backbone(
     options: argparse.Namespace, adapter: str | None = None, adapter_dtype: Any = "float32", **settings: Any
 ) -> Backbone:
-    """The model that all train."""
+    """Returns the settings of the model that every arm trains."""
     lora = LoRA(16, 32, dtype=adapter_dtype)
     return Backbone(options.model, options.quantization, options.dtype, lora=lora, adapter=adapter, **settings)
 
 
-def module_of(recipe: Backbone, device: str, optimizer: Any = ADAMW) -> CausalLMModule:
-    """A module on its device."""
-    module = CausalLMModule(recipe, CompletionCrossEntropy(), optimizer)
+def build_module(backbone: Backbone, device: str, optimizer: Any = ADAMW) -> CausalLMModule:
+    """Builds a module on its device."""
+    module = CausalLMModule(backbone, CompletionCrossEntropy(), optimizer)
     torch.manual_seed(0)
     with torch.device(device):
         module.configure_model()
@@ -84,8 +84,8 @@ def module_of(recipe: Backbone, device: str, optimizer: Any = ADAMW) -> CausalLM
 
 
 def held_out_loss(adapter: Path, examples: list[Any], options: argparse.Namespace) -> float:
-    """Mean loss a token of an adapter, by the plain path in rows of one example's kind, for either trainer."""
-    module = module_of(backbone(options, str(adapter), kernels="eager"), options.device).eval()
+    """Measures the mean loss per token of an adapter with eager kernels and packed rows, for either trainer."""
+    module = build_module(backbone(options, str(adapter), kernels="eager"), options.device).eval()
     total = count = 0.0
     with torch.no_grad():
         for row in pack(examples, sequence_length=2048, mode="packed"):
@@ -94,18 +94,18 @@ def held_out_loss(adapter: Path, examples: list[Any], options: argparse.Namespac
     return total / count
 
 
-def ours(
+def train_with_module(
     arm: str, train: list[Any], start: Path, output: Path, options: argparse.Namespace
 ) -> tuple[list[float], float]:
-    """Trains by our module; losses and seconds."""
+    """Trains by this project's module; returns losses and seconds."""
     dtype, optimizer, fp8 = ARMS[arm]
-    module = module_of(backbone(options, str(start), dtype, fp8=fp8), options.device, optimizer)
+    module = build_module(backbone(options, str(start), dtype, fp8=fp8), options.device, optimizer)
     parameters = [p for p in module.parameters() if p.requires_grad]
     optimizer = module.optimizer(parameters)
     prefix = train[0].prefix_length
     losses = []
     for step in range(options.steps):
-        if step == 1:  # kernels are compiled in the first
+        if step == 1:  # the first step compiles kernels
             _wait(options.device)
             begin = time.monotonic()
         row = Row(train[step * BATCH : (step + 1) * BATCH], prefix)
@@ -123,10 +123,10 @@ def ours(
     return [float(loss) for loss in losses], seconds
 
 
-def theirs(
+def train_with_trl(
     arm: str, train: list[Any], start: Path, output: Path, options: argparse.Namespace
 ) -> tuple[list[float], float]:
-    """Trains by TRL; losses and seconds."""
+    """Trains by TRL; returns losses and seconds."""
     from datasets import Dataset
     from torch.utils.data import SequentialSampler
     from transformers import AutoTokenizer, TrainerCallback
@@ -178,8 +178,8 @@ def theirs(
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry], seconds
 
 
-def picture(result: dict[str, Any], file: Path) -> None:
-    """All curves, each as it is and as a running mean."""
+def plot(result: dict[str, Any], file: Path) -> None:
+    """Plots every curve and its running mean."""
     import matplotlib as mpl
 
     mpl.use("Agg")
@@ -193,7 +193,7 @@ def picture(result: dict[str, Any], file: Path) -> None:
         label = f"{name}: held-out {result[name]['held_out']:.4f}, {result[name]['seconds']:.0f} s"
         axes.plot(losses, color=colour, alpha=0.25)
         axes.plot(np.arange(len(mean)) + 9, mean, color=colour, label=label)
-    axes.set(xlabel="step of 16 examples", ylabel="training loss a token", yscale="log")
+    axes.set(xlabel="step of 16 examples", ylabel="training loss per token", yscale="log")
     axes.legend()
     figure.tight_layout()
     figure.savefig(file, dpi=110)
@@ -205,24 +205,24 @@ def _wait(device: str) -> None:
 
 
 def main() -> None:
-    """Reads the command line."""
+    """Parses the command line and runs the arms."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sources", required=True, help="shards of findings")
-    parser.add_argument("--output", required=True, help="folder for figures, picture and adapters")
+    parser.add_argument("--output", required=True, help="folder for figures, plot and adapters")
     parser.add_argument("--model", default="embedded:smollm2-135m-instruct")
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--quantization", default="nf4")
     parser.add_argument("--dtype", default="bfloat16")
-    parser.add_argument("--arms", nargs="*", default=["ours", *PEERS], choices=[*ARMS, *PEERS])
+    parser.add_argument("--arms", nargs="*", default=["module", *PEERS], choices=[*ARMS, *PEERS])
     options = parser.parse_args()
     output = Path(options.output)
     output.mkdir(parents=True, exist_ok=True)
     train, held_out = examples(options)
-    module_of(backbone(options), options.device).save_adapter(output / "start")
+    build_module(backbone(options), options.device).save_adapter(output / "start")
     result: dict[str, Any] = {"untuned": held_out_loss(output / "start", held_out, options)}
     for name in options.arms:
-        trainer = partial(theirs if name in PEERS else ours, name)
+        trainer = partial(train_with_trl if name in PEERS else train_with_module, name)
         folder = output / name.replace(" ", "_")
         losses, seconds = trainer(train, output / "start", folder, options)
         loss = held_out_loss(folder, held_out, options)
@@ -237,7 +237,7 @@ def main() -> None:
             first, second = result[arm], result[peer]
             apart, faster = first["held_out"] / second["held_out"] - 1, second["seconds"] / first["seconds"]
             print(f"{arm}: held-out loss {apart:+.2%} of that of {peer}, {faster:.1f} times as fast")
-    picture(result, output / "parity.png")
+    plot(result, output / "parity.png")
 
 
 if __name__ == "__main__":

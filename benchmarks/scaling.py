@@ -1,10 +1,10 @@
-"""How does a step's cost grow with the row's length, the adapter's rank and the model's size? One GPU.
+"""Measures how the cost of a step grows with row length, adapter rank and model size, on one GPU.
 
     python benchmarks/scaling.py --tokens tokens.npz [--axes rows ranks layers] [--output scaling.json]
 
-From one point (Mistral-7B shapes in NF4, LoRA r=64, rows of 8,192 tokens behind a shared prefix) one axis is walked at
-a time; the model's size by its number of layers. Each point is a process of its own (see ``train_step.py`` for what is
-measured and for the token file).
+From one point (Mistral-7B shapes in NF4, LoRA r=64, rows of 8,192 tokens with a shared prefix) one axis is varied at a
+time; the size of the model by its number of layers. Each point is a process of its own (see ``train_step.py`` for the
+figures and for the token file).
 """
 
 from __future__ import annotations
@@ -25,21 +25,21 @@ AXES = {"rows": [2048, 4096, 8192, 16384, 32768], "ranks": [8, 16, 64, 256], "la
 
 
 def point(settings: dict[str, int], tokens: str, steps: int) -> dict[str, float]:
-    """One measurement; rows of 32,768 tokens keep less for the backward pass, since ``full`` would not fit 80 GB."""
+    """Measures one point; rows of 32,768 tokens use selective checkpointing, since ``none`` would not fit 80 GB."""
     from lightning_modules import Backbone, LoRA
 
     config = json.loads((ROOT / "benchmarks" / "mistral-7b" / "config.json").read_text())
-    memory = "selective" if settings["rows"] * settings["layers"] > 16384 * 36 else "none"
+    checkpointing = "selective" if settings["rows"] * settings["layers"] > 16384 * 36 else "none"
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "config.json").write_text(json.dumps(config | {"num_hidden_layers": settings["layers"]}))
         lora = LoRA(settings["ranks"], 2 * settings["ranks"])
-        backbone = Backbone(f"random:{folder}", "nf4", "bfloat16", lora=lora, activation_checkpointing=memory)
+        backbone = Backbone(f"random:{folder}", "nf4", "bfloat16", lora=lora, activation_checkpointing=checkpointing)
         figures = train(backbone, tokens, settings["rows"], "shared_prefix", steps, 3)
-    return {**settings, "memory": memory, **figures}
+    return {**settings, "memory": checkpointing, **figures}
 
 
 def main() -> None:
-    """Reads the command line."""
+    """Parses the command line and measures every point."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", required=True, help="token file")
     parser.add_argument("--axes", nargs="*", choices=AXES, default=list(AXES))

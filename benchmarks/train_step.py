@@ -1,20 +1,20 @@
-"""How fast is a training step, beside the peers, in one run on one GPU?
+"""Measures the speed of a training step next to that of other trainers, in one run on one GPU.
 
     python benchmarks/train_step.py --tokens tokens.npz [--peers FOLDER] [--output table.json]
 
-Mistral-7B shapes with random weights in NF4 (speed and memory do not depend on the weights' values), LoRA r=64 on all
-seven projections, real token counts. Each variant runs in a process of its own; variants take turns, ``--repeats``
-times over. A peer is a script that takes a variant and a number of steps and prints one ``RESULT {json}`` line with
-``tok_s``, ``ms_step`` and ``peak_gib``.
+Mistral-7B shapes with random weights in NF4 (speed and memory do not depend on the values of the weights), LoRA r=64
+on all seven projections, real token counts. Each variant runs in a process of its own; all variants run in turn,
+``--repeats`` times. A peer is a script that takes a variant and a number of steps and prints one ``RESULT {json}`` line
+with ``tok_s``, ``ms_step`` and ``peak_gib``.
 
-``tokens.npz`` holds tokenised examples: ``flat`` token ids of all, ``lp`` prompt lengths, ``lc`` completion lengths.
+``tokens.npz`` has tokenized examples: ``flat`` token ids of all, ``lp`` prompt lengths, ``lc`` completion lengths.
 
-findings/s are of an epoch over the file: computed tokens/s by the mean of computed tokens a finding, since rows differ
-(one of 16,384 tokens holds 29 to 56 findings) and few rows are a noisy sample. A peer's are its tokens/s by the mean
-length of an example.
+findings/s refer to an epoch over the file: computed tokens/s divided by the mean of computed tokens per finding, since
+rows differ (one of 16,384 tokens has 29 to 56 findings) and few rows are a noisy sample. For a peer they are its
+tokens/s divided by the mean length of an example.
 
-Model FLOP use counts 4 N FLOP a computed token (N = 7.11e9 weights of the layers and the head: forward and the gradient
-of activations; frozen weights get no gradient of their own), of the 989 TFLOP/s of a dense bf16 H100.
+Model FLOP use counts 4 N FLOP per computed token (N = 7.11e9 weights of the layers and the head: forward pass and
+gradients of activations; frozen weights have no gradients), of the 989 TFLOP/s of a dense bf16 H100.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
 WEIGHTS, PEAK_FLOPS = 7.11e9, 989e12
-#: name -> (sequence_length, packing, kernels, activation memory, FP8 products)
-OURS = {
+#: name -> (sequence_length, packing, kernels, activation_checkpointing, FP8 products)
+VARIANTS = {
     "none, shared prefix, 16384": (16384, "shared_prefix", "fused", "none", False),
     "none, shared prefix, 8192": (8192, "shared_prefix", "fused", "none", False),
     "none, packed, 8192": (8192, "packed", "fused", "none", False),
@@ -53,7 +53,7 @@ PEERS = {
 
 
 def load_examples(file: str) -> list[Any]:
-    """Reads the token file; examples that begin alike are a task, their common beginning its prefix."""
+    """Reads the token file; examples with a common beginning form a task, and the beginning is its prefix."""
     import numpy as np
 
     from datamodules.tokenization.chat_format import Example
@@ -77,13 +77,13 @@ def load_examples(file: str) -> list[Any]:
 
 
 def measure(name: str, tokens: str, steps: int, warmup: int, profile: bool) -> dict[str, Any]:
-    """Trains ``steps`` steps of a variant of ours and returns its figures."""
+    """Trains ``steps`` steps of a variant of this project and returns its figures."""
     from lightning_modules import Backbone, LoRA
 
-    sequence_length, packing, kernels, memory, fp8 = OURS[name]
+    sequence_length, packing, kernels, checkpointing, fp8 = VARIANTS[name]
     backbone = Backbone(
         f"random:{ROOT / 'benchmarks' / 'mistral-7b'}", "nf4", "bfloat16", lora=LoRA(64, 128),
-        kernels=kernels, activation_checkpointing=memory, fp8=fp8,
+        kernels=kernels, activation_checkpointing=checkpointing, fp8=fp8,
     )  # fmt: skip
     return {"variant": name, **train(backbone, tokens, sequence_length, packing, steps, warmup, profile)}
 
@@ -109,7 +109,7 @@ def train(
     parameters = [p for p in module.parameters() if p.requires_grad]
     optimizer = Lion(parameters, lr=5e-5)
     torch.cuda.reset_peak_memory_stats()
-    marks, losses, kept = [], [], []
+    marks, losses, trained = [], [], []
     for row in rows[: steps + warmup]:
         batch = module.transfer_batch_to_device(to_batch([row], sequence_length), torch.device("cuda"), 0)
         sums = module._step(batch)
@@ -121,19 +121,19 @@ def train(
         losses.append(sums["loss"].detach() / sums["count"])
         marks.append(torch.cuda.Event(enable_timing=True))
         marks[-1].record()
-        kept.append(row)
+        trained.append(row)
     torch.cuda.synchronize()
     if profile:
         _profile(module, optimizer, batch)
     seconds = marks[warmup - 1].elapsed_time(marks[-1]) / 1000
-    kept = kept[warmup:]
-    computed = sum(row.tokens for row in kept)
+    trained = trained[warmup:]
+    computed = sum(row.tokens for row in trained)
     return {
         "findings_s": computed / seconds / per_finding,
         "computed_tokens_s": computed / seconds,
-        "tokens_s": sum(length(e) for row in kept for e in row.examples) / seconds,
-        "supervised_tokens_s": sum(len(e.completion_ids) for row in kept for e in row.examples) / seconds,
-        "ms_step": 1000 * seconds / len(kept),
+        "tokens_s": sum(length(e) for row in trained for e in row.examples) / seconds,
+        "supervised_tokens_s": sum(len(e.completion_ids) for row in trained for e in row.examples) / seconds,
+        "ms_step": 1000 * seconds / len(trained),
         "peak_gib": torch.cuda.max_memory_allocated() / 2**30,
         "flop_use": 4 * WEIGHTS * computed / seconds / PEAK_FLOPS,
         "loss": [round(float(losses[0]), 3), round(float(losses[-1]), 3)],
@@ -155,11 +155,11 @@ def _profile(module: Any, optimizer: Any, batch: Any) -> None:
         wall = time.time() - start
     busy = sum(event.self_device_time_total for event in record.key_averages()) / 1e6
     print(record.key_averages().table(sort_by="cuda_time_total", row_limit=36, max_name_column_width=76))
-    print(f"GPU busy {busy / wall:.1%} of {wall / 3 * 1000:.0f} ms a step")
+    print(f"GPU busy {busy / wall:.1%} of {wall / 3 * 1000:.0f} ms per step")
 
 
 def run(command: list[str], cwd: Path, prefix: str = "RESULT ") -> dict[str, Any] | None:
-    """Runs a variant in a process of its own and reads its result line."""
+    """Runs a variant in a process of its own and returns its result; None if it prints none."""
     done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False)
     for line in done.stdout.splitlines():
         if line.startswith(prefix):
@@ -169,12 +169,12 @@ def run(command: list[str], cwd: Path, prefix: str = "RESULT ") -> dict[str, Any
 
 
 def compare(options: argparse.Namespace) -> None:
-    """Runs every variant in turn, and prints the medians."""
+    """Runs every variant in turn and prints the medians."""
     runs: dict[str, list[dict[str, Any]]] = {}
     peers = {name: script for name, script in PEERS.items() if options.peers}
     for _ in range(options.repeats):
-        for name in options.variants or [*OURS, *peers]:
-            if name in OURS:
+        for name in options.variants or [*VARIANTS, *peers]:
+            if name in VARIANTS:
                 command = [
                     sys.executable,
                     __file__,
@@ -203,7 +203,7 @@ def _example_length(example: Any) -> int:
 
 
 def report(runs: dict[str, list[dict[str, Any]]], output: str | None) -> None:
-    """Prints the table (medians over repeats), with each peer as a ratio."""
+    """Prints the table of medians over repeats, with the ratio to each peer."""
     keys = ["findings_s", "computed_tokens_s", "supervised_tokens_s", "ms_step", "peak_gib", "flop_use"]
     rows = {
         name: {key: statistics.median(r[key] for r in results if key in r) for key in keys if key in results[0]}
@@ -222,17 +222,17 @@ def report(runs: dict[str, list[dict[str, Any]]], output: str | None) -> None:
 
 
 def main() -> None:
-    """Reads the command line."""
+    """Parses the command line and runs the benchmark."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", required=True, help="token file")
-    parser.add_argument("--peers", help="folder of the peers' scripts; without it, ours alone")
-    parser.add_argument("--variants", nargs="*", help="names of variants; all without it")
+    parser.add_argument("--peers", help="folder of the scripts of peers; without it, only this project is measured")
+    parser.add_argument("--variants", nargs="*", help="names of variants (default: all)")
     parser.add_argument("--steps", type=int, default=15)
     parser.add_argument("--warmup", type=int, default=4)
     parser.add_argument("--repeats", type=int, default=1)
     parser.add_argument("--output", help="JSON file of every run")
-    parser.add_argument("--child", choices=OURS, help=argparse.SUPPRESS)
-    parser.add_argument("--profile", action="store_true", help="with --child: where a step's time goes")
+    parser.add_argument("--child", choices=VARIANTS, help=argparse.SUPPRESS)
+    parser.add_argument("--profile", action="store_true", help="with --child: print the time of each kernel in a step")
     options = parser.parse_args()
     if options.child is None:
         compare(options)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicLayer
 
 from datamodules.errors import UserError
+from lightning_modules.models.attention_masks import attn_implementation
 
 if TYPE_CHECKING:
     from datamodules.tasks.base import Task
@@ -31,7 +32,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     """
     training = [module for module in model.modules() if module.training]
     base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
-    attention = getattr(getattr(base, "config", None), "_attn_implementation", None)
+    attention = attn_implementation(getattr(base, "config", None))
     model.eval()
     try:
         if attention == "flex_attention":

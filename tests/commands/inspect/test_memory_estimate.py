@@ -1,4 +1,4 @@
-"""Memory and time estimates against what was measured, and against models that are really built."""
+"""Memory and time estimates against measurements, and against models that are built."""
 
 from dataclasses import replace
 from types import SimpleNamespace
@@ -33,28 +33,28 @@ MEASURED = [
 
 
 @pytest.mark.parametrize(("setup", "gib"), MEASURED)
-def test_the_measured_peaks_are_met_within_ten_percent(setup, gib):
+def test_estimated_peaks_are_within_ten_percent_of_the_measured_ones(setup, gib):
     assert memory(MISTRAL_7B, replace(setup, state_bytes=4)).peak / GIB == pytest.approx(gib, rel=0.10)
 
 
-def test_a_divided_base_takes_a_ranks_part_two_layers_and_what_stays_whole():
-    alone = memory(MISTRAL_7B, Setup("eager", "full", 1, 8192, quantization="none")).parts
+def test_a_sharded_base_takes_the_share_of_a_rank_two_layers_and_the_unsharded_parts():
+    single = memory(MISTRAL_7B, Setup("eager", "full", 1, 8192, quantization="none")).parts
     parts = memory(MISTRAL_7B, Setup("eager", "full", 1, 8192, quantization="none", ranks=8)).parts
     projections, rest = 2 * MISTRAL_7B.weights, 2 * MISTRAL_7B.rest
-    assert alone["base"] == projections + rest
+    assert single["base"] == projections + rest
     assert parts["base"] == pytest.approx(projections / 8 + projections / 32 * 2 + rest)
-    assert all(parts[name] == alone[name] / 8 for name in ("adapters", "gradients", "optimizer"))
-    assert all(parts[name] == alone[name] for name in ("activations", "logits"))
+    assert all(parts[name] == single[name] / 8 for name in ("adapters", "gradients", "optimizer"))
+    assert all(parts[name] == single[name] for name in ("activations", "logits"))
 
 
-def test_mistral_7b_has_the_adapters_that_were_counted():
+def test_mistral_7b_has_the_counted_parameters_of_adapters():
     assert trained_parameters(MISTRAL_7B, Setup("fused", "none", 1, 8192)) == 167_772_160
 
 
 @pytest.mark.parametrize(
     ("checkpointing", "rate", "computed"), [("none", 17_804, 1e6), ("selective", 12_404, 7), ("offload", 8_527, 1)]
 )
-def test_the_measured_rates_come_back(checkpointing, rate, computed):
+def test_the_measured_rates_are_reproduced(checkpointing, rate, computed):
     setup = Setup("fused", checkpointing, 1, 16_384)
     assert seconds(MISTRAL_7B, setup, DEVICES["h100"], tokens=computed) == pytest.approx(computed / rate)
     assert provenance(MISTRAL_7B, setup, DEVICES["h100"]) == "measured"
@@ -72,14 +72,14 @@ def test_time_scales_with_devices_rate_size_and_depth_of_the_backward_pass():
     assert provenance(MISTRAL_7B, replace(setup, kernels="eager"), h100).startswith("estimated")
 
 
-def test_two_cores_train_the_embedded_model_as_fast_as_was_measured():
+def test_two_cores_train_the_embedded_model_at_the_measured_rate():
     smollm2 = Architecture(576, 576, 192, 1536, 9, 30, 49152, tied=True)
     two_cores = replace(DEVICES["cpu"], tflops=2 * 0.148)
     setup = Setup("fused", "none", 1, 1024, quantization="none", compute_bytes=4, rank=16, adapted_layers=15)
     assert 1 / seconds(smollm2, setup, two_cores, tokens=1) == pytest.approx(200, rel=0.1)
 
 
-def test_parameters_are_those_of_a_built_model(tiny_mistral):
+def test_trained_parameters_equal_those_of_a_built_model(tiny_mistral):
     setups = {
         LoRA(rank=4): Setup("eager", "none", 1, 64, rank=4),
         LoRA(rank=3, num_top_layers=1, target_modules=("q_proj", "down_proj")): Setup(
@@ -95,7 +95,7 @@ def test_parameters_are_those_of_a_built_model(tiny_mistral):
 
 
 @pytest.mark.parametrize("folder", ["tiny_mistral", "tiny_llama"])
-def test_base_bytes_are_those_of_a_built_model(folder, request):
+def test_bytes_of_the_base_equal_those_of_a_built_model(folder, request):
     config = AutoConfig.from_pretrained(request.getfixturevalue(folder))
     for dtype, size in ((torch.float32, 4), (torch.bfloat16, 2)):
         with torch.device("meta"):
@@ -105,7 +105,7 @@ def test_base_bytes_are_those_of_a_built_model(folder, request):
         assert memory(Architecture.of(config), setup).parts["base"] == stored
 
 
-def test_memory_moves_the_way_it_must():
+def test_memory_grows_and_shrinks_with_the_settings():
     def peak(**changes):
         return memory(MISTRAL_7B, replace(Setup("fused", "none", 1, 8192), **changes)).peak
 
@@ -123,14 +123,14 @@ def test_memory_moves_the_way_it_must():
     )
 
 
-def test_the_optimizer_step_is_the_peak_of_short_rows():
+def test_the_optimizer_step_is_the_peak_for_short_rows():
     short = memory(MISTRAL_7B, Setup("fused", "offload", 1, 16, rank=512))
     assert short.peak == short.moments["optimizer step"]
     long = memory(MISTRAL_7B, Setup("fused", "offload", 1, 16_384))
     assert long.peak == long.moments["backward pass of the first layer"] < sum(long.parts.values())
 
 
-def test_mistakes_say_what_is_missing():
+def test_errors_name_the_unknown_device_and_the_missing_field():
     with pytest.raises(UserError, match="--device h1000: unknown; there are h100"):
         device_named("h1000")
     assert device_named("H100") is DEVICES["h100"]

@@ -1,4 +1,4 @@
-"""Decoder and head against transformers' own forward, for architectures that scale, cap, tie or slide."""
+"""Decoder and head against the forward pass of transformers, for architectures with scales, caps and windows."""
 
 import pytest
 import torch
@@ -33,13 +33,13 @@ def build(name, attention="sdpa"):
     config = AutoConfig.for_model(name, **TINY | MODELS[name])
     model = AutoModelForCausalLM.from_config(config, attn_implementation=attention, dtype=torch.float32).eval()
     with torch.no_grad():
-        for parameter in model.parameters():  # larger than at a fresh start, so that positions and caps matter
+        for parameter in model.parameters():  # larger than the initialization, so that positions and caps matter
             parameter += 0.2 * torch.randn_like(parameter)
     return model
 
 
 def two_examples():
-    """Two examples of 9 and 6 tokens, one by one and packed in a row with a token of padding."""
+    """Two examples of 9 and 6 tokens, separately and packed in a row with a token of padding."""
     first, second = torch.arange(5, 14), torch.arange(40, 46)
     ids = torch.cat([first, second, torch.tensor([0])])[None]
     positions = torch.cat([torch.arange(9), torch.arange(6), torch.tensor([0])])[None]
@@ -50,7 +50,7 @@ def two_examples():
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("name", list(MODELS))
 @torch.no_grad()
-def test_packed_logits_are_transformers_own(name, attention):
+def test_packed_logits_equal_those_of_transformers(name, attention):
     if (name, attention) == ("gemma2", "sdpa"):
         pytest.skip("transformers runs Gemma 2 by eager or flex_attention only: sdpa can't cap scores")
     model = build(name, attention)
@@ -63,19 +63,19 @@ def test_packed_logits_are_transformers_own(name, attention):
 
 
 @torch.no_grad()
-def test_a_window_counts_positions_behind_a_shared_prefix():
-    """Example b sees the prefix by its position, though a lies in between."""
+def test_a_window_counts_positions_after_a_shared_prefix():
+    """Example b attends to the prefix by its position, although example a is between them in the row."""
     model = build("mistral")
     prefix, a, b = torch.arange(5, 8), torch.arange(20, 26), torch.arange(40, 43)
     ids = torch.cat([prefix, a, b])[None]
     positions = torch.tensor([[0, 1, 2, 3, 4, 5, 6, 7, 8, 3, 4, 5]])
     segments = torch.tensor([[0] * 3 + [1] * 6 + [2] * 3])
     hidden = Decoder(model).hidden_states(Batch(ids, positions, torch.full_like(ids, -100), segments))
-    alone = model.get_decoder()(torch.cat([prefix, b])[None]).last_hidden_state
-    torch.testing.assert_close(hidden[0, 9:], alone[0, 3:], rtol=1e-4, atol=1e-4)
+    separate = model.get_decoder()(torch.cat([prefix, b])[None]).last_hidden_state
+    torch.testing.assert_close(hidden[0, 9:], separate[0, 3:], rtol=1e-4, atol=1e-4)
 
 
-def test_layers_that_would_mix_examples_are_refused():
+def test_layers_that_would_mix_examples_raise_an_error():
     config = AutoConfig.for_model("qwen3_next", **TINY | {"num_experts": 2, "num_experts_per_tok": 1})
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)

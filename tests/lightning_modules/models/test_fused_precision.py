@@ -1,8 +1,8 @@
-"""The fast path in bf16 over an NF4 base against PEFT over transformers in fp32: of Mistral-7B's widths on a GPU.
+"""Fused kernels in bf16 on an NF4 base against PEFT over transformers in fp32, with the widths of Mistral-7B on a GPU.
 
-Random weights of these widths amplify rounding: a product's gain is 0.02 sqrt(4096) = 1.3, and bf16 on transformers'
-own modules then comes to a cosine of 0.998 in its worst matrix (0.9999 where the gain is 0.3). So on the GPU the fast
-path is held to be as near to fp32 as those modules are; a CPU's test, with a small gain, to 0.999.
+Random weights of these widths amplify rounding: the gain of a product is 0.02 sqrt(4096) = 1.3, and bf16 with the
+modules of transformers then has a cosine of 0.998 in its worst matrix (0.9999 with a gain of 0.3). So on the GPU the
+fused kernels must be as close to fp32 as those modules are; on a CPU, with a small gain, the cosine must be 0.999.
 """
 
 import json
@@ -23,7 +23,7 @@ LAYERS, PREFIX, LENGTHS = 4, 29, (180, 95, 261, 64)
 
 @pytest.fixture(scope="module")
 def examples():
-    """Token ids of examples that begin with the same prefix, and how long their prompts are."""
+    """Token ids of examples that begin with the same prefix, and the lengths of their prompts."""
     generator = torch.Generator().manual_seed(3)
     prefix = torch.randint(5, 32768, (PREFIX,), generator=generator)
     ids = [torch.cat([prefix, torch.randint(5, 32768, (n,), generator=generator)]) for n in LENGTHS]
@@ -43,14 +43,14 @@ def one_by_one(examples):
 
 
 def one_row(examples, shared):
-    """All examples in one row, behind their prefix or each with its own."""
-    cut, parts = PREFIX if shared else 0, []
+    """All examples in one row, with a shared prefix or each with its own."""
+    skipped, parts = PREFIX if shared else 0, []
     if shared:
         head = examples[0][0][:PREFIX]
         parts.append((head, torch.arange(PREFIX), torch.full_like(head, -100), torch.zeros_like(head)))
     for number, (ids, prompt) in enumerate(examples, 1):
         columns = (ids, torch.arange(len(ids)), labelled(ids, prompt), torch.full_like(ids, number))
-        parts.append(tuple(column[cut:] for column in columns))
+        parts.append(tuple(column[skipped:] for column in columns))
     return [Batch(*(torch.cat(column)[None] for column in zip(*parts, strict=True)))]
 
 
@@ -65,12 +65,12 @@ def built(folder, device="cuda", config=CONFIG, **options):
     torch.manual_seed(5)
     for name, parameter in module.named_parameters():
         if "lora_B" in name:
-            nn.init.normal_(parameter, std=0.01)  # zeros at the start would leave A without a gradient
+            nn.init.normal_(parameter, std=0.01)  # with the initial zeros A has no gradient
     return module
 
 
-def exact_twin(folder, **options):
-    """The same model in fp32: NF4's numbers as plain weights, transformers' modules, PEFT's adapters."""
+def exact_model(folder, **options):
+    """The same model in fp32: dequantized weights, modules of transformers, adapters of PEFT."""
     from bitsandbytes.functional import dequantize_4bit
 
     module = built(folder, kernels="eager", **options)
@@ -84,7 +84,7 @@ def exact_twin(folder, **options):
 
 
 def run(module, batches):
-    """Mean loss and every adapter's gradient."""
+    """Mean loss, and the gradients of all adapters."""
     module.zero_grad()
     sums = [module._step(module.transfer_batch_to_device(batch, module.device, 0)) for batch in batches]
     loss = sum(s["loss"] for s in sums) / sum(s["count"] for s in sums)
@@ -93,16 +93,16 @@ def run(module, batches):
 
 
 def distances(grads, expected):
-    """1 - cosine of every adapter's gradient."""
+    """1 - cosine similarity of the gradient of every adapter."""
     assert grads.keys() == expected.keys()
     return {name: 1 - float(torch.cosine_similarity(grad, expected[name], 0)) for name, grad in grads.items()}
 
 
 @pytest.fixture(scope="module")
 def exact(tmp_path_factory, examples):
-    """Loss and gradients in fp32, and how far from them transformers' own modules are in bf16."""
+    """Loss and gradients in fp32, and the distances of the gradients of transformers' modules in bf16."""
     folder = tmp_path_factory.mktemp("exact")
-    loss, grads = run(exact_twin(folder), one_by_one(examples))
+    loss, grads = run(exact_model(folder), one_by_one(examples))
     torch.cuda.empty_cache()
     _, rounded = run(built(folder, kernels="eager"), one_by_one(examples))
     torch.cuda.empty_cache()
@@ -110,35 +110,37 @@ def exact(tmp_path_factory, examples):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("memory", ["none", "selective", "full", "offload"])
-@pytest.mark.parametrize("layout", ["one by one", "packed", "behind a shared prefix"])
-def test_loss_and_gradients_are_as_near_to_fp32_as_the_plain_path_in_bf16(layout, memory, examples, exact, tmp_path):
-    module = built(tmp_path, kernels="fused", activation_checkpointing=memory)
+@pytest.mark.parametrize("mode", ["none", "selective", "full", "offload"])
+@pytest.mark.parametrize("layout", ["one by one", "packed", "after a shared prefix"])
+def test_fused_kernels_in_bf16_are_as_close_to_fp32_as_eager_ones(
+    layout, mode, examples, exact, tmp_path
+):
+    module = built(tmp_path, kernels="fused", activation_checkpointing=mode)
     batches = one_by_one(examples) if layout == "one by one" else one_row(examples, layout != "packed")
     loss, grads = run(module, batches)
-    expected_loss, expected, plain = exact
-    ours = distances(grads, expected)
-    print(f"{layout}, {memory}: loss {loss:.5f} of {expected_loss:.5f}")
-    for name, distance in (("fast", ours), ("plain", plain)):
+    expected_loss, expected, eager = exact
+    fused = distances(grads, expected)
+    print(f"{layout}, {mode}: loss {loss:.5f} of {expected_loss:.5f}")
+    for name, distance in (("fused", fused), ("eager", eager)):
         print(f"{name}: 1 - cosine at most {max(distance.values()):.5f}, mean {mean(distance.values()):.5f}")
     assert abs(loss - expected_loss) <= 0.003 * expected_loss
-    assert mean(ours.values()) <= 1.1 * mean(plain.values())
-    assert max(ours.values()) <= 1.5 * max(plain.values())
+    assert mean(fused.values()) <= 1.1 * mean(eager.values())
+    assert max(fused.values()) <= 1.5 * max(eager.values())
 
 
 @pytest.mark.gpu
-def test_fp8_is_near(examples, exact, tmp_path):
+def test_fp8_is_close_to_fp32(examples, exact, tmp_path):
     loss, grads = run(built(tmp_path, kernels="fused", fp8=True), one_row(examples, True))
-    ours = distances(grads, exact[1])
-    print(f"FP8: loss {loss:.5f} of {exact[0]:.5f}; 1 - cosine at most {max(ours.values()):.4f}")
+    fp8 = distances(grads, exact[1])
+    print(f"FP8: loss {loss:.5f} of {exact[0]:.5f}; 1 - cosine at most {max(fp8.values()):.4f}")
     assert abs(loss - exact[0]) <= 0.01 * exact[0]
-    # seen: 0.06 as a rule, 0.16 at most, where bf16's rounding, twelve times finer, is amplified as much
-    assert mean(ours.values()) <= 0.1
-    assert max(ours.values()) <= 0.25
+    # measured: usually 0.06, at most 0.16; the rounding of bf16, twelve times finer, is amplified as much
+    assert mean(fp8.values()) <= 0.1
+    assert max(fp8.values()) <= 0.25
 
 
 @pytest.mark.parametrize("shared", [False, True])
-def test_bf16_on_a_cpu_equals_fp32_to_a_cosine_of_0_999(shared, tmp_path):
+def test_bf16_on_a_cpu_has_a_cosine_of_0_999_to_fp32(shared, tmp_path):
     pytest.importorskip("bitsandbytes")
     small = CONFIG | {
         "hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 4, "num_key_value_heads": 2,
@@ -148,7 +150,7 @@ def test_bf16_on_a_cpu_equals_fp32_to_a_cosine_of_0_999(shared, tmp_path):
     prefix = torch.randint(5, 512, (PREFIX,), generator=generator)
     ids = [torch.cat([prefix, torch.randint(5, 512, (n,), generator=generator)]) for n in (31, 22, 40)]
     examples = [(example, len(example) * 2 // 3) for example in ids]
-    expected_loss, expected = run(exact_twin(tmp_path, device="cpu", config=small), one_by_one(examples))
+    expected_loss, expected = run(exact_model(tmp_path, device="cpu", config=small), one_by_one(examples))
     loss, grads = run(built(tmp_path, "cpu", small, kernels="fused"), one_row(examples, shared))
     assert abs(loss - expected_loss) <= 0.003 * expected_loss
     assert max(distances(grads, expected).values()) <= 0.001
