@@ -8,8 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from datamodules.records import CATEGORIES, SEVERITIES, SUBSCORES
-from datamodules.sources.field_coercion import DuplicateKeys, InvalidRecord, measure, strict_json_error
-from datamodules.sources.record_validation import read_correlation, read_finding
+from datamodules.sources.decompression import DuplicateKeys, strict_json_error
+from datamodules.sources.field_coercion import InvalidRecord
+from datamodules.sources.record_validation import count_characters, read_correlation, read_finding
 
 GOOD = {
     "id": "suid_1",
@@ -199,7 +200,7 @@ def test_flaw_names_what_strict_json_refuses():
 
 
 def test_measure_counts_keys_and_text_at_every_level():
-    assert measure({"ab": "cde", "f": [{"g": "hi"}, "j"], "n": 5}) == len("abcdefghijn")
+    assert count_characters({"ab": "cde", "f": [{"g": "hi"}, "j"], "n": 5}) == len("abcdefghijn")
 
 
 JSON = st.recursive(

@@ -11,11 +11,11 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from datamodules.errors import UserError
-from datamodules.sources.decompression import Limits, inflate, loads
-from datamodules.sources.field_coercion import DuplicateKeys, InvalidRecord
+from datamodules.sources.decompression import DecompressionLimits, DuplicateKeys, inflate, loads
+from datamodules.sources.field_coercion import InvalidRecord
 from datamodules.sources.formats import Reader, excerpt
+from datamodules.sources.record_validation import record_of_row
 from datamodules.sources.scanner_report import read_report
-from datamodules.sources.table_rows import plain_row
 
 packed_gzip = partial(gzip.compress, mtime=0)  # the time would stand in the tests' names, other in each worker
 
@@ -51,7 +51,7 @@ def envelope(document, **changes):
 
 
 def read(document, limits=None):
-    reader = Reader("source", "member", 0, limits or Limits())
+    reader = Reader("source", "member", 0, limits or DecompressionLimits())
     reader.read_bytes(document if isinstance(document, bytes) else json.dumps(document).encode())
     return reader.parsed
 
@@ -194,14 +194,16 @@ def test_a_hostile_record_costs_only_itself(text, reason, packed):
 
 @pytest.mark.parametrize("pack", [lambda data: data, packed_gzip, lambda data: packed_gzip(packed_gzip(data))])
 def test_decompression_bombs_are_met_at_the_limit(pack):
-    limits = Limits(member_bytes=1 << 24, ratio=100, ratio_floor=1 << 20)
+    limits = DecompressionLimits(member_bytes=1 << 24, ratio=100, ratio_floor=1 << 20)
     bomb = packed_gzip(b" " * (20 << 20))
     assert reasons(read(bomb, limits)) == ["decompression_bomb"]
     assert reasons(read(pack(bomb), limits))[0] in ("decompression_bomb", "bad_json", "invalid_utf8")
     assert reasons(read({"compressed": True, "data": bomb.hex()}, limits)) == ["decompression_bomb"]
     assert reasons(read(zstandard.ZstdCompressor().compress(b" " * (20 << 20)), limits)) == ["decompression_bomb"]
-    assert reasons(read(packed_gzip(bytes(range(256)) * 4 + b" " * 2000), Limits(member_bytes=1000))) == ["too_large"]
-    assert reasons(read(b" " * 2000, Limits(member_bytes=1000))) == ["too_large"]
+    assert reasons(read(packed_gzip(bytes(range(256)) * 4 + b" " * 2000), DecompressionLimits(member_bytes=1000))) == [
+        "too_large"
+    ]
+    assert reasons(read(b" " * 2000, DecompressionLimits(member_bytes=1000))) == ["too_large"]
 
 
 def test_a_bomb_is_unpacked_in_pieces():
@@ -247,7 +249,7 @@ def test_rows_of_a_table():
         "id": "f", "title": "t", "severity": "low", "risk_score": 3, "metadata": {"pid": "1", "port": None},
         "tags": '["a", "b"]', "risk_subscores": [("impact", 0.5)], "correlation_type": None, "when": b"\xff",
     }  # fmt: skip
-    plain = plain_row(row)
+    plain = record_of_row(row)
     assert plain["metadata"] == {"pid": "1"}
     assert plain["tags"] == ["a", "b"]
     assert plain["risk_subscores"] == {"impact": 0.5}

@@ -22,7 +22,7 @@ from pyarrow import parquet
 
 from datamodules.errors import UserError
 from datamodules.sources import byte_stream, open_source, parse, readers, seek_index, tar_reader
-from datamodules.sources.decompression import Limits
+from datamodules.sources.decompression import DecompressionLimits
 from datamodules.sources.seek_index import SeekIndex
 
 packed_gzip = partial(gzip.compress, mtime=0)  # the time would stand in the tests' names, other in each worker
@@ -343,9 +343,9 @@ MIXED = {
 def small_steps(monkeypatch):
     """Chunks, index entries and seek points so close together that a small archive has many."""
     monkeypatch.setattr(tar_reader, "CHUNK_RECORDS", 3)
-    monkeypatch.setattr(readers, "SAVE_EVERY", 1)
-    monkeypatch.setattr(seek_index, "SPARSENESS", 1)
-    monkeypatch.setattr(byte_stream, "SPACING", 1 << 16)
+    monkeypatch.setattr(readers, "SAVE_INTERVAL", 1)
+    monkeypatch.setattr(seek_index, "MIN_ENTRY_SPACING", 1)
+    monkeypatch.setattr(byte_stream, "SEEK_POINT_SPACING", 1 << 16)
 
 
 @pytest.mark.parametrize("packing", PACK)
@@ -524,7 +524,7 @@ def test_links_and_folders_are_passed_over(tmp_path):
 def test_a_bad_member_in_the_middle_never_stops_the_rest(tmp_path, bad, reason, packing):
     members = {"0.json": shard(0), "../../1.json": bad, "2.json": shard(2)}
     spec = write(tmp_path / f"a.tar{packing}", PACK[packing](tar(members)))
-    limits = Limits(member_bytes=1 << 20) if reason == "too_large" else Limits()
+    limits = DecompressionLimits(member_bytes=1 << 20) if reason == "too_large" else DecompressionLimits()
     for options in ({}, {"cache_dir": tmp_path / "cache"}):
         source = open_source(spec, limits=limits, **options)
         assert drain(source) == ([0, 2], [reason])
