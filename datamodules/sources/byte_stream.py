@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 READ_BYTES = 1 << 18  #: bytes of a read from a file
-RECOVERY_READ_BYTES = 512  #: bytes of a read near a damaged place, where a decompressor loses the whole read
+RECOVERY_READ_BYTES = 512  #: the same near a damaged place: a decompressor loses the whole read there
 #: uncompressed bytes between seek points: 32 KiB of memory each, 0.1 s to the worst place between two; a stream shorter
 #: than four spacings gets none (indexed_gzip 1.10) and is read through
 SEEK_POINT_SPACING = 8 << 20

@@ -152,7 +152,8 @@ def severity_and_scores(
     """Reads severity, risk score and base score; a missing one is derived from the others.
 
     Args:
-        record: the JSON object.
+        record: the JSON object. Its floats must be finite, as :func:`~datamodules.sources.decompression.loads` and
+            :func:`~datamodules.sources.decompression.strict_json_error` ensure.
         default_severity: severity of the list that contains the record, for a record without one; "" if unknown.
         repairs: counts of repairs by name; added to.
 
@@ -160,7 +161,7 @@ def severity_and_scores(
         One of :data:`~datamodules.records.SEVERITIES`, the risk score and the base score, both in 0..100.
 
     Raises:
-        InvalidRecord: all three are missing, or a score is NaN or infinite.
+        InvalidRecord: all three are missing, or a score in a string or an integer is not finite.
     """
     severity, score, base = record.get("severity"), record.get("risk_score"), record.get("base_severity_score")
     if type(score) is not float:

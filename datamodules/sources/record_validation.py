@@ -1,4 +1,4 @@
-"""Validates one record: repairs and counts what it can, and rejects the rest with a reason.
+"""Validates one record: repairs and counts clear errors, and rejects other invalid records with a reason.
 
 A record is a JSON object of a file. An error of real files that can be repaired without guessing is repaired (and
 counted by name in ``repairs``); if a repair would lose meaning, :class:`InvalidRecord` gives the reason. The functions
