@@ -59,14 +59,16 @@ def convert(gguf: Path, folder: Path) -> None:
             f"{gguf}: architecture, tokenizer and pre-tokenizer are {kinds}; only ('llama', 'gpt2', 'smollm') is "
             "supported"
         )
-    state = _state(reader, heads=field("llama.attention.head_count"), kv_heads=field("llama.attention.head_count_kv"))
+    state = read_weights(
+        reader, heads=field("llama.attention.head_count"), kv_heads=field("llama.attention.head_count_kv")
+    )
     save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
     _config(field, tied="lm_head.weight" not in state).save_pretrained(folder)
     _generation_config(field).save_pretrained(folder)
     _tokenizer(field).save_pretrained(folder)
 
 
-def _state(reader: Any, heads: int, kv_heads: int) -> dict[str, np.ndarray]:
+def read_weights(reader: Any, heads: int, kv_heads: int) -> dict[str, np.ndarray]:
     """Returns all weights in float32 by their Hugging Face names; a tied output matrix is absent, as in the file."""
     import numpy as np
     from gguf.quants import dequantize
@@ -77,11 +79,11 @@ def _state(reader: Any, heads: int, kv_heads: int) -> dict[str, np.ndarray]:
         _, _, part = tensor.name.removesuffix(".weight").rpartition(".")
         if part in ("attn_q", "attn_k"):
             weight = _interleaved_to_halves(weight, heads if part == "attn_q" else kv_heads)
-        state[_name(tensor.name)] = np.ascontiguousarray(weight, dtype=np.float32)
+        state[hugging_face_name(tensor.name)] = np.ascontiguousarray(weight, dtype=np.float32)
     return state
 
 
-def _name(name: str) -> str:
+def hugging_face_name(name: str) -> str:
     """Returns, for ``blk.7.attn_q.weight``, ``model.layers.7.self_attn.q_proj.weight``."""
     stem = name.removesuffix(".weight")
     if stem in _OTHER_NAMES:

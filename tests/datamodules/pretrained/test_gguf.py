@@ -9,7 +9,7 @@ import pytest
 from safetensors.numpy import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM
 
-from datamodules.pretrained.gguf import _interleaved_to_halves, _name, convert
+from datamodules.pretrained.gguf import _interleaved_to_halves, convert, hugging_face_name
 
 
 def llama_cpp_order(weight: np.ndarray, heads: int) -> np.ndarray:
@@ -121,7 +121,7 @@ def test_other_architectures_are_rejected(tmp_path):
     ],
 )
 def test_names_of_tensors(name, expected):
-    assert _name(name) == expected
+    assert hugging_face_name(name) == expected
 
 
 @pytest.mark.parametrize(("heads", "head_size", "columns"), [(1, 2, 1), (3, 4, 5), (2, 6, 3)])
