@@ -188,7 +188,7 @@ class ByteStream:
     def _recover(self) -> None:
         """Reads the file again up to the current offset, with small reads from then on.
 
-        A decompressor loses a whole read at a damaged place; with small reads, more of the bytes before it are given.
+        A decompressor loses a whole read at a damaged place; with small reads, more of the bytes before it are read.
         """
         offset, self._indexed, self._recovering = self.offset, False, True
         self._reopen()
@@ -199,7 +199,7 @@ class ByteStream:
             self._file.close()
         self._file = self._open_file()
         self.offset, self._end = 0, 1 << 62
-        if not self._compression:  # an uncompressed file allows seeking beyond its end, as a damaged tar header may ask
+        if not self._compression:  # such a file allows seeking beyond its end, which a damaged tar header can cause
             self._end = self._file.seek(0, 2)
             self._file.seek(0)
         if self._indexed:

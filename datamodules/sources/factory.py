@@ -171,10 +171,10 @@ def _synthetic(spec: str, cache_dir: Path | None) -> Source:
     folder = root / f"v{GENERATOR_VERSION}-{findings}-{seed}"
     if not folder.is_dir():
         root.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(dir=root, prefix=".making-"))
+        temporary = Path(tempfile.mkdtemp(dir=root, prefix=".generating-"))
         try:
             synthesize(temporary, findings=findings, seed=seed)
-            temporary.replace(folder)  # in one step; it fails if another process made the folder in the meantime
+            temporary.replace(folder)  # in one step; it fails if another process wrote the folder in the meantime
         except OSError:
             if not folder.is_dir():
                 raise

@@ -73,7 +73,7 @@ def test_synthetic_findings_are_generated_once(tmp_path):
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.json")} == times
     other = open_source("synthetic://?findings=60&seed=4", cache_dir=tmp_path)
     assert again.fingerprint() == source.fingerprint() != other.fingerprint()
-    assert not list(tmp_path.rglob(".making-*"))
+    assert not list(tmp_path.rglob(".generating-*"))
 
 
 def test_a_folder_that_another_process_generated_is_used(tmp_path, monkeypatch):
