@@ -1,8 +1,9 @@
-"""Files that are complete whenever they exist under their name."""
+"""Writes files that are complete whenever they exist under their name."""
 
 from __future__ import annotations
 
 import os
+import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,8 +15,8 @@ def atomic_writer(path: str | Path) -> Iterator[IO[bytes]]:
     """Opens a file that takes its name when it is complete.
 
     The bytes are written to a temporary file in the same folder, flushed to the disk, and the temporary file replaces
-    ``path`` in one step. Where the block raises, ``path`` is unchanged and the temporary file is removed. Several
-    processes may write the same path: each has a temporary file of its own, and the last one to finish wins.
+    ``path`` in one step. If the block raises, ``path`` is unchanged and the temporary file is removed. Several threads,
+    processes or machines may write the same path: each has its own temporary file, and the last one to finish wins.
 
     Args:
         path: the file. Its folder must exist.
@@ -27,7 +28,8 @@ def atomic_writer(path: str | Path) -> Iterator[IO[bytes]]:
         OSError: the file can't be written (no space, no permission).
     """
     path = Path(path)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    # the process id alone is not unique on a shared file system: containers on two hosts often have the same ids
+    temporary = path.with_name(f"{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
     try:
         with temporary.open("wb") as file:
             yield file
@@ -43,7 +45,7 @@ def atomic_write(path: str | Path, content: str | bytes) -> None:
 
     Args:
         path: the file. Its folder must exist.
-        content: the bytes, or the text as UTF-8.
+        content: the bytes, or the text, which is written as UTF-8.
 
     Raises:
         OSError: the file can't be written (no space, no permission).

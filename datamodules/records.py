@@ -1,4 +1,4 @@
-"""What a scanner finding, a correlation and a document are."""
+"""Data classes of a scanner finding, a correlation and a document."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ class Finding:
 
     Attributes:
         id: unique within its document.
-        title: short name of what was seen.
+        title: short name of the observation.
         description: one or two sentences.
-        category: scanner category; any string, lower case ("unknown" where the file has none).
+        category: scanner category; any string, lower case ("unknown" if the file has none).
         severity: one of :data:`SEVERITIES`.
         risk_score: 0..100.
         base_severity_score: 0..100, the scanner's own score before analysis.
-        metadata: free fields of the scanner, as they stand in the file.
-        tags: labels, in the file's order.
-        risk_subscores: :data:`SUBSCORES` in 0..1; empty where the file has none.
-        probability_actionable: 0..1; None where the file has none.
+        metadata: free fields of the scanner, unchanged.
+        tags: labels, in the order of the file.
+        risk_subscores: :data:`SUBSCORES` in 0..1; empty if the file has none.
+        probability_actionable: 0..1; None if the file has none.
         baseline_status: one of :data:`BASELINE_STATUSES`.
-        rationale: sentences; empty where the file has none.
-        correlation_refs: ids of correlations (or findings) it refers to.
+        rationale: sentences; empty if the file has none.
+        correlation_refs: ids of correlations (or findings) that the finding refers to.
         enrichment: the archive's LangChain fields (``mitigation_steps``, ``attack_vectors``, ``compliance_impact``,
-            ``business_impact``, ``technical_details``); empty where there are none or enrichment failed.
+            ``business_impact``, ``technical_details``); empty if there are none or if the enrichment failed.
     """
 
     id: str
@@ -56,20 +56,20 @@ class Finding:
 
 @dataclass(slots=True)
 class Correlation:
-    """Findings that belong together.
+    """A group of related findings.
 
     Attributes:
         id: unique within its document.
         title: short name.
-        description: why they belong together, for people.
-        type: ``correlation_type`` of the file, "" where there is none.
-        strength: 0..1; None where the file has none.
-        finding_ids: ids of the findings it ties together; some may not be in the document.
+        description: the reason for the relation, as text for people.
+        type: ``correlation_type`` of the file, "" if there is none.
+        strength: 0..1; None if the file has none.
+        finding_ids: ids of the related findings; some may be absent from the document.
         severity: one of :data:`SEVERITIES`, or None.
-        risk_score: 0..100; None where the file has none.
-        risk_score_delta: how much the correlation raises the risk of its findings; None where the file has none.
+        risk_score: 0..100; None if the file has none.
+        risk_score_delta: increase of the findings' risk score by the correlation; None if the file has none.
         tags: labels.
-        insight: the archive's LangChain insight, "" where there is none.
+        insight: the archive's LangChain insight, "" if there is none.
         metadata: free fields.
     """
 
@@ -89,14 +89,14 @@ class Correlation:
 
 @dataclass(slots=True)
 class Document:
-    """A bounded part of a source: one shard, or a run of records of a long file.
+    """A bounded part of a source: one shard, or consecutive records of a long file.
 
     Attributes:
         source: the source as the user named it.
         member: path inside the source ("" for a single file).
         position: index of the first record of this document within the member.
-        findings: in the file's order.
-        correlations: in the file's order.
+        findings: in the order of the file.
+        correlations: in the order of the file.
         summaries: ``ground_truth_v1`` summaries (``executive_summary``, ``triage_summary``, ...); empty otherwise.
         actions: ``ground_truth_v1`` actions; empty otherwise.
     """

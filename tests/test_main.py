@@ -1,4 +1,4 @@
-"""The door: every config builds, and a user's mistake is one line and exit status 2."""
+"""Command line: every config builds, and a user error is one line and exit status 2."""
 
 import functools
 import inspect
@@ -27,7 +27,7 @@ def build(config, *arguments):
     return FinetuneCLI(["--config", str(config), *ANY_MACHINE, *arguments], run=False)
 
 
-def test_there_are_configs_for_every_promise():
+def test_the_documented_configs_exist():
     assert {"default", "gpu", "gpu_multi", "gpu_fsdp", "tpu", "tpu_smoke", "distill"} <= {
         config.stem for config in CONFIGS
     }
@@ -42,7 +42,7 @@ def test_every_config_builds_on_any_machine(config, tmp_path):
     assert all(word in header for word in ("# command ", "# hardware ", "# time ", "# result "))
 
 
-def test_the_divided_base_keeps_its_strategy_on_any_machine():
+def test_the_config_with_a_sharded_base_keeps_its_strategy():
     config = next(config for config in CONFIGS if config.stem == "gpu_fsdp")
     any_machine = [option for option in ANY_MACHINE if "strategy" not in option]
     cli = FinetuneCLI(["--config", str(config), *any_machine, "--trainer.logger=false"], run=False)
@@ -54,36 +54,40 @@ NULLS = ("lora.num_top_layers", "lora", "adapter")
 
 @pytest.mark.parametrize("name", NULLS)
 def test_null_reaches_the_model(name):
-    """jsonargparse hands the word None on to an argument's own arguments."""
+    """An argument that is an object itself can be null: jsonargparse would pass None to each of its arguments."""
     model = build(CONFIGS[0].with_name("default.yaml"), f"--model.init_args.backbone.{name}=null").model
-    found = model.backbone
+    value = model.backbone
     for part in name.split("."):
-        found = getattr(found, part)
-    assert found is None
+        value = getattr(value, part)
+    assert value is None
 
 
 def test_a_fit_without_a_logger(monkeypatch, tmp_path, capsys):
-    fitted = []
+    calls = []
 
-    @functools.wraps(Trainer.fit)  # the CLI reads its options off the signature
+    @functools.wraps(Trainer.fit)  # the CLI takes its options from the signature
     def fit(trainer, *args, ckpt_path, **kwargs):
-        fitted.append((trainer, ckpt_path))
+        calls.append((trainer, ckpt_path))
 
     monkeypatch.setattr(Trainer, "fit", fit)
     (tmp_path / "checkpoints").mkdir()
-    (tmp_path / "checkpoints/last.ckpt").touch()  # of an earlier one: without a logger the root is the run's folder
+    (
+        tmp_path / "checkpoints/last.ckpt"
+    ).touch()  # of an earlier fit: without a logger, the run's folder is default_root_dir
     options = ["--trainer.logger=false", f"--trainer.default_root_dir={tmp_path}", "--ckpt_path=last"]
     assert main(["fit", *ANY_MACHINE, *options]) == 0
-    [(trainer, checkpoint)] = fitted
+    [(trainer, checkpoint)] = calls
     assert trainer.loggers == []
     assert checkpoint == str(tmp_path / "checkpoints/last.ckpt")
-    assert not any(isinstance(callback, LearningRateMonitor) for callback in trainer.callbacks)  # it would refuse
+    assert not any(
+        isinstance(callback, LearningRateMonitor) for callback in trainer.callbacks
+    )  # it raises without a logger
     assert len(trainer.callbacks) > 6
     assert "LearningRateMonitor, which writes to a logger, is left out" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda config: config.stem)
-def test_what_runs_is_what_was_written(config, tmp_path):
+def test_the_optimizer_is_built_from_its_config(config, tmp_path):
     import torch
 
     cli = build(config, f"--trainer.logger.init_args.save_dir={tmp_path}")
@@ -93,29 +97,29 @@ def test_what_runs_is_what_was_written(config, tmp_path):
     defaults = inspect.signature(type(optimizer)).parameters
     for name in ("lr", "betas", "weight_decay"):
         expected = written["init_args"].get(name, defaults[name].default)
-        got = optimizer.param_groups[0][name]
-        assert (list(got) == list(expected)) if name == "betas" else got == pytest.approx(expected)
+        value = optimizer.param_groups[0][name]
+        assert (list(value) == list(expected)) if name == "betas" else value == pytest.approx(expected)
 
 
-def test_without_a_command_it_lists_them(capsys):
+def test_without_a_command_all_commands_are_listed(capsys):
     assert main([]) == 0
     printed = capsys.readouterr().out
     assert all(command in printed for command in COMMANDS)
 
 
 MODEL_PARALLEL = "lightning.pytorch.strategies.ModelParallelStrategy"
-MISTAKES = {
+USER_ERRORS = {
     "an unknown command": (["fitt"], "fitt: no such command"),
-    "a config that is not there": (["fit", "--config", "nowhere.yaml"], "nowhere.yaml: no such file"),
+    "an absent config": (["fit", "--config", "nowhere.yaml"], "nowhere.yaml: no such file"),
     "a broken key": (["fit", "--trainer.max_stepz=3"], "max_stepz"),
     "an unknown class": (["fit", "--model.init_args.optimizer.class_path=optimizers.Lyon"], "optimizers.Lyon"),
-    "no such source": (["fit", "--data.init_args.sources=['nowhere/*.json']"], "nowhere"),
-    "a checkpoint that is not there": (["fit", "--ckpt_path=nowhere.ckpt"], "nowhere.ckpt: no such file"),
-    "4-bit weights divided": (
+    "an absent source": (["fit", "--data.init_args.sources=['nowhere/*.json']"], "nowhere"),
+    "an absent checkpoint": (["fit", "--ckpt_path=nowhere.ckpt"], "nowhere.ckpt: no such file"),
+    "sharded 4-bit weights": (
         ["fit", "--model.init_args.backbone.quantization=nf4", f"--trainer.strategy.class_path={MODEL_PARALLEL}"],
         "it can't shard bitsandbytes' weights (Lightning's issue 20855); set trainer.strategy ddp",
     ),
-    "Lightning's own division": (
+    "Lightning's own sharding": (
         ["fit", f"--trainer.strategy={MODEL_PARALLEL}"],
         "set it to lightning_modules.strategies.FSDP2Strategy",
     ),
@@ -123,8 +127,8 @@ MISTAKES = {
 }
 
 
-@pytest.mark.parametrize(("args", "message"), MISTAKES.values(), ids=MISTAKES.keys())
-def test_a_mistake_is_one_line_and_exit_status_2(args, message, capsys, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("args", "message"), USER_ERRORS.values(), ids=USER_ERRORS.keys())
+def test_a_user_error_is_one_line_and_exit_status_2(args, message, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert main(args) == 2
     error = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
@@ -133,7 +137,7 @@ def test_a_mistake_is_one_line_and_exit_status_2(args, message, capsys, tmp_path
 
 
 def tiny(model, folder, *arguments):
-    """Arguments of a fit of a tiny model on a few findings."""
+    """Arguments that fit a tiny model on a few findings."""
     return [
         "fit", f"--model.init_args.backbone.model_name_or_path={model}",
         "--model.init_args.backbone.lora.num_top_layers=1",
@@ -144,7 +148,7 @@ def tiny(model, folder, *arguments):
     ]  # fmt: skip
 
 
-def test_data_and_models_that_cannot_serve_are_one_line_too(tiny_llama, tmp_path, capsys):
+def test_an_error_of_data_or_model_is_one_line_too(tiny_llama, tmp_path, capsys):
     (tmp_path / "empty").mkdir()
     (tmp_path / "report.json").write_text('{"results": [{"scanner": "ioc", "findings": [{"id": "a", "title": "b"}]}]}')
     bare = shutil.copytree(tiny_llama, tmp_path / "bare", ignore=shutil.ignore_patterns("*.safetensors"))
@@ -175,7 +179,7 @@ def test_fit_resumes_in_its_own_folder_and_validate_finds_the_run(tiny_llama, tm
 
     saved = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
     assert saved["global_step"] == 4
-    assert all("lora" in name for name in saved["state_dict"])  # the base is not in it
+    assert all("lora" in name for name in saved["state_dict"])  # the frozen base is not saved
     args = tiny(tiny_llama, tmp_path, "--data.init_args.val_fraction=0.2")
     args = ["validate", *(a for a in args[1:] if "max_steps" not in a)]
     assert main(args) == 0

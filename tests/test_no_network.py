@@ -1,9 +1,9 @@
-"""The cable is pulled: fit, validate, analyze and export on local paths in a process that can't open a connection.
+"""No network: fit, validate, analyze and export on local paths in a process that can't open a connection.
 
 The process starts without HF_HUB_OFFLINE (conftest sets it, and libraries read it when they are imported). An audit
-hook sees every connection and look-up that Python code or its C modules begin, notes it, and refuses it; so an attempt
-whose error a library swallows is found too. Only sockets between processes of this machine (AF_UNIX) are let through.
-A package named kernels stands for the real one, through which libraries fetch code.
+hook records and blocks every connection and every look-up of a name that Python code or its C modules begin, so that an
+attempt is found even if a library ignores its error. Only sockets between processes of this machine (AF_UNIX) are
+allowed. A package named kernels replaces the real one, through which libraries fetch code.
 """
 
 import json
@@ -36,13 +36,14 @@ sys.addaudithook(guard)
 from main import main
 commands = json.loads(sys.argv[1])
 statuses = [main(command) for command in commands]
-during = list(attempts)
+attempts_of_commands = list(attempts)
 from huggingface_hub import model_info
 try:
-    model_info("nobody/no-such-model", timeout=1)
+    model_info("no-organization/no-such-model", timeout=1)
 except Exception:
     pass
-print("RESULT " + json.dumps({"statuses": statuses, "attempts": during, "hub": attempts[len(during):]}))
+print("RESULT " + json.dumps({"statuses": statuses, "attempts": attempts_of_commands,
+                            "hub": attempts[len(attempts_of_commands):]}))
 """
 
 
@@ -50,7 +51,7 @@ KERNELS = "raise AssertionError('the package kernels, which fetches code from th
 
 
 def run_guarded(commands, cache_root, packages):
-    """Runs commands one after another in one guarded process; returns their statuses and every attempt."""
+    """Runs commands one after another in one guarded process; returns its result and the finished process."""
     (packages / "kernels.py").write_text(KERNELS)
     hidden = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "HF_HUB_DISABLE_TELEMETRY", "TRANSFORMERS_OFFLINE")
     environment = {name: value for name, value in os.environ.items() if name not in hidden}
@@ -63,7 +64,7 @@ def run_guarded(commands, cache_root, packages):
     return json.loads(results[0].removeprefix("RESULT ")), done
 
 
-def test_nothing_phones_home(tmp_path, tiny_llama, cache_root):
+def test_no_command_uses_the_network(tmp_path, tiny_llama, cache_root):
     report, archive, runs = tmp_path / "report.json", tmp_path / "findings.tar.gz", tmp_path / "runs"
     report.write_text(json.dumps(REPORT))
     backbone, data = "--model.init_args.backbone", "--data.init_args"
@@ -89,7 +90,7 @@ def test_nothing_phones_home(tmp_path, tiny_llama, cache_root):
     assert result["statuses"] == [0] * len(commands), done.stdout[-2000:] + done.stderr[-4000:]
     assert result["attempts"] == []
     assert "was imported" not in done.stderr
-    assert result["hub"], "the guard is blind: it did not see a call of the hub"
+    assert result["hub"], "the audit hook did not record a call of the hub"
     assert (run / "evaluation.json").is_file()
     assert (tmp_path / "e.json").is_file()
     assert json.loads((tmp_path / "merged" / "certificate.json").read_text())["state"] == "passed"

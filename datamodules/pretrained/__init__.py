@@ -1,1 +1,1 @@
-"""Location and conversion of pretrained models."""
+"""Locates and converts pretrained models."""

@@ -1,8 +1,8 @@
-"""A Llama model in a GGUF file -> a plain Hugging Face folder (safetensors, config, tokenizer, chat template).
+"""Converts a Llama model in a GGUF file to a Hugging Face folder (safetensors, config, tokenizer, chat template).
 
-``transformers`` reads GGUF too, but marks the model as quantised and then refuses to save it, and it drops the digit
+``transformers`` reads GGUF too, but it marks the model as quantized and then can't save it, and it drops the digit
 splitting of the tokenizer. This conversion gives the same weights, bit for bit (a slow test compares them).
-Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
+File format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 _CONTROL = 3  #: token type of control tokens in GGUF
 
-#: GGUF's names of a block's tensors -> Hugging Face's
+#: GGUF's names of a layer's tensors -> Hugging Face's names
 _BLOCK_NAMES = {
     "attn_norm": "input_layernorm",
     "attn_q": "self_attn.q_proj",
@@ -33,16 +33,17 @@ _OTHER_NAMES = {"token_embd": "model.embed_tokens", "output_norm": "model.norm",
 
 
 def convert(gguf: Path, folder: Path) -> None:
-    """Writes what ``from_pretrained`` of models and tokenizers reads; weights in float32.
+    """Writes the files that ``from_pretrained`` of models and tokenizers reads, with weights in float32.
 
-    float32, because a Q4_1 weight (a 4-bit integer times a float16 scale plus a float16 offset) fits no 16-bit format.
+    They are float32, because a Q4_1 weight (a 4-bit integer times a float16 scale plus a float16 offset) can't be
+    represented exactly in a 16-bit format.
 
     Args:
         gguf: file of a Llama model with a byte-level BPE tokenizer.
-        folder: where to write; it must exist.
+        folder: folder for the files; it must exist.
 
     Raises:
-        ValueError: another architecture or tokenizer.
+        ValueError: the file has another architecture or tokenizer.
     """
     from gguf import GGUFReader
     from safetensors.numpy import save_file
@@ -54,16 +55,21 @@ def convert(gguf: Path, folder: Path) -> None:
 
     kinds = (field("general.architecture"), field("tokenizer.ggml.model"), field("tokenizer.ggml.pre"))
     if kinds != ("llama", "gpt2", "smollm"):
-        raise ValueError(f"{gguf} holds architecture, tokenizer, pre-tokenizer {kinds}; known: llama, gpt2, smollm")
-    state = _state(reader, heads=field("llama.attention.head_count"), kv_heads=field("llama.attention.head_count_kv"))
+        raise ValueError(
+            f"{gguf}: architecture, tokenizer and pre-tokenizer are {kinds}; only ('llama', 'gpt2', 'smollm') is "
+            "supported"
+        )
+    state = read_weights(
+        reader, heads=field("llama.attention.head_count"), kv_heads=field("llama.attention.head_count_kv")
+    )
     save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
     _config(field, tied="lm_head.weight" not in state).save_pretrained(folder)
     _generation_config(field).save_pretrained(folder)
     _tokenizer(field).save_pretrained(folder)
 
 
-def _state(reader: Any, heads: int, kv_heads: int) -> dict[str, np.ndarray]:
-    """Every weight in float32 under its Hugging Face name; a tied output matrix is absent, as in the file."""
+def read_weights(reader: Any, heads: int, kv_heads: int) -> dict[str, np.ndarray]:
+    """Returns all weights in float32 by their Hugging Face names; a tied output matrix is absent, as in the file."""
     import numpy as np
     from gguf.quants import dequantize
 
@@ -73,12 +79,12 @@ def _state(reader: Any, heads: int, kv_heads: int) -> dict[str, np.ndarray]:
         _, _, part = tensor.name.removesuffix(".weight").rpartition(".")
         if part in ("attn_q", "attn_k"):
             weight = _interleaved_to_halves(weight, heads if part == "attn_q" else kv_heads)
-        state[_name(tensor.name)] = np.ascontiguousarray(weight, dtype=np.float32)
+        state[hugging_face_name(tensor.name)] = np.ascontiguousarray(weight, dtype=np.float32)
     return state
 
 
-def _name(name: str) -> str:
-    """``blk.7.attn_q.weight`` -> ``model.layers.7.self_attn.q_proj.weight``."""
+def hugging_face_name(name: str) -> str:
+    """Returns, for ``blk.7.attn_q.weight``, ``model.layers.7.self_attn.q_proj.weight``."""
     stem = name.removesuffix(".weight")
     if stem in _OTHER_NAMES:
         return f"{_OTHER_NAMES[stem]}.weight"
@@ -87,7 +93,12 @@ def _name(name: str) -> str:
 
 
 def _interleaved_to_halves(weight: np.ndarray, heads: int) -> np.ndarray:
-    """Reorders a head's rows from llama.cpp's rotary pairs (0, 1), (2, 3), ... to Hugging Face's two halves."""
+    """Reorders the rows of each head from llama.cpp's rotary pairs (0, 1), (2, 3), ... to Hugging Face's two halves.
+
+    Args:
+        weight: query or key matrix, [heads * head size, hidden size].
+        heads: number of heads in its rows.
+    """
     rows, columns = weight.shape
     return weight.reshape(heads, rows // heads // 2, 2, columns).swapaxes(1, 2).reshape(rows, columns)
 
@@ -124,7 +135,7 @@ def _token_ids(field: Callable[[str], Any]) -> dict[str, int]:
 
 
 def _tokenizer(field: Callable[[str], Any]) -> Any:
-    """Byte-level BPE that splits digits one by one, which is what GGUF's ``pre = smollm`` stands for."""
+    """Builds a byte-level BPE tokenizer that splits numbers into digits, as GGUF's ``pre = smollm`` requires."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 

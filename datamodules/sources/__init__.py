@@ -1,10 +1,12 @@
-"""Bytes to documents: archives, folders, files, tables, remote URLs and Hugging Face datasets, read as a stream.
+"""Reads archives, folders, files, tables, remote URLs and Hugging Face datasets as a stream of documents.
 
-``opening`` chooses how a source is read and parses what is read; ``readers`` walk files, ``archive`` and
-``byte_stream`` one file forward; ``unpack`` bounds what bytes may become, ``wire`` knows the layouts, ``gate`` and
-``fields`` let records in, repaired where their meaning is clear.
+``factory`` opens a source; ``filesystem`` lists and opens its files; ``readers`` and ``huggingface`` yield raw
+documents; ``byte_stream``, ``tar_reader`` and ``seek_index`` read one file forward, from any place. ``formats`` parses
+a raw document; ``decompression`` decodes its bytes; ``record_validation`` and ``field_coercion`` validate its records.
 """
 
-from datamodules.sources.factory import Parsed, Quarantined, RawDocument, Source, open_source, parse
+from datamodules.sources.factory import open_source
+from datamodules.sources.formats import Parsed, Quarantined, parse
+from datamodules.sources.readers import RawDocument, Source
 
 __all__ = ["Parsed", "Quarantined", "RawDocument", "Source", "open_source", "parse"]

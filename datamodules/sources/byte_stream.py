@@ -1,6 +1,6 @@
-"""The uncompressed bytes of a file, read forward, up to its end or its damage.
+"""Reads the uncompressed bytes of a file forward, up to its end or to the first damaged place.
 
-Speed, one core: isal unpacks 330 MB/s; indexed_gzip, which notes seek points on the way, 80 to 150 MB/s.
+Speed, one core: isal decompresses 330 MB/s; indexed_gzip, which records seek points while reading, 80 to 150 MB/s.
 """
 
 from __future__ import annotations
@@ -12,63 +12,70 @@ import indexed_gzip
 import zstandard
 from isal import isal_zlib
 
-from datamodules.sources.decompression import GZIP_ERROR, GZIP_MAGIC, LIMITS, ZSTD_MAGIC, Limits, check_size
+from datamodules.sources.decompression import (
+    DEFAULT_LIMITS,
+    GZIP_ERROR,
+    GZIP_MAGIC,
+    ZSTD_MAGIC,
+    DecompressionLimits,
+    check_size,
+)
 from datamodules.sources.field_coercion import InvalidRecord
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-PIECE = 1 << 18  #: bytes read from a file at a time
-CAREFUL_PIECE = 512  #: the same beside a damage, where a whole piece is lost
+READ_BYTES = 1 << 18  #: bytes of a read from a file
+RECOVERY_READ_BYTES = 512  #: the same near a damaged place: a decompressor loses the whole read there
 #: uncompressed bytes between seek points: 32 KiB of memory each, 0.1 s to the worst place between two; a stream shorter
 #: than four spacings gets none (indexed_gzip 1.10) and is read through
-SPACING = 8 << 20
-_DAMAGE: tuple[type[Exception], ...] = (
+SEEK_POINT_SPACING = 8 << 20
+_DAMAGE_ERRORS: tuple[type[Exception], ...] = (
     GZIP_ERROR, zstandard.ZstdError, indexed_gzip.ZranError, OSError, EOFError,
 )  # fmt: skip
 
 
 def compression_of(head: bytes) -> str:
-    """Names the compression of data by their first bytes: "gzip", "zstd" or ""."""
+    """Returns the compression of data by their first bytes: "gzip", "zstd" or "" for none."""
     return "gzip" if head.startswith(GZIP_MAGIC) else "zstd" if head.startswith(ZSTD_MAGIC) else ""
 
 
-class Inflater:
-    """Reads a gzip file (several gzip members too) forward, up to its end or its damage.
+class GzipReader:
+    """Reads a gzip file (of one or several gzip members) forward, up to its end or to the first damaged place.
 
     Args:
         file: the compressed file.
-        piece: compressed bytes taken at a time; what a damage can cost.
+        read_bytes: compressed bytes of one read, all of which a damaged place can cost.
     """
 
-    def __init__(self, file: IO[bytes], piece: int = PIECE) -> None:
-        self._file, self._piece = file, piece
-        self._inflater, self._rest = isal_zlib.decompressobj(31), b""
+    def __init__(self, file: IO[bytes], read_bytes: int = READ_BYTES) -> None:
+        self._file, self._read_bytes = file, read_bytes
+        self._decompressor, self._rest = isal_zlib.decompressobj(31), b""
 
     def read(self, size: int) -> bytes:
         """Reads at most ``size`` bytes; none at the end.
 
         Raises:
-            Refused: the file ends too early.
+            InvalidRecord: the file ends within a gzip member.
         """
         while True:
-            if self._inflater.eof and not self._next_member():
+            if self._decompressor.eof and not self._next_member():
                 return b""
-            packed = self._rest or self._file.read(self._piece)
-            piece: bytes = self._inflater.decompress(packed, size)
-            self._rest = self._inflater.unconsumed_tail
-            if piece:
-                return piece
-            if not packed and not self._inflater.eof:
+            compressed = self._rest or self._file.read(self._read_bytes)
+            chunk: bytes = self._decompressor.decompress(compressed, size)
+            self._rest = self._decompressor.unconsumed_tail
+            if chunk:
+                return chunk
+            if not compressed and not self._decompressor.eof:
                 raise InvalidRecord("truncated_archive", "the gzip stream ends too early")
 
     def _next_member(self) -> bool:
-        rest = self._inflater.unused_data.lstrip(b"\0")  # zero padding may follow a member
-        while len(rest) < 2 and (more := self._file.read(self._piece)):
+        rest = self._decompressor.unused_data.lstrip(b"\0")  # zero padding may follow a member
+        while len(rest) < 2 and (more := self._file.read(self._read_bytes)):
             rest = (rest + more).lstrip(b"\0")
         if not rest.startswith(GZIP_MAGIC):
             return False
-        self._inflater, self._rest = isal_zlib.decompressobj(31), rest
+        self._decompressor, self._rest = isal_zlib.decompressobj(31), rest
         return True
 
 
@@ -76,10 +83,13 @@ class ByteStream:
     """The uncompressed bytes of one file, read forward.
 
     Args:
-        open_file: opens the file; called again to go back or to go round a damage.
-        compression: "gzip", "zstd" or "".
-        points: seek points of an earlier pass, as :meth:`seek_points` gave them.
-        build: note seek points on the way (gzip only).
+        open_file: opens the file; called again to go back, and to read again near a damaged place.
+        compression: "gzip", "zstd" or "" for none.
+        points: seek points of an earlier pass, from :meth:`seek_points`.
+        build: whether to record seek points while reading (gzip only).
+
+    Attributes:
+        offset: number of uncompressed bytes before the current position.
     """
 
     def __init__(
@@ -88,52 +98,55 @@ class ByteStream:
         self.offset = 0
         self._open_file, self._compression, self._points = open_file, compression, points
         self._indexed = compression == "gzip" and (build or points is not None)
-        self._careful = False
-        self._damage: InvalidRecord | None = None
+        self._recovering = False
+        self._error: InvalidRecord | None = None
         self._file: Any = None
         self._reader: Any = None
         self._reopen()
 
     @property
-    def packed(self) -> int:
-        """Bytes of the file that were read so far, compressed as they are."""
+    def compressed_offset(self) -> int:
+        """Number of bytes of the file, compressed if it is, that were read so far."""
         return int(self._file.tell())
 
     def read(self, size: int) -> bytes:
-        """Reads ``size`` bytes, fewer at the end or before a damage.
+        """Reads ``size`` bytes, or fewer at the end or before a damaged place.
 
         Raises:
-            Refused: nothing can be read here, since the file is damaged.
+            InvalidRecord: no byte can be read, because the file is damaged here.
         """
-        pieces: list[bytes] = []
-        wanted = size
-        while wanted and (piece := self._piece(wanted)):
-            pieces.append(piece)
-            wanted -= len(piece)
-        if not pieces and size and self._damage is not None:
-            raise self._damage
-        return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+        chunks: list[bytes] = []
+        remaining = size
+        while remaining and (chunk := self._read_chunk(remaining)):
+            chunks.append(chunk)
+            remaining -= len(chunk)
+        if not chunks and size and self._error is not None:
+            raise self._error
+        return chunks[0] if len(chunks) == 1 else b"".join(chunks)
 
     def seek(self, offset: int) -> None:
-        """Goes to an offset of the uncompressed bytes; without seek points a compressed file is read up to there."""
-        if self._damage is not None:
+        """Moves to an offset of the uncompressed bytes.
+
+        Without seek points, all bytes of a compressed file up to there are read.
+        """
+        if self._error is not None:
             return
-        near = 0 <= offset - self.offset <= PIECE  # cheaper read than sought
+        near = 0 <= offset - self.offset <= READ_BYTES  # reading is then cheaper than seeking
         if not near and (self._indexed or not self._compression):
             try:
                 self._reader.seek(offset)
                 self.offset = min(self._reader.tell(), self._end)
                 return
-            except _DAMAGE:
-                self._go_round()
+            except _DAMAGE_ERRORS:
+                self._recover()
         if offset < self.offset:
             self._reopen()
-        while self.offset < offset and self._piece(min(offset - self.offset, PIECE)):
+        while self.offset < offset and self._read_chunk(min(offset - self.offset, READ_BYTES)):
             pass
 
     def seek_points(self) -> bytes | None:
-        """Exports the seek points found so far; None where the stream notes none."""
-        if not self._indexed or self._damage is not None:
+        """Exports the seek points recorded so far; None if the stream records none."""
+        if not self._indexed or self._error is not None:
             return None
         buffer = BytesIO()
         self._reader.export_index(fileobj=buffer)
@@ -143,100 +156,113 @@ class ByteStream:
         """Closes the file."""
         self._file.close()
 
-    def _piece(self, size: int) -> bytes:
-        """At most ``size`` bytes; none at the end or at a damage, which is then noted."""
-        while self._damage is None:
+    def _read_chunk(self, size: int) -> bytes:
+        """Reads at most ``size`` bytes; none at the end, and none at a damaged place, whose error is then stored."""
+        while self._error is None:
             try:
-                piece: bytes = self._reader.read(size)
-                self.offset += len(piece)
-                if piece or not size or not self._indexed or self._ends_here():
-                    return piece
-                self._go_round()
+                chunk: bytes = self._reader.read(size)
+                self.offset += len(chunk)
+                if chunk or not size or not self._indexed or self._is_complete():
+                    return chunk
+                self._recover()
             except InvalidRecord as error:
-                self._damage = error
-            except _DAMAGE as error:
-                if self._careful or not self._compression:
-                    self._damage = InvalidRecord("damaged_archive", f"at byte {self.offset}: {error}")
+                self._error = error
+            except _DAMAGE_ERRORS as error:
+                if self._recovering or not self._compression:
+                    self._error = InvalidRecord("damaged_archive", f"at byte {self.offset}: {error}")
                 else:
-                    self._go_round()
+                    self._recover()
         return b""
 
-    def _ends_here(self) -> bool:
-        """Whether the gzip trailer confirms the length: the seekable reader takes a truncated file for a whole one."""
-        place = self._file.tell()
+    def _is_complete(self) -> bool:
+        """Returns whether the length in the gzip trailer is the current offset.
+
+        The seekable reader ends at the end of a truncated file without an error.
+        """
+        position = self._file.tell()
         self._file.seek(-4, 2)
         length = int.from_bytes(self._file.read(4), "little")
-        self._file.seek(place)
+        self._file.seek(position)
         return length == self.offset % (1 << 32)
 
-    def _go_round(self) -> None:
-        """Reads again up to here in small pieces: a fast reader gives up a whole buffer where it meets a damage."""
-        here, self._indexed, self._careful = self.offset, False, True
+    def _recover(self) -> None:
+        """Reads the file again up to the current offset, with small reads from then on.
+
+        A decompressor loses a whole read at a damaged place; with small reads, more of the bytes before it are read.
+        """
+        offset, self._indexed, self._recovering = self.offset, False, True
         self._reopen()
-        self.seek(here)
+        self.seek(offset)
 
     def _reopen(self) -> None:
         if self._file is not None:
             self._file.close()
         self._file = self._open_file()
         self.offset, self._end = 0, 1 << 62
-        if not self._compression:  # a plain file can be sought beyond its end; a damaged tar would do that
+        if not self._compression:  # such a file allows seeking beyond its end, which a damaged tar header can cause
             self._end = self._file.seek(0, 2)
             self._file.seek(0)
         if self._indexed:
-            self._reader = indexed_gzip.IndexedGzipFile(fileobj=self._file, spacing=SPACING, readbuf_size=PIECE)
+            self._reader = indexed_gzip.IndexedGzipFile(
+                fileobj=self._file, spacing=SEEK_POINT_SPACING, readbuf_size=READ_BYTES
+            )
             if self._points is not None:
                 self._reader.import_index(fileobj=BytesIO(self._points))
         elif self._compression == "gzip":
-            self._reader = Inflater(self._file, CAREFUL_PIECE if self._careful else PIECE)
+            self._reader = GzipReader(self._file, RECOVERY_READ_BYTES if self._recovering else READ_BYTES)
         elif self._compression == "zstd":
-            unpacker = zstandard.ZstdDecompressor(max_window_size=1 << 27)
-            self._reader = unpacker.stream_reader(self._file, read_size=PIECE, read_across_frames=True)
+            decompressor = zstandard.ZstdDecompressor(max_window_size=1 << 27)
+            self._reader = decompressor.stream_reader(self._file, read_size=READ_BYTES, read_across_frames=True)
         else:
             self._reader = self._file
 
 
-class Window:
-    """The next ``size`` bytes of a stream.
+class BoundedReader:
+    """Reads only the next ``size`` bytes of a stream.
 
     Args:
-        stream: where to read.
-        size: how many bytes belong to the window.
+        stream: the stream.
+        size: number of bytes that may be read.
     """
 
     def __init__(self, stream: ByteStream, size: int) -> None:
-        self._stream, self._left = stream, size
+        self._stream, self._remaining = stream, size
 
     def read(self, size: int) -> bytes:
         """Reads at most ``size`` bytes.
 
         Raises:
-            Refused: the stream ends before the window does.
+            InvalidRecord: the stream ends too early.
         """
-        piece = self._stream.read(min(size, self._left))
-        self._left -= len(piece)
-        if not piece and self._left:
-            raise InvalidRecord("truncated_archive", f"{self._left} bytes are missing")
-        return piece
+        chunk = self._stream.read(min(size, self._remaining))
+        self._remaining -= len(chunk)
+        if not chunk and self._remaining:
+            raise InvalidRecord("truncated_archive", f"{self._remaining} bytes are missing")
+        return chunk
 
 
-def read_all(stream: ByteStream, size: int | None = None, limits: Limits = LIMITS) -> bytes:
-    """Reads a whole member (or, without a size, the whole stream) in bounded pieces.
+def read_all(stream: ByteStream, size: int | None = None, limits: DecompressionLimits = DEFAULT_LIMITS) -> bytes:
+    """Reads a whole member, or the whole stream, in bounded chunks.
+
+    Args:
+        stream: the stream.
+        size: bytes of the member; None for the rest of the stream.
+        limits: limits on the size of decompressed data.
 
     Raises:
-        Refused: too large, a decompression bomb, or the stream ends too early.
+        InvalidRecord: the data exceed the limits, or the stream ends too early.
     """
     if size is not None and size > limits.member_bytes:
         raise InvalidRecord("too_large", f"{size} bytes")
-    pieces: list[bytes] = []
-    have, before = 0, stream.packed
-    while size is None or have < size:
-        piece = stream.read(1 << 22 if size is None else min(size - have, 1 << 22))
-        if not piece:
+    chunks: list[bytes] = []
+    total, compressed_start = 0, stream.compressed_offset
+    while size is None or total < size:
+        chunk = stream.read(1 << 22 if size is None else min(size - total, 1 << 22))
+        if not chunk:
             if size is None:
                 break
-            raise InvalidRecord("truncated_archive", f"{have} of {size} bytes")
-        have += len(piece)
-        check_size(have, stream.packed - before + PIECE, limits)
-        pieces.append(piece)
-    return pieces[0] if len(pieces) == 1 else b"".join(pieces)
+            raise InvalidRecord("truncated_archive", f"{total} of {size} bytes")
+        total += len(chunk)
+        check_size(total, stream.compressed_offset - compressed_start + READ_BYTES, limits)
+        chunks.append(chunk)
+    return chunks[0] if len(chunks) == 1 else b"".join(chunks)

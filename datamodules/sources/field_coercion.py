@@ -1,6 +1,7 @@
-"""The fields of a record: read where they are right, repaired and counted where the meaning is clear.
+"""Reads the fields of a record; repairs and counts a wrong value if its meaning is clear.
 
-Each function gets the value as it stands in the file and ``repairs``, the counts by name that it adds to.
+Each function takes the value of the file and ``repairs``, the counts of repairs by name, to which it adds. The names
+are listed in :mod:`datamodules.sources.record_validation`.
 """
 
 from __future__ import annotations
@@ -20,20 +21,20 @@ if TYPE_CHECKING:
 MAX_DEPTH = 64  #: nesting of a record's free fields; real ones have 2
 MAX_CHARACTERS = 1 << 20  #: text of one record; a prompt holds a few thousand
 
-ALIASES = {
+SEVERITY_ALIASES = {
     "informational": "info", "information": "info", "notice": "info", "minor": "low", "moderate": "medium",
     "med": "medium", "warning": "medium", "warn": "medium", "major": "high", "important": "high", "severe": "high",
     "crit": "critical", "emergency": "critical", "fatal": "critical",
 }  # fmt: skip
-#: names that scanners and the report schema give to the corpus' categories
+#: names in scanners and in the report schema -> categories of the corpus
 CATEGORY_ALIASES = {
     "process": "processes", "network_socket": "network", "kernel_param": "kernel_params", "kernel_module": "modules",
     "module": "modules", "suid_sgid": "suid",
 }  # fmt: skip
 #: the scanner's usual score for a severity, and the lowest score of each band (the shards: info 10, low 25-30, medium
 #: 45-50, high 70-80, critical 90-95)
-SCORES = {"info": 10.0, "low": 30.0, "medium": 50.0, "high": 80.0, "critical": 90.0}
-BANDS = ((90.0, "critical"), (70.0, "high"), (40.0, "medium"), (20.0, "low"), (-math.inf, "info"))
+DEFAULT_SCORES = {"info": 10.0, "low": 30.0, "medium": 50.0, "high": 80.0, "critical": 90.0}
+SEVERITY_BANDS = ((90.0, "critical"), (70.0, "high"), (40.0, "medium"), (20.0, "low"), (-math.inf, "info"))
 ENRICHMENT_LISTS = ("mitigation_steps", "attack_vectors", "compliance_impact")
 ENRICHMENT_TEXTS = ("business_impact", "technical_details")
 
@@ -41,11 +42,11 @@ SEVERITY_SET, CATEGORY_SET, BASELINE_SET = frozenset(SEVERITIES), frozenset(CATE
 
 
 class InvalidRecord(Exception):
-    """A record that can't be used.
+    """A record, or the bytes of a document, that can't be used.
 
     Args:
-        reason: a slug to count by.
-        detail: what exactly, for people.
+        reason: a short identifier by which such records are counted.
+        detail: the exact problem, as text for people.
     """
 
     def __init__(self, reason: str, detail: str = "") -> None:
@@ -54,15 +55,19 @@ class InvalidRecord(Exception):
         self.detail = detail
 
 
-class DuplicateKeys(dict[str, Any]):
-    """A JSON object in which a key stood twice: nobody can say which value was meant."""
-
-
 def number(value: Any, name: str, repairs: Counter[str]) -> float | None:
-    """Reads a number, also from a string; None where there is none or it can't be read.
+    """Reads a number, also from a string.
+
+    Args:
+        value: the value of the file.
+        name: the field's name, for the error.
+        repairs: counts of repairs by name; added to.
+
+    Returns:
+        The number; None for null, an empty string or an unreadable value.
 
     Raises:
-        Refused: NaN or infinite.
+        InvalidRecord: the number is NaN or infinite.
     """
     kind = type(value)
     if kind is not float and kind is not int:
@@ -87,18 +92,21 @@ def number(value: Any, name: str, repairs: Counter[str]) -> float | None:
 
 
 def strings(value: Any, name: str, repairs: Counter[str]) -> list[str]:
-    """Reads a list of strings; a string becomes a list at its commas, numbers become text, other items are dropped."""
+    """Reads a list of strings.
+
+    A string is split at its commas, numbers in a list become text, and items of other types are dropped.
+    """
     if value is None:
         repairs[f"null_{name}"] += 1
         return []
     if isinstance(value, str):
         repairs["list_from_string"] += 1
-        return [part for piece in value.split(",") if (part := piece.strip())]
+        return [stripped for part in value.split(",") if (stripped := part.strip())]
     if not isinstance(value, list | tuple):
         repairs["list_item_dropped"] += 1
         return []
     try:
-        "".join(value)  # the fastest way to ask whether all are strings
+        "".join(value)  # the fastest check that all items are strings
     except TypeError:
         pass
     else:
@@ -109,59 +117,11 @@ def strings(value: Any, name: str, repairs: Counter[str]) -> list[str]:
     return kept
 
 
-def measure(fields: dict[str, Any]) -> int:
-    """Counts the characters in free fields.
-
-    Raises:
-        Refused: nested deeper than :data:`MAX_DEPTH`.
-    """
-    characters, nested = len("".join(fields)), []
-    for item in fields.values():
-        kind = type(item)
-        if kind is str:
-            characters += len(item)
-        elif kind is dict or kind is list or kind is DuplicateKeys:
-            nested.append((item, 2))
-    while nested:
-        value, depth = nested.pop()
-        if depth > MAX_DEPTH:
-            raise InvalidRecord("too_deep", f"more than {MAX_DEPTH} levels")
-        if isinstance(value, dict):
-            characters += len("".join(value))
-            value = value.values()
-        for item in value:
-            if type(item) is str:
-                characters += len(item)
-            elif isinstance(item, dict | list):
-                nested.append((item, depth + 1))
-    return characters
-
-
-def strict_json_error(record: Any) -> tuple[str, str] | None:
-    """Says what strict JSON would have refused in a record that a tolerant parser read, as (reason, detail)."""
-    stack = [(record, 0)]
-    while stack:
-        value, depth = stack.pop()
-        if depth > MAX_DEPTH:
-            return "too_deep", f"more than {MAX_DEPTH} levels"
-        if isinstance(value, DuplicateKeys):
-            return "duplicate_keys", ""
-        if isinstance(value, dict):
-            stack.extend((item, depth + 1) for pair in value.items() for item in pair)
-        elif isinstance(value, list):
-            stack.extend((item, depth + 1) for item in value)
-        elif isinstance(value, float) and not math.isfinite(value):
-            return "non_finite", str(value)
-        elif isinstance(value, str) and not value.isascii() and any("\ud800" <= c <= "\udfff" for c in value):
-            return "invalid_utf8", ""
-    return None
-
-
 def texts(record: dict[str, Any], repairs: Counter[str]) -> tuple[str, str]:
-    """Reads title and description, the title from the description where it is missing.
+    """Reads title and description; a missing title is taken from the description.
 
     Raises:
-        Refused: neither is there.
+        InvalidRecord: the record has neither.
     """
     title, description = record.get("title"), record.get("description")
     if type(title) is str and title and type(description) is str:
@@ -176,7 +136,7 @@ def texts(record: dict[str, Any], repairs: Counter[str]) -> tuple[str, str]:
 
 
 def plain_text(value: Any, name: str, repairs: Counter[str]) -> str:
-    """Reads text; numbers become text, anything else is as good as null."""
+    """Reads text; a number becomes text, and any other value counts as null."""
     if isinstance(value, str):
         return value
     if isinstance(value, int | float):
@@ -186,35 +146,50 @@ def plain_text(value: Any, name: str, repairs: Counter[str]) -> str:
     return ""
 
 
-def grade(record: dict[str, Any], bucket: str, repairs: Counter[str]) -> tuple[str, float, float]:
-    """Severity, risk score and base score, each from the others where it is missing."""
+def severity_and_scores(
+    record: dict[str, Any], default_severity: str, repairs: Counter[str]
+) -> tuple[str, float, float]:
+    """Reads severity, risk score and base score; a missing one is derived from the others.
+
+    Args:
+        record: the JSON object. Its floats must be finite, as :func:`~datamodules.sources.decompression.loads` and
+            :func:`~datamodules.sources.decompression.strict_json_error` ensure.
+        default_severity: severity of the list that contains the record, for a record without one; "" if unknown.
+        repairs: counts of repairs by name; added to.
+
+    Returns:
+        One of :data:`~datamodules.records.SEVERITIES`, the risk score and the base score, both in 0..100.
+
+    Raises:
+        InvalidRecord: all three are missing, or a score in a string or an integer is not finite.
+    """
     severity, score, base = record.get("severity"), record.get("risk_score"), record.get("base_severity_score")
     if type(score) is not float:
         score = number(score, "risk_score", repairs)
     if type(base) is not float:
         base = number(base, "base_severity_score", repairs)
     if type(severity) is not str or severity not in SEVERITY_SET:
-        severity = severity_word(severity, repairs) or severity_word(bucket, repairs)
+        severity = severity_word(severity, repairs) or severity_word(default_severity, repairs)
     if severity is None and score is None and base is None:
         raise InvalidRecord("no_severity_or_score", repr(record.get("severity"))[:80])
     if score is None:
         repairs["risk_score_from_base" if base is not None else "score_from_severity"] += 1
-        score = base if base is not None else SCORES[severity or "info"]
+        score = base if base is not None else DEFAULT_SCORES[severity or "info"]
     if base is None:
         repairs["base_from_risk_score"] += 1
         base = score
     if not (0.0 <= score <= 100.0 and 0.0 <= base <= 100.0):
-        score, base = clamped(score, repairs), clamped(base, repairs)
+        score, base = clamped_score(score, repairs), clamped_score(base, repairs)
     if severity is None:
         repairs["severity_from_score"] += 1
-        severity = next(word for floor, word in BANDS if score >= floor)
+        severity = next(word for floor, word in SEVERITY_BANDS if score >= floor)
     return severity, score, base
 
 
 def severity_word(value: Any, repairs: Counter[str]) -> str | None:
-    """Reads a severity, in any case and under its common other names; None where it is none."""
+    """Reads a severity in any case, also one of :data:`SEVERITY_ALIASES`; None if the value is not a severity."""
     word = value.strip().lower() if isinstance(value, str) else ""
-    word = ALIASES.get(word, word)
+    word = SEVERITY_ALIASES.get(word, word)
     if word not in SEVERITY_SET:
         return None
     if word != value:
@@ -222,11 +197,17 @@ def severity_word(value: Any, repairs: Counter[str]) -> str | None:
     return word
 
 
-def category(value: Any, bucket: str, repairs: Counter[str]) -> str:
-    """Reads a category, kept where unknown; ``bucket`` is that of the list around the record."""
+def category(value: Any, default: str, repairs: Counter[str]) -> str:
+    """Reads a category; an unknown one is kept.
+
+    Args:
+        value: the value of the file.
+        default: category of the list that contains the record, for a record without one; "" if unknown.
+        repairs: counts of repairs by name; added to.
+    """
     word = value.strip().lower() if isinstance(value, str) else ""
     if not word:
-        word = bucket.strip().lower()
+        word = default.strip().lower()
         repairs["category_missing"] += not word
     if word in CATEGORY_ALIASES:
         repairs["category_alias"] += 1
@@ -237,7 +218,7 @@ def category(value: Any, bucket: str, repairs: Counter[str]) -> str:
 
 
 def baseline(value: Any, repairs: Counter[str]) -> str:
-    """Reads a baseline status; "unknown" where the word is none."""
+    """Reads a baseline status; "unknown" if the value is not one of them."""
     if value is None or value == "":
         return "unknown"
     word = value.strip().lower() if isinstance(value, str) else ""
@@ -246,7 +227,7 @@ def baseline(value: Any, repairs: Counter[str]) -> str:
 
 
 def metadata(record: dict[str, Any], repairs: Counter[str]) -> dict[str, Any]:
-    """Free fields that are no plain object: null, JSON text, an ambiguous object or a bare value."""
+    """Reads a record's metadata; JSON text is parsed, and a value that is not an object is wrapped in one."""
     value = record.get("metadata")
     if isinstance(value, dict):
         return value
@@ -268,7 +249,7 @@ def metadata(record: dict[str, Any], repairs: Counter[str]) -> dict[str, Any]:
 
 
 def subscores(value: Any, repairs: Counter[str]) -> dict[str, float]:
-    """Reads the risk subscores that are there, each brought into 0..1."""
+    """Reads the risk subscores of the record, each clamped to 0..1; missing ones stay missing."""
     if not isinstance(value, dict):
         repairs["unreadable_number"] += 1
         return {}
@@ -276,23 +257,27 @@ def subscores(value: Any, repairs: Counter[str]) -> dict[str, float]:
     for name in SUBSCORES:
         score = value.get(name)
         if type(score) is not float or not 0.0 <= score <= 1.0:
-            score = share(score, name, repairs)
+            score = fraction(score, name, repairs)
         if score is not None:
             scores[name] = score
     return scores
 
 
-def share(value: Any, name: str, repairs: Counter[str]) -> float | None:
-    """Reads a number brought into 0..1; None where there is none."""
-    part = number(value, name, repairs)
-    if part is None or 0.0 <= part <= 1.0:
-        return part
+def fraction(value: Any, name: str, repairs: Counter[str]) -> float | None:
+    """Reads a number and clamps it to 0..1; None if there is none.
+
+    Raises:
+        InvalidRecord: the number is NaN or infinite.
+    """
+    result = number(value, name, repairs)
+    if result is None or 0.0 <= result <= 1.0:
+        return result
     repairs["subscore_clamped"] += 1
-    return min(max(part, 0.0), 1.0)
+    return min(max(result, 0.0), 1.0)
 
 
-def clamped(score: float, repairs: Counter[str]) -> float:
-    """Brings a score into 0..100."""
+def clamped_score(score: float, repairs: Counter[str]) -> float:
+    """Clamps a score to 0..100."""
     if 0.0 <= score <= 100.0:
         return score
     repairs["score_clamped"] += 1
@@ -300,7 +285,7 @@ def clamped(score: float, repairs: Counter[str]) -> float:
 
 
 def rationale(value: Any, repairs: Counter[str]) -> list[str]:
-    """Reads a rationale, a string or a list of strings."""
+    """Reads a rationale: a string or a list of strings."""
     if isinstance(value, str):
         return [value]
     if isinstance(value, list):
@@ -310,7 +295,7 @@ def rationale(value: Any, repairs: Counter[str]) -> list[str]:
 
 
 def enrichment(value: Any, repairs: Counter[str]) -> dict[str, Any]:
-    """The archive's LangChain fields; nothing where the enrichment failed ({"error", "fallback": true})."""
+    """Reads the archive's LangChain fields; empty if the enrichment failed ({"error", "fallback": true})."""
     if not isinstance(value, dict) or "error" in value or value.get("fallback"):
         return {}
     fields: dict[str, Any] = {}
@@ -326,10 +311,17 @@ def enrichment(value: Any, repairs: Counter[str]) -> dict[str, Any]:
 
 
 def identity(value: Any, kind: str, content: Any, repairs: Counter[str]) -> str:
-    """Makes an id: a number as text, or a digest of the content, so that the same record always gets the same."""
+    """Builds an id for a record without a usable one.
+
+    Args:
+        value: the id of the file; a number becomes text.
+        kind: first part of a built id, "finding" or "correlation".
+        content: the values whose digest is the second part, so that the same record always gets the same id.
+        repairs: counts of repairs by name; added to.
+    """
     if isinstance(value, int | float) and not isinstance(value, bool):
         repairs["text_from_number"] += 1
         return str(value)
     repairs["id_from_content"] += 1
-    blob = json.dumps(content, default=str, sort_keys=True)  # it takes integers of any size
+    blob = json.dumps(content, default=str, sort_keys=True)  # unlike orjson it takes integers of any size
     return f"{kind}_{blake2b(blob.encode(), digest_size=8).hexdigest()}"

@@ -1,6 +1,6 @@
-"""The wire formats: bytes of a shard, or rows of a table, to a Document.
+"""Parses raw documents: the bytes of a shard, or the rows of a table, to a :class:`~datamodules.records.Document`.
 
-What can stand in a file, told apart by its content::
+Layouts of a file, recognised by its content::
 
     envelope          {"compressed": true, "compression_method": "gzip", "data": "<hex of gzip of a document>"}
     batch document    {"metadata": ..., "data": {"findings": {category: {severity: [finding]}}, "correlations": [...]}}
@@ -8,14 +8,15 @@ What can stand in a file, told apart by its content::
     ground_truth_v1   {"enriched_findings": [...], "correlations": [...], "summaries": ..., "actions": [...]}
     loose records     a finding, a correlation, or a list of any of these
 
-A generation report is skipped and counted. Everything else, and everything broken, is quarantined with a reason, and
-the rest is read. Compressed data are unpacked in bounded pieces, so that a decompression bomb is met at its limit and
-not after it. The strict parser (orjson) reads the good case; a document that it refuses is read once more by the
-tolerant one (the standard library's), so that NaN or broken UTF-8 in one record costs that record and not the shard.
+A generation report is skipped and counted. Anything else, and anything damaged, is quarantined with a reason, and the
+rest is read. Compressed data are decompressed in bounded chunks, so that a decompression bomb is detected at its limit
+and not after it. The strict parser (orjson) reads valid text; a document that it rejects is read once more by the
+tolerant one (the standard library's), so that NaN or invalid UTF-8 in one record costs that record and not the shard.
 """
 
 from __future__ import annotations
 
+import gc
 import json
 from binascii import Error as HexError
 from binascii import unhexlify
@@ -24,14 +25,25 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import orjson
+import pyarrow as pa
 
 from datamodules.records import Document
-from datamodules.sources.decompression import GZIP_MAGIC, LIMITS, ZSTD_MAGIC, Limits, inflate, loads
-from datamodules.sources.field_coercion import DuplicateKeys, InvalidRecord, measure, strict_json_error
-from datamodules.sources.record_validation import read_correlation, read_finding
-from datamodules.sources.table_rows import plain_row
+from datamodules.sources.decompression import (
+    DEFAULT_LIMITS,
+    GZIP_MAGIC,
+    ZSTD_MAGIC,
+    DecompressionLimits,
+    DuplicateKeys,
+    inflate,
+    is_json_object,
+    loads,
+    strict_json_error,
+)
+from datamodules.sources.field_coercion import InvalidRecord
+from datamodules.sources.readers import Deferred, RawDocument
+from datamodules.sources.record_validation import count_characters, read_correlation, read_finding, record_of_row
 
-RECORD_TEXT = 2000  #: characters of a quarantined record that are kept
+EXCERPT_CHARACTERS = 2000  #: characters of a quarantined record that are kept
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,9 +54,9 @@ class Quarantined:
         source: the source as the user named it.
         member: path inside the source.
         position: index of the record within the member.
-        reason: a slug to count by.
-        record: its JSON text, cut to 2,000 characters.
-        detail: what exactly was wrong.
+        reason: a short identifier by which such records are counted.
+        record: the record's JSON text, cut to 2,000 characters.
+        detail: the exact problem, as text for people.
     """
 
     source: str
@@ -57,14 +69,14 @@ class Quarantined:
 
 @dataclass(slots=True)
 class Parsed:
-    """What came out of one raw document.
+    """The result of parsing one raw document.
 
     Attributes:
-        document: its usable records.
-        quarantined: the others.
+        document: the usable records.
+        quarantined: the other records.
         repairs: counts of repairs by name.
-        records: findings, correlations and quarantined entries together.
-        skipped: counts of what is well-formed but holds no findings, by kind ("generation_report").
+        records: number of findings, correlations and quarantined entries together.
+        skipped: counts of well-formed data without findings, by kind ("generation_report").
     """
 
     document: Document
@@ -74,46 +86,90 @@ class Parsed:
     skipped: Counter[str] = field(default_factory=Counter)
 
 
+def parse(raw: RawDocument, limits: DecompressionLimits = DEFAULT_LIMITS) -> Parsed:
+    """Parses a raw document.
+
+    Args:
+        raw: a document of a source.
+        limits: limits on the size of decompressed data.
+
+    Returns:
+        The usable records, and those that are invalid as ``quarantined``: invalid data raise no exception.
+    """
+    payload = raw.payload
+    reader = Reader(raw.source, raw.member, raw.position, limits)
+    gc_was_enabled = gc.isenabled()
+    gc.disable()  # records hold no reference cycles, and repeated collections took a third of the time
+    try:
+        if isinstance(payload, InvalidRecord):
+            raise payload
+        if isinstance(payload, Deferred):
+            payload = payload(limits)
+        if isinstance(payload, bytes):
+            reader.read_bytes(payload)
+        elif isinstance(payload, pa.RecordBatch):
+            reader.read_rows(payload.to_pylist())
+        elif payload and isinstance(payload[0], bytes):
+            reader.read_lines(payload)
+        else:
+            reader.read_rows(payload)
+    except InvalidRecord as error:
+        reader.quarantine(error, None)
+    except (pa.ArrowException, UnicodeDecodeError, OverflowError) as error:  # cells that Python can't represent
+        reader.quarantine(InvalidRecord("bad_table", str(error)), None)
+    finally:
+        if gc_was_enabled:
+            gc.enable()
+    return reader.parsed
+
+
 class Reader:
-    """Collects what stands in one raw document; ``parsed`` is the result.
+    """Collects the records of one raw document; ``parsed`` is the result.
 
     Args:
         source: the source as the user named it.
         member: path inside the source.
         position: index of the document's first record within the member.
-        limits: what data may unpack to.
-        clean: False where records come from a tolerant parser or a table, and are looked through for what strict JSON
-            would have refused.
+        limits: limits on the size of decompressed data.
+        strict: True if the records come from a strict JSON parser. If not (a tolerant parser, a table), each record is
+            checked for violations of strict JSON.
     """
 
-    def __init__(self, source: str, member: str, position: int, limits: Limits = LIMITS, clean: bool = True) -> None:
+    def __init__(
+        self,
+        source: str,
+        member: str,
+        position: int,
+        limits: DecompressionLimits = DEFAULT_LIMITS,
+        strict: bool = True,
+    ) -> None:
         self.parsed = Parsed(Document(source, member, position))
         self.limits = limits
-        self.clean = clean
+        self.strict = strict
 
-    def refuse(self, error: InvalidRecord, record: Any) -> None:
-        """Puts a record, or the bytes of a whole member, into quarantine."""
-        at = self.parsed.document
-        position = at.position + self.parsed.records
+    def quarantine(self, error: InvalidRecord, record: Any) -> None:
+        """Quarantines a record, or the bytes of a whole member."""
+        document = self.parsed.document
+        position = document.position + self.parsed.records
         self.parsed.records += 1
         self.parsed.quarantined.append(
-            Quarantined(at.source, at.member, position, error.reason, excerpt(record), error.detail)
+            Quarantined(document.source, document.member, position, error.reason, excerpt(record), error.detail)
         )
 
     def read_bytes(self, data: bytes) -> None:
-        """Reads one document from its bytes, packed or not."""
+        """Reads one document from its bytes, compressed or not."""
         try:
             if data.startswith((GZIP_MAGIC, ZSTD_MAGIC)):
                 data = inflate(data, self.limits)
             if len(data) > self.limits.member_bytes:
                 raise InvalidRecord("too_large", f"{len(data)} bytes")
-            value, self.clean = loads(data)
+            value, self.strict = loads(data)
         except InvalidRecord as error:
             lines = data.splitlines() if error.reason == "bad_json" else []
-            if len(lines) > 1 and _is_object(lines[0]):  # JSON Lines under another name
+            if len(lines) > 1 and is_json_object(lines[0]):  # JSON Lines under another name
                 self.read_lines(lines)
             else:
-                self.refuse(error, data)
+                self.quarantine(error, data)
             return
         self.read_value(value)
 
@@ -123,30 +179,30 @@ class Reader:
             if not line.strip():
                 continue
             try:
-                value, self.clean = loads(line)
+                value, self.strict = loads(line)
             except InvalidRecord as error:
-                self.refuse(error, line)
+                self.quarantine(error, line)
             else:
                 self.read_value(value)
 
     def read_rows(self, rows: list[dict[str, Any]]) -> None:
         """Reads rows of a table of flattened findings."""
-        self.clean = False
+        self.strict = False
         for row in rows:
-            self.read_value(plain_row(row))
+            self.read_value(record_of_row(row))
 
     def read_value(self, value: Any, depth: int = 0) -> None:
-        """Reads whatever stands in a file; see the module's docstring."""
+        """Reads a JSON value of any layout; see the module's docstring."""
         if isinstance(value, list):
             for item in value:
                 if depth < 2:
                     self.read_value(item, depth + 1)
                 else:
-                    self.refuse(InvalidRecord("unknown_layout", "lists of lists"), item)
+                    self.quarantine(InvalidRecord("unknown_layout", "lists of lists"), item)
             return
         layout = layout_of(value)
         if layout != "record" and isinstance(value, DuplicateKeys):
-            self.refuse(InvalidRecord("duplicate_keys", "in the document's outermost object"), value)
+            self.quarantine(InvalidRecord("duplicate_keys", "in the document's outermost object"), value)
         elif layout == "envelope":
             self._read_envelope(value, depth)
         elif layout == "wrapped":
@@ -161,7 +217,7 @@ class Reader:
         elif layout == "generation_report":
             self.parsed.skipped[layout] += 1
         else:
-            self.refuse(InvalidRecord(layout, "no findings document"), value)
+            self.quarantine(InvalidRecord(layout, "no findings document"), value)
 
     def _read_envelope(self, envelope: dict[str, Any], depth: int) -> None:
         try:
@@ -169,12 +225,12 @@ class Reader:
             if depth > 2 or method != "gzip":
                 raise InvalidRecord("unknown_compression", "envelopes in envelopes" if depth > 2 else str(method)[:80])
             try:
-                packed = unhexlify(envelope["data"])
+                compressed = unhexlify(envelope["data"])
             except (HexError, ValueError) as error:
                 raise InvalidRecord("bad_hex", str(error)) from None
-            value, self.clean = loads(inflate(packed, self.limits))
+            value, self.strict = loads(inflate(compressed, self.limits))
         except InvalidRecord as error:
-            self.refuse(error, envelope)
+            self.quarantine(error, envelope)
             return
         self.read_value(value, depth + 1)
 
@@ -183,23 +239,30 @@ class Reader:
         self.read_correlations(value.get("correlations"))
         summaries, actions, document = value.get("summaries"), value.get("actions"), self.parsed.document
         for name, item in summaries.items() if isinstance(summaries, dict) else ():
-            if item is not None and self._sound(item):
+            if item is not None and self._is_usable(item):
                 document.summaries[name] = item
-        document.actions.extend(
-            a for a in (actions if isinstance(actions, list) else ()) if isinstance(a, dict) and self._sound(a)
-        )
+        for action in actions if isinstance(actions, list) else ():
+            if isinstance(action, dict) and self._is_usable(action):
+                document.actions.append(action)
 
     def read_findings(self, value: Any, category: str = "", severity: str = "", level: int = 0) -> None:
-        """Walks findings[category][severity], or a plain list; ``level`` counts the objects passed."""
+        """Reads findings[category][severity], or a plain list of findings.
+
+        Args:
+            value: the JSON value.
+            category: category of the findings that name none; "" if unknown.
+            severity: severity of the findings that name none; "" if unknown.
+            level: number of objects around the value.
+        """
         if isinstance(value, list):
             for record in value:
                 self._record(record, category, severity)
         elif isinstance(value, DuplicateKeys) or (value and (level > 1 or not isinstance(value, dict))):
             reason = "duplicate_keys" if isinstance(value, DuplicateKeys) else "unknown_layout"
-            self.refuse(InvalidRecord(reason, f"findings of {category or 'all categories'}"), value)
+            self.quarantine(InvalidRecord(reason, f"findings of {category or 'all categories'}"), value)
         elif value:
-            for name, below in value.items():
-                self.read_findings(below, category or name, name if category else "", level + 1)
+            for name, inner in value.items():
+                self.read_findings(inner, category or name, name if category else "", level + 1)
 
     def read_correlations(self, value: Any) -> None:
         """Reads a list of correlations."""
@@ -207,35 +270,35 @@ class Reader:
             for record in value:
                 self._record(record, correlation=True)
         elif value:
-            self.refuse(InvalidRecord("unknown_layout", "correlations are no list"), value)
+            self.quarantine(InvalidRecord("unknown_layout", "correlations are no list"), value)
 
     def _record(self, record: Any, category: str = "", severity: str = "", correlation: bool = False) -> None:
         parsed = self.parsed
         try:
-            if not self.clean and (found := strict_json_error(record)):
-                raise InvalidRecord(*found)
+            if not self.strict and (violation := strict_json_error(record)):
+                raise InvalidRecord(*violation)
             if correlation or (not category and _is_correlation(record)):
                 parsed.document.correlations.append(read_correlation(record, parsed.repairs))
             else:
                 parsed.document.findings.append(read_finding(record, parsed.repairs, category, severity))
             parsed.records += 1
         except InvalidRecord as error:
-            self.refuse(error, record)
+            self.quarantine(error, record)
 
-    def _sound(self, value: Any) -> bool:
-        """Tells whether a summary or an action may be kept; puts it into quarantine where not."""
+    def _is_usable(self, value: Any) -> bool:
+        """Returns whether a summary or an action is usable; quarantines it if not."""
         try:
-            if not self.clean and (found := strict_json_error(value)):
-                raise InvalidRecord(*found)
-            measure({"value": value})
+            if not self.strict and (violation := strict_json_error(value)):
+                raise InvalidRecord(*violation)
+            count_characters({"value": value})
         except InvalidRecord as error:
-            self.refuse(error, value)
+            self.quarantine(error, value)
             return False
         return True
 
 
 def layout_of(value: Any) -> str:
-    """Names a JSON value's layout.
+    """Returns the name of a JSON value's layout.
 
     Returns:
         envelope, wrapped, ground_truth, batch, record, generation_report, scanner_report, unknown_layout or
@@ -262,9 +325,9 @@ def layout_of(value: Any) -> str:
 
 
 def excerpt(record: Any) -> str:
-    """Makes the JSON text of a record, or the text of bytes, cut to :data:`RECORD_TEXT` characters."""
+    """Returns the JSON text of a record, or the text of bytes, cut to :data:`EXCERPT_CHARACTERS`."""
     if isinstance(record, bytes):
-        return record[:RECORD_TEXT].decode("utf-8", "backslashreplace")[:RECORD_TEXT]
+        return record[:EXCERPT_CHARACTERS].decode("utf-8", "backslashreplace")[:EXCERPT_CHARACTERS]
     try:
         text = orjson.dumps(record, default=str, option=orjson.OPT_NON_STR_KEYS).decode()
     except orjson.JSONEncodeError:  # lone surrogates, deep nesting
@@ -272,14 +335,7 @@ def excerpt(record: Any) -> str:
             text = json.dumps(record, default=str)
         except (RecursionError, ValueError):
             text = f'"{type(record).__name__}"'
-    return text[:RECORD_TEXT]
-
-
-def _is_object(line: bytes) -> bool:
-    try:
-        return isinstance(orjson.loads(line), dict)
-    except orjson.JSONDecodeError:
-        return False
+    return text[:EXCERPT_CHARACTERS]
 
 
 def _is_correlation(record: Any) -> bool:

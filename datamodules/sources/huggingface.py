@@ -1,4 +1,4 @@
-"""A Hugging Face dataset as a source."""
+"""Source that streams a Hugging Face dataset."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qsl, urlsplit
 
-from datamodules.errors import UserError
+from datamodules.errors import UserError, one_line
 from datamodules.sources.field_coercion import InvalidRecord
 from datamodules.sources.filesystem import Location, fingerprint
 from datamodules.sources.readers import RawDocument, Source
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class HuggingFace(Source):
-    """A Hugging Face dataset of flattened findings, streamed: only what is read is downloaded.
+    """A Hugging Face dataset of flattened findings; only the rows that are read are downloaded.
 
     Args:
         spec: ``hf://datasets/NAME[?split=train&config=NAME&revision=SHA]``; NAME may be a local folder.
@@ -31,7 +31,9 @@ class HuggingFace(Source):
         self.name = url.path.removeprefix("/") if url.netloc == "datasets" else ""
         self.options = dict(parse_qsl(url.query))
         if not self.name or set(self.options) - {"split", "config", "revision"}:
-            raise UserError(f"source {spec}: write hf://datasets/NAME?split=train (also config=, revision=)")
+            raise UserError(
+                f"data.sources={spec}: wrong form. Fix: write hf://datasets/NAME?split=train (also config=, revision=)"
+            )
         self._rows()
 
     def raw_documents(self, start: tuple[int, int] = (0, 0)) -> Iterator[RawDocument]:
@@ -44,7 +46,7 @@ class HuggingFace(Source):
             while batch := list(islice(rows, CHUNK_RECORDS)):
                 yield RawDocument(self.spec, "", 0, position, batch)
                 position += len(batch)
-        except Exception as error:  # the hub's, the network's or the file format's: what was read stays
+        except Exception as error:  # of the hub, the network or the file format; the rows before it stay usable
             yield RawDocument(self.spec, "", 0, position, InvalidRecord("unreadable", str(error)))
 
     def members(self) -> list[str]:
@@ -52,7 +54,7 @@ class HuggingFace(Source):
         return [""]
 
     def fingerprint(self) -> str:
-        """See :class:`Source`: a local folder's files, or the data set's commit where the hub tells it."""
+        """See :class:`Source`: of a local folder's files, or of the dataset's commit if the hub can be reached."""
         if Path(self.name).is_dir():
             identity = fingerprint(Location(self.name).files()[0])
         else:
@@ -60,7 +62,7 @@ class HuggingFace(Source):
 
             try:
                 identity = str(HfApi().dataset_info(self.name, revision=self.options.get("revision")).sha)
-            except Exception:  # offline: the name has to do
+            except Exception:  # offline: only the name is known
                 identity = ""
         text = repr((self.name, sorted(self.options.items()), identity))
         return blake2b(text.encode(), digest_size=16).hexdigest()
@@ -77,6 +79,8 @@ class HuggingFace(Source):
                 revision=self.options.get("revision"),
                 streaming=True,
             )
-        except Exception as error:  # not found, gated, no such split, no network: one line each
-            cause = " ".join(str(error).split())[:200]
-            raise UserError(f"source {self.spec}: no such data set or split, or no access to it ({cause})") from None
+        except Exception as error:  # not found, gated, no such split, no network
+            raise UserError(
+                f"data.sources={self.spec}: no such data set or split, or no access to it ({one_line(error)}). Fix: "
+                "check the name, the split, the network and HF_TOKEN"
+            ) from None

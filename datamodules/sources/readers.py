@@ -1,7 +1,8 @@
-"""The kinds of sources: files one by one, one file as a stream, a Hugging Face dataset.
+"""Sources that yield raw documents: a list of files, or one file that is read as a stream.
 
-Each yields :class:`RawDocument`: a document's bytes (or rows) with its place, cheap for who passes it over. A place is
-(member index, position): the member in file order, and the number of the document's first record in it.
+Each yields :class:`RawDocument`: the bytes (or rows) of a document with its place. A document that is not parsed costs
+little. A place is (member index, position): the member in the order of the files, and the number of the document's
+first record in that member.
 """
 
 from __future__ import annotations
@@ -15,10 +16,17 @@ from typing import IO, TYPE_CHECKING, Any
 import pyarrow as pa
 from pyarrow import parquet
 
-from datamodules.sources.byte_stream import ByteStream, Window, compression_of, read_all
-from datamodules.sources.decompression import LIMITS, Limits
+from datamodules.sources.byte_stream import BoundedReader, ByteStream, compression_of, read_all
+from datamodules.sources.decompression import DEFAULT_LIMITS, DecompressionLimits
 from datamodules.sources.field_coercion import InvalidRecord
-from datamodules.sources.filesystem import PACKINGS, File, Location, fingerprint, is_record_file, record_kind
+from datamodules.sources.filesystem import (
+    COMPRESSION_SUFFIXES,
+    File,
+    Location,
+    fingerprint,
+    is_record_file,
+    record_kind,
+)
 from datamodules.sources.seek_index import SeekIndex
 from datamodules.sources.tar_reader import CHUNK_RECORDS, line_chunks, tar_members
 
@@ -27,7 +35,7 @@ if TYPE_CHECKING:
 
     from datamodules.sources.tar_reader import TarMember
 
-SAVE_EVERY = 256 << 20  #: uncompressed bytes between two writes of a growing index
+SAVE_INTERVAL = 256 << 20  #: uncompressed bytes between two writes of a growing index
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,11 +45,11 @@ class RawDocument:
     Attributes:
         source: the source as the user named it.
         member: path inside the source; "" for a single file.
-        member_index: number of the member in file order.
+        member_index: number of the member in the order of the files.
         position: number of the document's first record in the member.
-        payload: bytes of a document (packed or not); a list of lines or of rows; a table of rows; a function that
-            reads the bytes; or the :class:`~datamodules.sources.field_coercion.InvalidRecord` that says why there are
-            none.
+        payload: the bytes of a document (compressed or not); a list of lines or of rows; a table of rows; a
+            :class:`Deferred` read; or, for an unreadable document, the
+            :class:`~datamodules.sources.field_coercion.InvalidRecord` with the reason.
     """
 
     source: str
@@ -53,13 +61,17 @@ class RawDocument:
 
 @dataclass(frozen=True)
 class Deferred:
-    """Bytes of a file that are read when they are needed, so that passing a document over costs nothing."""
+    """Reads the bytes of a file when it is called, so that a document that is not parsed costs nothing."""
 
     location: Location
     file: File
 
-    def __call__(self, limits: Limits) -> bytes:
-        """Reads the file as it stands; raises ``InvalidRecord`` where it is too large or can't be read."""
+    def __call__(self, limits: DecompressionLimits) -> bytes:
+        """Reads the file's bytes, without decompression.
+
+        Raises:
+            InvalidRecord: the file is too large or can't be read.
+        """
         if self.file.size > limits.member_bytes:
             raise InvalidRecord("too_large", f"{self.file.size} bytes")
         try:
@@ -74,7 +86,7 @@ class Source(ABC):
 
     Attributes:
         spec: the source as the user named it.
-        sequential: members are cheap in file order only (a compressed archive).
+        sequential: whether members are cheap to read in their order only (a compressed archive).
     """
 
     spec: str
@@ -82,15 +94,15 @@ class Source(ABC):
 
     @abstractmethod
     def raw_documents(self, start: tuple[int, int] = (0, 0)) -> Iterator[RawDocument]:
-        """Yields the documents at and after a place (member index, position); never raises for bad members."""
+        """Yields the documents at and after a place (member index, position); invalid members raise no exception."""
 
     @abstractmethod
     def members(self) -> list[str]:
-        """Lists the members in file order; an archive without an index is walked through once for that."""
+        """Lists the members in their order; an archive without a complete index is read once for that."""
 
     @abstractmethod
     def fingerprint(self) -> str:
-        """Digest by which caches are keyed: names, sizes and modification times, not contents."""
+        """Returns the digest that caches use as key: of names, sizes and modification times, not of contents."""
 
     def read_member(self, member_index: int, position: int = 0) -> Iterator[RawDocument]:
         """Yields the documents of one member from a position on."""
@@ -104,10 +116,10 @@ class Files(Source):
     """A folder, a glob, or a single file of documents; each file is a member.
 
     Args:
-        location: where they lie.
-        files: in order.
-        kind: form of the records ("json", "lines" or "parquet") where the content told; by each name otherwise.
-        identity: the fingerprint, where the content is known otherwise than by sizes and times.
+        location: location of the files.
+        files: the files, in their order.
+        kind: "json", "lines" or "parquet" for all files; "" to determine it by each file's name.
+        identity: the fingerprint; "" to compute it of names, sizes and times.
     """
 
     def __init__(self, location: Location, files: list[File], kind: str = "", identity: str = "") -> None:
@@ -123,8 +135,8 @@ class Files(Source):
                 for position, payload in self._payloads(file, first):
                     yield RawDocument(self.spec, file.name, index, position, payload)
             except (OSError, pa.ArrowException, InvalidRecord) as error:
-                refused = error if isinstance(error, InvalidRecord) else InvalidRecord("unreadable", str(error))
-                yield RawDocument(self.spec, file.name, index, position, refused)
+                invalid = error if isinstance(error, InvalidRecord) else InvalidRecord("unreadable", str(error))
+                yield RawDocument(self.spec, file.name, index, position, invalid)
 
     def members(self) -> list[str]:
         """See :class:`Source`."""
@@ -141,12 +153,12 @@ class Files(Source):
                 yield 0, Deferred(self.location, file)
             return
         with self.location.open(file) as opened:
-            packing = compression_of(opened.read(4))
+            compression = compression_of(opened.read(4))
             opened.seek(0)
-            if not packing and kind == "parquet":
+            if not compression and kind == "parquet":
                 yield from table_chunks(opened, start)
                 return
-        stream = ByteStream(lambda: self.location.open(file), packing)
+        stream = ByteStream(lambda: self.location.open(file), compression)
         try:
             if kind == "parquet":
                 yield from table_chunks(pa.BufferReader(read_all(stream)), start)
@@ -157,15 +169,15 @@ class Files(Source):
 
 
 class Archive(Source):
-    """One file read as a stream: a tar archive, or JSON Lines, compressed or not.
+    """One file that is read as a stream: a tar archive or JSON Lines, compressed or not.
 
     Args:
-        location: where it lies.
+        location: location of the file.
         file: the file.
         kind: "tar" or "lines".
-        compression: "gzip", "zstd" or "".
-        cache_dir: folder for the index of members and seek points; None: it is only kept in memory.
-        limits: what members may unpack to.
+        compression: "gzip", "zstd" or "" for none.
+        cache_dir: folder for the index of members and seek points; None to keep the index in memory only.
+        limits: limits on the size of decompressed members.
     """
 
     def __init__(
@@ -175,7 +187,7 @@ class Archive(Source):
         kind: str,
         compression: str,
         cache_dir: Path | None = None,
-        limits: Limits = LIMITS,
+        limits: DecompressionLimits = DEFAULT_LIMITS,
     ) -> None:
         self.spec, self.location, self.file, self.limits = location.spec, location, file, limits
         self.kind, self.compression = kind, compression
@@ -184,12 +196,12 @@ class Archive(Source):
         self._complete: SeekIndex | None = None
 
     def raw_documents(self, start: tuple[int, int] = (0, 0)) -> Iterator[RawDocument]:
-        """See :class:`Source`. A pass extends the index as far as it reads."""
+        """See :class:`Source`. The index is extended as far as the archive is read."""
         index = self._index()
         number, position, offset = index.nearest(*start)
         build = not index.complete
         try:
-            # from the start of a known archive nothing is sought and nothing noted: the faster reader will do
+            # a pass over a fully indexed archive from its start needs no seek points, so that the faster reader is used
             stream = self._stream(None if index.complete and offset == 0 else index.points, build)
         except OSError as error:
             yield RawDocument(self.spec, "", number, position, InvalidRecord("unreadable", str(error)))
@@ -197,10 +209,11 @@ class Archive(Source):
         saved = offset
         try:
             stream.seek(offset)
-            walk = self._tar(stream, index, number, start) if self.kind == "tar" else self._lines(stream, index, start)
-            for raw in walk:
+            is_tar = self.kind == "tar"
+            raws = self._tar(stream, index, number, start) if is_tar else self._lines(stream, index, start)
+            for raw in raws:
                 yield raw
-                if build and stream.offset - saved > SAVE_EVERY:
+                if build and stream.offset - saved > SAVE_INTERVAL:
                     saved = stream.offset
                     self._save(index, stream)
             index.complete = True
@@ -216,7 +229,7 @@ class Archive(Source):
         index = self._index()
         if not index.complete:
             index, stream = SeekIndex(), self._stream(None, build=True)
-            records = (m for m in tar_members(stream) if m.damage is not None or is_record_file(m.name))
+            records = (m for m in tar_members(stream) if m.error is not None or is_record_file(m.name))
             for number, member in enumerate(records):
                 index.add(number, 0, member.start, member.name)
             index.complete = True
@@ -248,13 +261,14 @@ class Archive(Source):
         if start[0] > 0:
             return
         _, position, offset = index.nearest(*start)
-        for at, place, lines in line_chunks(stream.read, position=position, offset=offset, start=start[1]):
-            index.add(0, at, place, "")
-            yield RawDocument(self.spec, "", 0, at, lines)
+        chunks = line_chunks(stream.read, position=position, offset=offset, start=start[1])
+        for first_line, line_offset, lines in chunks:
+            index.add(0, first_line, line_offset, "")
+            yield RawDocument(self.spec, "", 0, first_line, lines)
 
     def _tar(self, stream: ByteStream, index: SeekIndex, number: int, start: tuple[int, int]) -> Iterator[RawDocument]:
         for member in tar_members(stream):
-            if member.damage is None and not is_record_file(member.name):
+            if member.error is None and not is_record_file(member.name):
                 continue
             index.add(number, 0, member.start, member.name)
             if number >= start[0]:
@@ -266,14 +280,14 @@ class Archive(Source):
     def _payloads(self, stream: ByteStream, member: TarMember, start: int) -> Iterator[tuple[int, Any]]:
         kind, position = record_kind(member.name), start
         try:
-            if member.damage is not None:
-                raise member.damage
-            if kind == "lines" and not member.name.endswith(PACKINGS[1:]):
-                chunks = line_chunks(Window(stream, member.size).read, start=start)
-                yield from ((position := at, lines) for at, _, lines in chunks)
+            if member.error is not None:
+                raise member.error
+            if kind == "lines" and not member.name.endswith(COMPRESSION_SUFFIXES):
+                chunks = line_chunks(BoundedReader(stream, member.size).read, start=start)
+                yield from ((position := first_line, lines) for first_line, _, lines in chunks)
             elif kind != "json" or start == 0:
                 data = read_all(stream, member.size, self.limits)
-                yield from _parts(data, kind, start)
+                yield from _documents_of(data, kind, start)
         except InvalidRecord as error:
             yield position, error
         except (pa.ArrowException, OSError) as error:
@@ -281,7 +295,15 @@ class Archive(Source):
 
 
 def table_chunks(file: IO[bytes] | pa.NativeFile, start: int = 0) -> Iterator[tuple[int, pa.RecordBatch]]:
-    """Cuts a Parquet file into tables of at most 4,096 rows, with the number of the first row; read by row group."""
+    """Reads a Parquet file, row group by row group.
+
+    Args:
+        file: the file.
+        start: number of the first row to yield.
+
+    Yields:
+        Number of the first row, and a table of at most 4,096 rows.
+    """
     table = parquet.ParquetFile(file)
     position = 0
     for group in range(table.num_row_groups):
@@ -290,19 +312,19 @@ def table_chunks(file: IO[bytes] | pa.NativeFile, start: int = 0) -> Iterator[tu
             position += rows
             continue
         for batch in table.iter_batches(batch_size=CHUNK_RECORDS, row_groups=[group]):
-            passed = min(max(start - position, 0), batch.num_rows)
-            if passed < batch.num_rows:
-                yield position + passed, batch.slice(passed)
+            skipped = min(max(start - position, 0), batch.num_rows)
+            if skipped < batch.num_rows:
+                yield position + skipped, batch.slice(skipped)
             position += batch.num_rows
 
 
-def _parts(data: bytes, kind: str, start: int) -> Iterator[tuple[int, Any]]:
-    """Documents of a member that is held as a whole; JSON stays packed for who parses it."""
+def _documents_of(data: bytes, kind: str, start: int) -> Iterator[tuple[int, Any]]:
+    """Yields the documents of a member's bytes; JSON is not decompressed here, but when it is parsed."""
     if kind == "json":
         yield 0, data
         return
-    unpacked = ByteStream(lambda: BytesIO(data), compression_of(data))
+    stream = ByteStream(lambda: BytesIO(data), compression_of(data))
     if kind == "lines":
-        yield from ((position, lines) for position, _, lines in line_chunks(unpacked.read, start=start))
+        yield from ((position, lines) for position, _, lines in line_chunks(stream.read, start=start))
     else:
-        yield from table_chunks(pa.BufferReader(read_all(unpacked) if compression_of(data) else data), start)
+        yield from table_chunks(pa.BufferReader(read_all(stream) if compression_of(data) else data), start)

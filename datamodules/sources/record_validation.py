@@ -1,14 +1,14 @@
-"""One record's way through the gate: repaired and counted, or refused with a reason.
+"""Validates one record: repairs and counts clear errors, and rejects other invalid records with a reason.
 
-A record is a JSON object as it stands in a file. What real files get wrong and what can be mended without guessing is
-mended (and counted by name in ``repairs``); where meaning would be lost, :class:`InvalidRecord` says why. The
-functions run once per finding of the whole corpus: each field's good case is tested first and costs one type check.
+A record is a JSON object of a file. An error of real files that can be repaired without guessing is repaired (and
+counted by name in ``repairs``); if a repair would lose meaning, :class:`InvalidRecord` gives the reason. The functions
+run once per finding of the whole corpus: the valid case of each field is tested first and costs one type check.
 
 Repairs, by name: ``number_from_string``, ``unreadable_number``, ``risk_score_from_base``, ``base_from_risk_score``,
 ``score_from_severity``, ``severity_alias``, ``severity_from_score``, ``score_clamped``, ``subscore_clamped``,
 ``unknown_category``, ``category_alias``, ``category_missing``, ``title_from_description``, ``id_from_content``,
 ``text_from_number``, ``unknown_baseline``, ``list_from_string``, ``list_item_dropped``, ``metadata_from_string``,
-``metadata_wrapped``, ``rationale_dropped``, and ``null_<field>`` for a null where a value belongs.
+``metadata_wrapped``, ``rationale_dropped``, and ``null_<field>`` for a null in a field that needs a value.
 """
 
 from __future__ import annotations
@@ -17,23 +17,30 @@ from typing import TYPE_CHECKING, Any
 
 from datamodules.records import Correlation, Finding
 from datamodules.sources import field_coercion
-from datamodules.sources.field_coercion import MAX_CHARACTERS, InvalidRecord, measure, number, strings
+from datamodules.sources.decompression import DuplicateKeys, loads
+from datamodules.sources.field_coercion import MAX_CHARACTERS, MAX_DEPTH, InvalidRecord, number, strings
 
 if TYPE_CHECKING:
     from collections import Counter
 
+#: fields that a flattened table stores as JSON text, and the first character of that text
+_JSON_TEXT = dict.fromkeys(("metadata", "risk_subscores", "_langchain_enrichment"), "{") | dict.fromkeys(
+    ("tags", "correlation_refs", "related_finding_ids", "rationale"), "["
+)
+
 
 def read_finding(record: Any, repairs: Counter[str], category: str = "", severity: str = "") -> Finding:
-    """Makes a finding of a record.
+    """Converts a record to a finding.
 
     Args:
         record: the JSON value.
-        repairs: counts by name; added to.
-        category: the category of the list that the record stands in, where it names none itself.
-        severity: likewise the severity.
+        repairs: counts of repairs by name; added to.
+        category: category of the list that contains the record, for a record without one; "" if unknown.
+        severity: severity of that list, for a record without one; "" if unknown.
 
     Raises:
-        Refused: no object, no text, no severity and no score, non-finite numbers, too deep, too large.
+        InvalidRecord: the record is not an object, has no text, has neither severity nor score, holds a number that is
+            not finite, is nested too deep, or is too large.
     """
     if not isinstance(record, dict):
         raise InvalidRecord("not_an_object", type(record).__name__)
@@ -42,8 +49,8 @@ def read_finding(record: Any, repairs: Counter[str], category: str = "", severit
     metadata = get("metadata")
     if type(metadata) is not dict:
         metadata = field_coercion.metadata(record, repairs)
-    size = len(title) + len(description) + (measure(metadata) if metadata else 0)
-    word, score, base = field_coercion.grade(record, severity, repairs)
+    size = len(title) + len(description) + (count_characters(metadata) if metadata else 0)
+    word, score, base = field_coercion.severity_and_scores(record, severity, repairs)
     kind = get("category")
     if type(kind) is not str or kind not in field_coercion.CATEGORY_SET:
         kind = field_coercion.category(kind, category, repairs)
@@ -52,7 +59,7 @@ def read_finding(record: Any, repairs: Counter[str], category: str = "", severit
         baseline = field_coercion.baseline(baseline, repairs)
     probability = get("probability_actionable")
     if type(probability) is not float or not 0.0 <= probability <= 1.0:
-        probability = field_coercion.share(probability, "probability_actionable", repairs)
+        probability = field_coercion.fraction(probability, "probability_actionable", repairs)
     identity = get("id")
     if type(identity) is not str or not identity:
         identity = field_coercion.identity(identity, "finding", (kind, title, description, metadata), repairs)
@@ -64,7 +71,7 @@ def read_finding(record: Any, repairs: Counter[str], category: str = "", severit
     enrichment = field_coercion.enrichment(enrichment, repairs) if enrichment else {}
     size += len(kind) + len(identity) + len("".join(tags))
     if rationale or refs or enrichment:
-        size += len("".join(rationale)) + len("".join(refs)) + measure(enrichment)
+        size += len("".join(rationale)) + len("".join(refs)) + count_characters(enrichment)
     if size > MAX_CHARACTERS:
         raise InvalidRecord("too_large", f"more than {MAX_CHARACTERS} characters of text")
     return Finding(
@@ -87,19 +94,24 @@ def read_finding(record: Any, repairs: Counter[str], category: str = "", severit
 
 
 def read_correlation(record: Any, repairs: Counter[str]) -> Correlation:
-    """Makes a correlation of a record.
+    """Converts a record to a correlation.
 
-    Its findings are named by ``related_finding_ids`` (``ground_truth_v1``) or by ``correlation_refs`` (batches).
+    The ids of its findings are in ``related_finding_ids`` (``ground_truth_v1``) or ``correlation_refs`` (batches).
+
+    Args:
+        record: the JSON value.
+        repairs: counts of repairs by name; added to.
 
     Raises:
-        Refused: no object, no text, non-finite numbers, too deep, too large.
+        InvalidRecord: the record is not an object, has no text, holds a number that is not finite, is nested too deep,
+            or is too large.
     """
     if not isinstance(record, dict):
         raise InvalidRecord("not_an_object", type(record).__name__)
     get = record.get
     rationale = get("rationale")
-    explained = get("description") or " ".join(field_coercion.rationale(rationale, repairs) if rationale else [])
-    title, description = field_coercion.texts({"title": get("title"), "description": explained}, repairs)
+    explanation = get("description") or " ".join(field_coercion.rationale(rationale, repairs) if rationale else [])
+    title, description = field_coercion.texts({"title": get("title"), "description": explanation}, repairs)
     metadata = get("metadata", {})
     if type(metadata) is not dict:
         metadata = field_coercion.metadata(record, repairs)
@@ -112,7 +124,7 @@ def read_correlation(record: Any, repairs: Counter[str]) -> Correlation:
         identity = field_coercion.identity(identity, "correlation", (title, description, finding_ids), repairs)
     score = number(get("risk_score"), "risk_score", repairs)
     tags = strings(get("tags") or [], "tags", repairs)
-    size = len(title) + len(description) + len(identity) + measure(metadata)
+    size = len(title) + len(description) + len(identity) + count_characters(metadata)
     if size + len("".join(finding_ids)) + len("".join(tags)) > MAX_CHARACTERS:
         raise InvalidRecord("too_large", f"more than {MAX_CHARACTERS} characters of text")
     return Correlation(
@@ -120,12 +132,70 @@ def read_correlation(record: Any, repairs: Counter[str]) -> Correlation:
         title=title,
         description=description,
         type=kind if isinstance(kind, str) else "",
-        strength=field_coercion.share(get("correlation_strength"), "correlation_strength", repairs),
+        strength=field_coercion.fraction(get("correlation_strength"), "correlation_strength", repairs),
         finding_ids=finding_ids,
         severity=severity,
-        risk_score=None if score is None else field_coercion.clamped(score, repairs),
+        risk_score=None if score is None else field_coercion.clamped_score(score, repairs),
         risk_score_delta=number(get("risk_score_delta"), "risk_score_delta", repairs),
         tags=tags,
         insight=insight if isinstance(insight, str) else "",
         metadata=metadata,
     )
+
+
+def count_characters(fields: dict[str, Any]) -> int:
+    """Counts the characters of all keys and strings in free fields.
+
+    Raises:
+        InvalidRecord: the fields are nested deeper than :data:`MAX_DEPTH`.
+    """
+    characters, nested = len("".join(fields)), []
+    for item in fields.values():
+        kind = type(item)
+        if kind is str:
+            characters += len(item)
+        elif kind is dict or kind is list or kind is DuplicateKeys:
+            nested.append((item, 2))
+    while nested:
+        value, depth = nested.pop()
+        if depth > MAX_DEPTH:
+            raise InvalidRecord("too_deep", f"more than {MAX_DEPTH} levels")
+        if isinstance(value, dict):
+            characters += len("".join(value))
+            value = value.values()
+        for item in value:
+            if type(item) is str:
+                characters += len(item)
+            elif isinstance(item, dict | list):
+                nested.append((item, depth + 1))
+    return characters
+
+
+def record_of_row(row: Any) -> Any:
+    """Converts a row of a table (Parquet, a Hugging Face dataset) to the record that JSON would hold.
+
+    A table has a null for each field that only other rows have, and may store objects as JSON text.
+    """
+    if not isinstance(row, dict):
+        return row
+    record = {name: _json_value(value) for name, value in row.items() if value is not None}
+    for name, first_character in _JSON_TEXT.items():
+        text = record.get(name)
+        if isinstance(text, str) and text.lstrip().startswith(first_character):
+            try:
+                record[name] = loads(text.encode("utf-8", "surrogatepass"))[0]
+            except InvalidRecord:
+                continue
+    return record
+
+
+def _json_value(value: Any) -> Any:
+    if isinstance(value, str | int | float | bool):
+        return value
+    if isinstance(value, dict):
+        return {str(name): _json_value(item) for name, item in value.items() if item is not None}
+    if isinstance(value, list | tuple):
+        if value and all(isinstance(item, tuple) and len(item) == 2 for item in value):  # Arrow's map type
+            return {str(name): _json_value(item) for name, item in value if item is not None}
+        return [_json_value(item) for item in value if item is not None]
+    return str(value)

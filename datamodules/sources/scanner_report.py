@@ -1,4 +1,4 @@
-"""Scanner reports, the input at inference: their findings go through the same gate as the archive's."""
+"""Reads scanner reports, the input of ``analyze``: their findings are validated as those of an archive are."""
 
 from __future__ import annotations
 
@@ -17,14 +17,16 @@ def read_report(report: Any, name: str = "report") -> Parsed:
 
     Args:
         report: the JSON value.
-        name: the file, for messages and quarantine.
+        name: the option and the file, for messages and quarantined records.
 
     Raises:
-        UserError: it is no scanner report.
+        UserError: the value is not a scanner report.
     """
     if layout_of(report) not in ("scanner_report", "batch", "wrapped", "ground_truth"):
-        raise UserError(f"{name}: no scanner report (neither 'results' nor 'findings'); give the scanner's JSON output")
-    reader = Reader(name, "", 0, clean=False)
+        raise UserError(
+            f"{name}: no scanner report (neither 'results' nor 'findings'). Fix: give the scanner's JSON output"
+        )
+    reader = Reader(name, "", 0, strict=False)
     if not isinstance(report.get("results"), list):
         if isinstance(report.get("findings"), list):
             reader.read_findings(report["findings"])
@@ -34,7 +36,7 @@ def read_report(report: Any, name: str = "report") -> Parsed:
         return reader.parsed
     for result in report["results"]:
         if not isinstance(result, dict):
-            reader.refuse(InvalidRecord("not_an_object", "an entry of 'results'"), result)
+            reader.quarantine(InvalidRecord("not_an_object", "an entry of 'results'"), result)
         else:
             scanner = result.get("scanner")
             reader.read_findings(result.get("findings") or [], scanner if isinstance(scanner, str) else "unknown")

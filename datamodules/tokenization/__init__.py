@@ -1,1 +1,1 @@
-"""Chat format of a model: prompts and completions as token ids."""
+"""Encodes prompts and completions as token ids in a model's chat format."""

@@ -1,23 +1,23 @@
-"""(prompt, completion) pair -> token ids, in the model's own chat format; masks are exact by construction.
+"""Encodes (prompt, completion) pairs in the model's own chat format; the loss mask is exact by construction.
 
-What the chat template writes is trusted: control tokens there are control tokens. The texts are not: they are encoded
-by a copy of the tokenizer that knows no control tokens, so that ``[/INST]`` in a process name stays seven characters.
-For Mistral v0.3::
+The chat template is trusted: a control token in its output is a control token. The texts of a conversation are not
+trusted: a copy of the tokenizer without control tokens encodes them, so that ``[/INST]`` in a process name stays seven
+characters. For Mistral v0.3::
 
     <s> [INST]  You are ...⏎⏎Assess ...⏎ | {"id": ...} [/INST] |  {"severity": ...} </s>
     control     system and instruction   | content     control | completion         EOS
     the prefix: the same in all examples |                     | supervised
 
-Between control tokens the text is one run, encoded as the model's reference does it, but for the cut behind the
-prefix: the instruction ends with a newline, and no known tokenizer merges a newline with the text that follows it.
+The text between two control tokens is encoded in one piece, as in the model's reference, except that the prefix is
+encoded separately: the instruction ends with a newline, and no known tokenizer merges a newline with the following
+text.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
@@ -36,8 +36,9 @@ if TYPE_CHECKING:
     from datamodules.tasks.base import Pair, Task
     from datamodules.tokenization.chat_template import Piece
 
-_ANCHORS = ("\n", "x", "!")  #: texts behind which another is encoded as a continuation; the first that works
-BARE_LEAD = " "  #: stands before an answer where no chat template does; the grammar allows it
+#: texts after which another text is encoded as a continuation; the first one that does not merge with it is used
+_ANCHORS = ("\n", "x", "!")
+BARE_LEAD = " "  #: text before an answer if there is no chat template; the grammar of an answer allows it
 _CUT = "\n[... {tokens} tokens cut ...]\n"
 
 
@@ -46,15 +47,15 @@ class Example:
     """One training example.
 
     Attributes:
-        task: name of its task.
-        prefix_length: how many of ``prompt_ids`` are the task's shared prefix.
-        prompt_ids: int32, from BOS to the end of the prompt, prefix included; none is supervised.
-        completion_ids: int32, the answer and the EOS that ends it; each is supervised.
+        task: name of the task.
+        prefix_length: number of the first ``prompt_ids`` that are the task's shared prefix.
+        prompt_ids: int32 [prompt tokens], from BOS to the end of the prompt, with the prefix; none is supervised.
+        completion_ids: int32 [completion tokens], the answer and its EOS; all are supervised.
         key: 64-bit digest of task, content and completion.
         input_key: 64-bit digest of task and content.
-        severity: of the finding, or of the worst one (for balancing).
-        category: of the finding.
-        findings: how many findings it tells of.
+        severity: severity of the finding, or of the most severe one (for balancing).
+        category: category of the finding.
+        findings: number of findings in the content.
     """
 
     task: str
@@ -68,52 +69,23 @@ class Example:
     findings: int
 
 
-@dataclass
-class Overflow:
-    """Decides whether an example fits a row, and counts: one that does not is dropped, never cut.
-
-    Attributes:
-        sequence_length: T, tokens of a row.
-        kept: examples that fit, by task.
-        dropped: examples that don't, by task.
-    """
-
-    sequence_length: int
-    kept: Counter[str] = field(default_factory=Counter)
-    dropped: Counter[str] = field(default_factory=Counter)
-
-    def fits(self, example: Example) -> bool:
-        """Whether a row holds the whole example; counts the answer.
-
-        Raises:
-            UserError: not even the task's shared prefix fits, so that no example ever would.
-        """
-        if example.prefix_length >= self.sequence_length:
-            raise UserError(
-                f"sequence_length {self.sequence_length}: the instruction of task {example.task} alone has "
-                f"{example.prefix_length} tokens; set sequence_length well above that"
-            )
-        fits = len(example.prompt_ids) + len(example.completion_ids) <= self.sequence_length
-        (self.kept if fits else self.dropped)[example.task] += 1
-        return fits
-
-
 class ChatFormat:
     """A tokenizer's chat format for conversations of one turn: system text, user text, answer.
 
-    A task whose system text is None is none: its prompt is the bare text, as sys-scan-graph's agent sends its own.
+    A task whose system text is None is encoded without chat template: its prompt is the plain text, as sys-scan-graph's
+    agent sends it.
 
     Args:
         tokenizer: a fast Hugging Face tokenizer with a chat template; it is not changed.
 
     Attributes:
-        tokenizer: what was given.
-        bos_id: the token that stands once, at the start; None where the format has none.
-        eos_id: the token that stands once, at the end of the completion.
-        pad_id: what to fill rows with (often the EOS, so never look for padding by it).
+        tokenizer: the given tokenizer.
+        bos_id: id of the token at the start of the prompt, which occurs once; None if the format has none.
+        eos_id: id of the token at the end of the completion, which occurs once in it.
+        pad_id: id of padding (often the same as the EOS, so it does not identify padding).
 
     Raises:
-        UserError: no chat template, one that loses a text, or text that would become a control token.
+        UserError: there is no chat template, it loses a text, or a text would become a control token.
     """
 
     def __init__(self, tokenizer: Any) -> None:
@@ -121,7 +93,7 @@ class ChatFormat:
         self._backend: Tokenizer = tokenizer.backend_tokenizer
         state = json.loads(self._backend.to_str()) | {"padding": None, "truncation": None}
         self._fingerprint = _digest(json.dumps(state, sort_keys=True), template_source(tokenizer))
-        # Whitespace runs are text for some tokenizers; every other added token is control, marked as special or not.
+        # For some tokenizers, added tokens of whitespace are text; all other added tokens are control, special or not.
         control = {token["content"]: token for token in state["added_tokens"] if token["content"].strip()}
         self._text = _text_tokenizer(state, control, tokenizer.name_or_path)
         self._anchors = [(text, self._text.encode(text, add_special_tokens=False).ids) for text in _ANCHORS]
@@ -134,15 +106,21 @@ class ChatFormat:
         self.pad_id: int = self.eos_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
 
     def fingerprint(self) -> str:
-        """Digest of the tokenizer and its chat template: with the same one, the same texts give the same ids."""
+        """Returns a digest of the tokenizer and its chat template: if it is equal, the same texts have the same ids."""
         return self._fingerprint
 
     def prefix_ids(self, task: Task) -> list[int]:
-        """Ids that are the same in every example of a task: up to the end of its instruction."""
+        """Returns the ids that all examples of a task begin with: up to the end of its instruction.
+
+        Raises:
+            ValueError: the instruction does not end with a newline.
+        """
         key = (task.system, task.instruction)
         if key not in self._prefixes:
             if not task.instruction.endswith("\n"):
-                raise ValueError(f"task {task.name}: the instruction must end with a newline, where the content begins")
+                raise ValueError(
+                    f"task {task.name}: the instruction must end with a newline, after which the content begins"
+                )
             if task.system is None:
                 first = self._text.encode(task.instruction, add_special_tokens=False).ids
                 self._prefixes[key] = [*map(int, self._start), *first]
@@ -152,7 +130,7 @@ class ChatFormat:
 
     def encode(self, task: Task, pairs: Sequence[Pair]) -> list[Example]:
         """Encodes pairs of one task, all in one call of the tokenizer."""
-        prefix, (tail_text, tail_ids) = self.prefix_ids(task), self._ending(task)
+        prefix, (tail_text, tail_ids) = self.prefix_ids(task), self._tail_of(task)
         texts = [pair.content + tail_text for pair in pairs]
         texts += [self._lead(task) + pair.completion for pair in pairs]
         ids = self._continue(texts)
@@ -172,18 +150,21 @@ class ChatFormat:
         ]
 
     def prompt_ids(self, task: Task, contents: Sequence[str]) -> list[list[int]]:
-        """Ids of prompts that wait for an answer; the same as in training."""
-        prefix, (tail_text, tail_ids) = self.prefix_ids(task), self._ending(task)
+        """Returns the ids of prompts for generation; they are the same as in training."""
+        prefix, (tail_text, tail_ids) = self.prefix_ids(task), self._tail_of(task)
         return [prefix + ids + tail_ids for ids in self._continue([text + tail_text for text in contents])]
 
     def truncate_prompt(self, task: Task, content: str, limit: int) -> tuple[list[int], int]:
-        """Ids of a prompt of at most ``limit`` tokens, and how many of the content's tokens were cut for it.
+        """Encodes a prompt and, if it has more than ``limit`` tokens, cuts the middle out of its content.
 
-        The cut is in the middle of the content, with a marker in its place: the first tokens say what it is, and the
-        last are nearest to the answer.
+        A marker replaces the cut. The first tokens are kept because they identify the content, and the last because
+        they are nearest to the answer.
+
+        Returns:
+            The ids, and the number of the content's tokens that were cut.
 
         Raises:
-            UserError: the limit leaves no room for the content.
+            UserError: the limit is too small for any of the content.
         """
         ids, cut = self.prompt_ids(task, [content])[0], 0
         spans = self._spans(content) if len(ids) > limit else []
@@ -191,86 +172,88 @@ class ChatFormat:
             cut += len(ids) - limit
             kept = len(spans) - cut
             if kept < 2:
-                raise UserError(f"prompt limit {limit}: too small for a content of task {task.name}; raise it")
+                raise UserError(
+                    f"prompt limit {limit}: too small for a content of task {task.name}. Fix: raise the limit"
+                )
             end, start = spans[kept - kept // 2 - 1][1], spans[-(kept // 2)][0]
-            # a character of several tokens can't stand on both sides: the cut is longer, to make room for the marker
+            # the final cut is as long as the marker or longer, so that no character of several tokens is on both sides
             text = content[:end] + _CUT.format(tokens=cut) + content[start:]
             ids = self.prompt_ids(task, [text])[0]
         return ids, cut
 
     def decode(self, ids: Iterable[int], task: Task | None = None) -> str:
-        """Text of an answer: control tokens are left out, and nothing else is.
+        """Decodes an answer and leaves out its control tokens.
 
-        It is the inverse of encoding, but for what the tokenizer itself can't tell apart (SentencePiece: U+2581 and a
-        space) or normalises.
+        It is the inverse of encoding, except for characters that the tokenizer itself does not distinguish
+        (SentencePiece: U+2581 and a space) or normalizes.
 
         Args:
-            ids: of the answer.
-            task: that is answered; None for any with a chat template around it.
+            ids: ids of the answer.
+            task: the task; None for any task with a chat template.
         """
-        anchor, anchor_ids = self._anchors[1]  # keeps the decoder from stripping a space that is the text's own
+        anchor, anchor_ids = self._anchors[1]  # prevents the decoder from stripping the text's own first space
         text = self._backend.decode([*anchor_ids, *map(int, ids)], skip_special_tokens=True)
         return text.removeprefix(anchor).removeprefix(self._lead(task))
 
     def _lead(self, task: Task | None) -> str:
-        """What stands before an answer and is no part of it."""
+        """Returns the text between the prompt and the answer."""
         return self._layout.lead if task is None or task.system is not None else BARE_LEAD
 
-    def _ending(self, task: Task) -> tuple[str, list[int]]:
-        """What follows a content: text that joins its run, then ids."""
+    def _tail_of(self, task: Task) -> tuple[str, list[int]]:
+        """Returns the text that is encoded together with a content, after it, and the ids after both."""
         return self._tail if task.system is not None else ("", [])
 
     def _encode_tail(self) -> tuple[str, list[int]]:
-        """What follows the content: text up to the first control token, which joins the content's run; then ids."""
+        """Returns the template's text between a content and the next control token, and the ids from that token on."""
         pieces = self._layout.after_user
         if pieces and isinstance(pieces[0], str):
             return pieces[0], self._encode_pieces(pieces[1:])
         return "", self._encode_pieces(pieces)
 
     def _encode_pieces(self, pieces: Sequence[Piece]) -> list[int]:
-        """Ids of control tokens and texts; neighbouring texts are one run."""
+        """Returns the ids of control tokens and texts; consecutive texts are encoded together."""
         ids: list[int] = []
         for is_text, group in groupby(pieces, key=lambda piece: isinstance(piece, str)):
             ids += self._continue(["".join(map(str, group))])[0] if is_text else map(int, group)  # noqa: B031 (either)
         return ids
 
     def _continue(self, texts: Sequence[str]) -> list[list[int]]:
-        """Ids of texts as they continue another text: without the dummy space that SentencePiece puts at a start.
+        """Encodes texts as continuations: without the space that SentencePiece adds before the first word.
 
-        Each is encoded behind an anchor whose ids are then dropped; where the two merged (a newline before a newline),
-        behind the next anchor.
+        Each text is encoded after an anchor, whose ids are then dropped. If the two merged (a newline after a newline),
+        the text is encoded after the next anchor.
 
         Raises:
             ValueError: a text merges with every anchor.
         """
         ids: list[list[int] | None] = [None] * len(texts)
         for anchor, anchor_ids in self._anchors:
-            waiting = [index for index, done in enumerate(ids) if done is None]
-            encodings = self._text.encode_batch_fast([anchor + texts[i] for i in waiting], add_special_tokens=False)
-            for index, encoding in zip(waiting, encodings, strict=True):
-                whole = encoding.ids
-                if whole[: len(anchor_ids)] == anchor_ids:
-                    ids[index] = whole[len(anchor_ids) :]
+            remaining = [index for index, encoded in enumerate(ids) if encoded is None]
+            encodings = self._text.encode_batch_fast([anchor + texts[i] for i in remaining], add_special_tokens=False)
+            for index, encoding in zip(remaining, encodings, strict=True):
+                joint_ids = encoding.ids
+                if joint_ids[: len(anchor_ids)] == anchor_ids:
+                    ids[index] = joint_ids[len(anchor_ids) :]
         if None in ids:
-            raise ValueError(f"the tokenizer merges {texts[ids.index(None)][:40]!r} with whatever stands before it")
-        return [done for done in ids if done is not None]
+            raise ValueError(f"the tokenizer merges {texts[ids.index(None)][:40]!r} with any text before it")
+        return [encoded for encoded in ids if encoded is not None]
 
     def _spans(self, content: str) -> list[tuple[int, int]]:
-        """First and last-plus-one character of each of a content's tokens."""
+        """Returns the first and the last-plus-one character of each token of a content."""
         anchor = _ANCHORS[0]
         offsets = self._text.encode(anchor + content, add_special_tokens=False).offsets
         return [(max(start - len(anchor), 0), end - len(anchor)) for start, end in offsets if end > len(anchor)]
 
 
 def load_tokenizer(name: str, revision: str | None = None) -> Any:
-    """Loads a fast tokenizer; code that a repository brings is never run.
+    """Loads a fast tokenizer; a repository's own code is never run.
 
     Args:
-        name: an embedded model, a local folder (a tokenizer without weights will do), ``random:FOLDER``, or a hub name.
+        name: an embedded model, a local folder (weights are not needed), ``random:FOLDER``, or a name on the hub.
         revision: commit, tag or branch on the hub.
 
     Raises:
-        UserError: it can't be found or read; the message says what to set.
+        UserError: it can't be found or read; the message names the fix.
     """
     from transformers import AutoTokenizer
 
@@ -280,15 +263,20 @@ def load_tokenizer(name: str, revision: str | None = None) -> Any:
     except (OSError, ValueError) as error:
         raise locate.loading_error("tokenizer", name, error) from error
     if not tokenizer.is_fast:
-        raise UserError(f"tokenizer {name}: no fast tokenizer; choose a model with a tokenizer.json")
+        raise UserError(f"tokenizer {name}: no fast tokenizer. Fix: choose a model with a tokenizer.json")
     return tokenizer
 
 
 def _text_tokenizer(state: dict[str, Any], control: dict[str, Any], name: str) -> Tokenizer:
-    """A copy of a tokenizer that knows no control tokens.
+    """Builds a copy of a tokenizer without its control tokens.
+
+    Args:
+        state: the tokenizer as ``tokenizer.json`` describes it.
+        control: its control tokens, by text.
+        name: its name, for the error.
 
     Raises:
-        UserError: its model still builds one from text, as one whose pieces include them can.
+        UserError: the copy still encodes a control token's text as that token, because its vocabulary has the text.
     """
     from tokenizers import Tokenizer
 
@@ -297,10 +285,12 @@ def _text_tokenizer(state: dict[str, Any], control: dict[str, Any], name: str) -
     control_ids = {token["id"] for token in control.values()}
     for text, encoding in zip(control, copy.encode_batch_fast(list(control), add_special_tokens=False), strict=True):
         if not control_ids.isdisjoint(encoding.ids):
-            raise UserError(f"tokenizer {name}: it turns the text {text} into a control token; choose another model")
+            raise UserError(
+                f"tokenizer {name}: it turns the text {text} into a control token. Fix: choose another model"
+            )
     return copy
 
 
 def _digest(*texts: str) -> str:
-    """64-bit digest of texts as 16 hexadecimal digits; the separator keeps ("ab", "c") from ("a", "bc")."""
+    """Returns a 64-bit digest as 16 hexadecimal digits; a separator distinguishes ("ab", "c") from ("a", "bc")."""
     return hashlib.blake2b("\0".join(texts).encode(), digest_size=8).hexdigest()

@@ -1,35 +1,20 @@
-"""Wire formats: every layout, and what is broken, hostile or no findings document at all."""
+"""Formats: every layout of a document, and damaged, hostile or other data."""
 
-import gzip
+import gc
 import json
-from functools import partial
-from pathlib import Path
 
+import pyarrow as pa
 import pytest
 import zstandard
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from datamodules.errors import UserError
-from datamodules.sources.decompression import Limits, inflate, loads
-from datamodules.sources.field_coercion import DuplicateKeys, InvalidRecord
-from datamodules.sources.formats import Reader, excerpt
-from datamodules.sources.scanner_report import read_report
-from datamodules.sources.table_rows import plain_row
-
-packed_gzip = partial(gzip.compress, mtime=0)  # the time would stand in the tests' names, other in each worker
-
-DATA = (Path(__file__).parents[3] / "../shared/data").resolve()
-REAL = pytest.mark.skipif(not DATA.is_dir(), reason="the shared real data are absent")
-
-
-def finding(number=0, **changes):
-    record = {
-        "id": f"f{number}", "title": "World-writable file", "severity": "medium", "risk_score": 50.0,
-        "base_severity_score": 50, "description": f"File {number} is world writable", "metadata": {"path": "/tmp/x"},
-        "category": "world_writable", "tags": ["filesystem"], "baseline_status": "new", "correlation_refs": [],
-    }  # fmt: skip
-    return record | changes
+from datamodules.sources import RawDocument, parse
+from datamodules.sources.decompression import DecompressionLimits
+from datamodules.sources.field_coercion import InvalidRecord
+from datamodules.sources.formats import Reader, excerpt, layout_of
+from tests.helpers.findings_data import finding
+from tests.helpers.sources_data import envelope, gzip_bytes
 
 
 def correlation(number=0, **changes):
@@ -45,13 +30,8 @@ def batch(findings, correlations=()):
     return {"metadata": {"version": "2.0"}, "data": {"findings": layout, "correlations": list(correlations)}}
 
 
-def envelope(document, **changes):
-    packed = packed_gzip(document if isinstance(document, bytes) else json.dumps(document).encode())
-    return {"compressed": True, "compression_method": "gzip", "data": packed.hex()} | changes
-
-
 def read(document, limits=None):
-    reader = Reader("source", "member", 0, limits or Limits())
+    reader = Reader("source", "member", 0, limits or DecompressionLimits())
     reader.read_bytes(document if isinstance(document, bytes) else json.dumps(document).encode())
     return reader.parsed
 
@@ -64,7 +44,10 @@ def ids(parsed):
     return [record.id for record in parsed.document.findings]
 
 
-DOCUMENT = batch([finding(0), finding(1, category="dns"), finding(2, severity="high")], [correlation()])
+RECORDS = [
+    finding(0, "medium", category="suid"), finding(1, "medium", category="dns"), finding(2, "high", category="suid")
+]  # fmt: skip
+DOCUMENT = batch(RECORDS, [correlation()])
 
 
 @pytest.mark.parametrize(
@@ -75,12 +58,9 @@ DOCUMENT = batch([finding(0), finding(1, category="dns"), finding(2, severity="h
         envelope(DOCUMENT),
         envelope(DOCUMENT, compression_method=None),
         [DOCUMENT],
-        {"findings": [finding(0), finding(2), finding(1)], "correlations": [correlation()]},
-        {
-            "findings": {"world_writable": [finding(0), finding(2)], "dns": [finding(1)]},
-            "correlations": [correlation()],
-        },
-        [finding(0), finding(2), finding(1), correlation()],
+        {"findings": [RECORDS[0], RECORDS[2], RECORDS[1]], "correlations": [correlation()]},
+        {"findings": {"suid": [RECORDS[0], RECORDS[2]], "dns": [RECORDS[1]]}, "correlations": [correlation()]},
+        [RECORDS[0], RECORDS[2], RECORDS[1], correlation()],
     ],
 )
 def test_every_layout_gives_the_same_records(document):
@@ -89,14 +69,14 @@ def test_every_layout_gives_the_same_records(document):
     assert [c.id for c in parsed.document.correlations] == ["c0"]
     assert parsed.records == 4
     assert not parsed.quarantined
-    for packed in (packed_gzip, zstandard.ZstdCompressor().compress):
-        assert read(packed(json.dumps(document).encode())).document == parsed.document
+    for compress in (gzip_bytes, zstandard.ZstdCompressor().compress):
+        assert read(compress(json.dumps(document).encode())).document == parsed.document
 
 
 def test_ground_truth_has_summaries_and_actions():
     truth = {
         "version": "ground_truth_v1",
-        "enriched_findings": [finding()],
+        "enriched_findings": [finding(0)],
         "correlations": [{"id": "c", "title": "t", "related_finding_ids": ["f0"]}],
         "summaries": {"executive_summary": "One finding.", "triage_summary": None},
         "actions": [{"id": "a", "title": "Look"}, "text"],
@@ -108,7 +88,7 @@ def test_ground_truth_has_summaries_and_actions():
     assert read({"metadata": {}, "data": truth}).document == document
 
 
-def test_generation_report_is_skipped_by_its_shape():
+def test_a_generation_report_is_skipped():
     parsed = read({"generation_stats": {"total_findings": 3}, "batch_results": [], "system_info": {}})
     assert parsed.skipped == {"generation_report": 1}
     assert (parsed.records, parsed.quarantined) == (0, [])
@@ -141,11 +121,11 @@ def test_generation_report_is_skipped_by_its_shape():
         (envelope(DOCUMENT, data="1f8b" + "00" * 40), "bad_compression"),
         (envelope(DOCUMENT, compression_method="bzip2"), "unknown_compression"),
         (envelope(envelope(envelope(envelope(DOCUMENT)))), "unknown_compression"),
-        (packed_gzip(b"[]" * 99)[:-9], "truncated_gzip"),
+        (gzip_bytes(b"[]" * 99)[:-9], "truncated_gzip"),
         (b"\x28\xb5\x2f\xfdnonsense", "bad_compression"),
     ],
 )
-def test_what_is_no_document_is_quarantined(document, reason):
+def test_data_without_a_document_are_quarantined(document, reason):
     parsed = read(document)
     assert reasons(parsed) == [reason]
     assert parsed.records == 1
@@ -153,10 +133,10 @@ def test_what_is_no_document_is_quarantined(document, reason):
     assert len(parsed.quarantined[0].record) <= 2000
 
 
-def test_a_damaged_checksum_is_noticed():
-    packed = bytearray(packed_gzip(json.dumps(DOCUMENT).encode()))
-    packed[-6] ^= 1
-    assert reasons(read(bytes(packed))) == ["bad_compression"]
+def test_a_damaged_checksum_is_detected():
+    compressed = bytearray(gzip_bytes(json.dumps(DOCUMENT).encode()))
+    compressed[-6] ^= 1
+    assert reasons(read(bytes(compressed))) == ["bad_compression"]
 
 
 @pytest.mark.parametrize(
@@ -179,11 +159,11 @@ def test_a_damaged_checksum_is_noticed():
         (b'"text"', "not_an_object"),
     ],
 )
-@pytest.mark.parametrize("packed", [False, True])
-def test_a_hostile_record_costs_only_itself(text, reason, packed):
+@pytest.mark.parametrize("in_envelope", [False, True])
+def test_a_hostile_record_costs_only_itself(text, reason, in_envelope):
     good = json.dumps(finding(0)).encode(), json.dumps(finding(1)).encode()
     document = b'{"data": {"findings": {"dns": {"low": [' + b", ".join([good[0], text, good[1]]) + b"]}}}}"
-    parsed = read(json.dumps(envelope(document)).encode() if packed else document)
+    parsed = read(json.dumps(envelope(document)).encode() if in_envelope else document)
     assert ids(parsed) == ["f0", "f1"]
     assert reasons(parsed) == [reason]
     assert parsed.records == 3
@@ -192,43 +172,18 @@ def test_a_hostile_record_costs_only_itself(text, reason, packed):
     assert 0 < len(entry.record) <= 2000
 
 
-@pytest.mark.parametrize("pack", [lambda data: data, packed_gzip, lambda data: packed_gzip(packed_gzip(data))])
-def test_decompression_bombs_are_met_at_the_limit(pack):
-    limits = Limits(member_bytes=1 << 24, ratio=100, ratio_floor=1 << 20)
-    bomb = packed_gzip(b" " * (20 << 20))
+@pytest.mark.parametrize("compress", [lambda data: data, gzip_bytes, lambda data: gzip_bytes(gzip_bytes(data))])
+def test_decompression_bombs_are_detected_at_the_limit(compress):
+    limits = DecompressionLimits(member_bytes=1 << 24, ratio=100, ratio_floor=1 << 20)
+    bomb = gzip_bytes(b" " * (20 << 20))
     assert reasons(read(bomb, limits)) == ["decompression_bomb"]
-    assert reasons(read(pack(bomb), limits))[0] in ("decompression_bomb", "bad_json", "invalid_utf8")
+    assert reasons(read(compress(bomb), limits))[0] in ("decompression_bomb", "bad_json", "invalid_utf8")
     assert reasons(read({"compressed": True, "data": bomb.hex()}, limits)) == ["decompression_bomb"]
     assert reasons(read(zstandard.ZstdCompressor().compress(b" " * (20 << 20)), limits)) == ["decompression_bomb"]
-    assert reasons(read(packed_gzip(bytes(range(256)) * 4 + b" " * 2000), Limits(member_bytes=1000))) == ["too_large"]
-    assert reasons(read(b" " * 2000, Limits(member_bytes=1000))) == ["too_large"]
-
-
-def test_a_bomb_is_unpacked_in_pieces():
-    import tracemalloc
-
-    bomb = packed_gzip(b" " * (256 << 20))
-    tracemalloc.start()
-    with pytest.raises(InvalidRecord, match="decompression_bomb"):
-        inflate(bomb)
-    assert tracemalloc.get_traced_memory()[1] < 80 << 20
-    tracemalloc.stop()
-
-
-def test_inflate_reads_several_gzip_members_and_padding():
-    assert inflate(packed_gzip(b"one ") + packed_gzip(b"two") + b"\0" * 512) == b"one two"
-    assert inflate(packed_gzip(b"")) == b""
-
-
-def test_loads_is_strict_where_the_text_is():
-    assert loads(b'{"a": ":", "b:c": [1]}') == ({"a": ":", "b:c": [1]}, True)
-    assert loads(b'\xef\xbb\xbf{"a": 1}') == ({"a": 1}, True)
-    value, clean = loads(b'{"a": {"k": 1, "k": 2}}')
-    assert not clean and isinstance(value["a"], DuplicateKeys)
-    assert loads(b'{"a": "\\u003a"}') == ({"a": ":"}, False)  # an escaped colon only costs the tolerant parser
-    assert loads(b'{"a": NaN, "b": 123456789012345678901234567890}')[0]["b"] == float(123456789012345678901234567890)
-    with pytest.raises(InvalidRecord):
-        loads(b"[" + b"9" * 5000 + b"] x")
+    assert reasons(read(gzip_bytes(bytes(range(256)) * 4 + b" " * 2000), DecompressionLimits(member_bytes=1000))) == [
+        "too_large"
+    ]
+    assert reasons(read(b" " * 2000, DecompressionLimits(member_bytes=1000))) == ["too_large"]
 
 
 def test_json_lines_under_another_name():
@@ -238,19 +193,56 @@ def test_json_lines_under_another_name():
     assert reasons(parsed) == ["bad_json"]
 
 
+@pytest.mark.parametrize(
+    ("payload", "ids_", "reasons_"),
+    [
+        (json.dumps(DOCUMENT).encode(), ["f0", "f2", "f1"], []),
+        ([json.dumps(finding(3)).encode(), b"", b"{"], ["f3"], ["bad_json"]),
+        ([finding(3)], ["f3"], []),
+        (pa.RecordBatch.from_pylist([{"id": "f3", "title": "t", "severity": "low"}]), ["f3"], []),
+        (pa.RecordBatch.from_arrays([pa.array([2**62], pa.timestamp("s"))], ["id"]), [], ["bad_table"]),
+        ([], [], []),
+        (InvalidRecord("unreadable", "why"), [], ["unreadable"]),
+    ],
+)
+def test_every_kind_of_payload_is_parsed(payload, ids_, reasons_):
+    assert gc.isenabled()
+    parsed = parse(RawDocument("source", "member", 2, 5, payload))
+    assert (ids(parsed), reasons(parsed)) == (ids_, reasons_)
+    assert (parsed.document.source, parsed.document.member, parsed.document.position) == ("source", "member", 5)
+    assert gc.isenabled()
+
+
+@pytest.mark.parametrize(
+    ("value", "layout"),
+    [
+        ([], "not_an_object"),
+        ({"compressed": True, "data": "00"}, "envelope"),
+        ({"data": {"findings": {}}}, "wrapped"),
+        ({"data": {}, "title": "t", "severity": "low"}, "record"),
+        ({"findings": {}, "correlations": []}, "batch"),
+        ({"enriched_findings": [], "findings": []}, "ground_truth"),
+        ({"findings": [], "fact_pack_version": "3"}, "scanner_report"),
+        ({"results": []}, "scanner_report"),
+        ({"results": {}}, "unknown_layout"),
+        ({"batch_results": []}, "generation_report"),
+        ({"related_finding_ids": []}, "record"),
+        ({"id": 1}, "unknown_layout"),
+    ],
+)
+def test_layouts_are_recognised_by_their_content(value, layout):
+    assert layout_of(value) == layout
+
+
 def test_duplicate_ids_are_kept():
     assert ids(read([finding(0), finding(0)])) == ["f0", "f0"]
 
 
-def test_rows_of_a_table():
+def test_rows_of_a_table_are_read_as_records():
     row = {
         "id": "f", "title": "t", "severity": "low", "risk_score": 3, "metadata": {"pid": "1", "port": None},
         "tags": '["a", "b"]', "risk_subscores": [("impact", 0.5)], "correlation_type": None, "when": b"\xff",
     }  # fmt: skip
-    plain = plain_row(row)
-    assert plain["metadata"] == {"pid": "1"}
-    assert plain["tags"] == ["a", "b"]
-    assert plain["risk_subscores"] == {"impact": 0.5}
     reader = Reader("s", "m", 7)
     reader.read_rows([row, {**row, "metadata": '{"x": NaN}'}, {**row, "risk_score": float("nan")}, {"id": "z"}])
     assert ids(reader.parsed) == ["f"]
@@ -268,36 +260,6 @@ def test_excerpts_are_cut_and_never_fail():
         assert 0 < len(excerpt(record)) <= 2000
 
 
-def test_reports_of_both_versions():
-    version_2 = {
-        "meta": {}, "results": [
-            {"scanner": "ioc", "findings": [{"id": "i", "title": "x", "severity": "high", "risk_score": "70"}]},
-            {"scanner": "mounts", "findings": []}, {"scanner": "auditd", "findings": None}, "text",
-            {"scanner": "suid_sgid", "findings": [{"id": "s", "title": "x", "base_severity_score": "30"}]},
-        ],
-    }  # fmt: skip
-    parsed = read_report(version_2, "host.json")
-    assert [(f.id, f.category, f.risk_score) for f in parsed.document.findings] == [
-        ("i", "ioc", 70.0),
-        ("s", "suid", 30.0),
-    ]
-    assert reasons(parsed) == ["not_an_object"]
-    version_3 = {
-        "fact_pack_version": "3",
-        "findings": [finding(category="kernel_param", severity="error")],
-        "correlations": [{"id": "c", "title": "t", "rationale": "why", "related_finding_ids": ["f0"]}],
-    }
-    parsed = read_report(version_3)
-    assert parsed.document.findings[0].category == "kernel_params"
-    assert parsed.document.findings[0].severity == "medium"  # from its score of 50
-    assert parsed.document.correlations[0].finding_ids == ["f0"]
-    assert read_report({"results": []}).document.findings == []
-    for wrong in ({"a": 1}, [], None, {"generation_stats": {}}):
-        with pytest.raises(UserError, match="no scanner report"):
-            read_report(wrong, "x.json")
-
-
-@REAL
 @pytest.mark.parametrize(
     ("name", "findings", "correlations"),
     [
@@ -307,25 +269,13 @@ def test_reports_of_both_versions():
         ("ground_truth_example.json", 10, 0),
     ],
 )
-def test_real_documents_need_no_repair(name, findings, correlations):
-    parsed = read((DATA / name).read_bytes())
+def test_real_documents_need_no_repair(name, findings, correlations, shared_data):
+    parsed = read((shared_data / name).read_bytes())
     assert (len(parsed.document.findings), len(parsed.document.correlations)) == (findings, correlations)
     assert parsed.records == findings + correlations
     assert not parsed.quarantined
     assert not +parsed.repairs
     assert len({record.id for record in parsed.document.findings}) == findings
-
-
-@REAL
-@pytest.mark.parametrize(
-    ("name", "findings"), [("host_scan", 234), ("malicious1", 3), ("sample1", 2), ("sample2", 1), ("sample3", 0)]
-)
-def test_real_reports(name, findings):
-    report = json.loads((DATA / "reports" / f"{name}.json").read_bytes())
-    parsed = read_report(report)
-    assert len(parsed.document.findings) == findings
-    assert not parsed.quarantined
-    assert all(0 < record.risk_score <= 100 for record in parsed.document.findings)
 
 
 WHOLE = json.dumps(envelope(DOCUMENT)).encode()
@@ -342,7 +292,7 @@ def test_a_flipped_byte_or_a_cut_never_raises(place, mask, cut):
 
 @settings(max_examples=150, deadline=None)
 @given(st.binary(max_size=300))
-def test_any_bytes_end_in_quarantine_or_records(data):
+def test_random_bytes_end_in_quarantine_or_records(data):
     parsed = read(data)
     assert parsed.records == len(parsed.quarantined) + len(parsed.document.findings) + len(parsed.document.correlations)
 

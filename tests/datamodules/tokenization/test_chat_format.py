@@ -1,4 +1,4 @@
-"""Ids against hand-written lists, against mistral-common, and against text that looks like control."""
+"""Chat formats: exact ids, ids of mistral-common, hostile text, and prompts that do not fit."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from datamodules.errors import UserError
 from datamodules.sources.formats import Reader
 from datamodules.tasks import TASKS, build_tasks
 from datamodules.tasks.base import Pair
-from datamodules.tokenization.chat_format import ChatFormat, Overflow, load_tokenizer
+from datamodules.tokenization.chat_format import ChatFormat, load_tokenizer
 from tests.conftest import build_chatml_tokenizer, chatml_ids, mistral_ids
 
 HOSTILE = (
@@ -28,7 +28,7 @@ HOSTILE = (
     "x</s>y[/INST]<|im_end|><|endoftext|><unk><repo_name>[TOOL_CALLS]",
     "[control_8] <0x0A> ▁ <|im_start|>",
 )
-TEXTS = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="▁"))  # "▁" is how SentencePiece says " "
+TEXTS = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="▁"))  # SentencePiece writes "▁" for " "
 
 
 @dataclass
@@ -44,7 +44,7 @@ def pair(content: str, completion: str, task: str = "toy") -> Pair:
 
 @pytest.fixture(scope="session", params=["toy mistral", "toy chatml", "real mistral", "smollm2"])
 def tokenizer(request):
-    """Every family, toy and real."""
+    """Toy and real tokenizers of every family."""
     if request.param == "smollm2":
         return load_tokenizer(str(request.getfixturevalue("embedded_model")))
     fixtures = {"toy mistral": "mistral_tokenizer", "toy chatml": "chatml_tokenizer"}
@@ -90,13 +90,13 @@ def test_chatml_ids_are_exact(chatml_tokenizer):
     assert (chat.bos_id, chat.eos_id, chat.pad_id) == (None, 2, 2)  # <|im_start|> opens every turn: no BOS
 
 
-def test_example_carries_what_the_pair_says(mistral_tokenizer):
+def test_an_example_has_the_attributes_of_its_pair(mistral_tokenizer):
     source = Pair("toy", "c", "a", severity="high", category="network", findings=3)
     (example,) = ChatFormat(mistral_tokenizer).encode(ToyTask(), [source])
     assert (example.task, example.severity, example.category, example.findings) == ("toy", "high", "network", 3)
 
 
-def test_keys_tell_examples_and_inputs_apart(mistral_tokenizer):
+def test_keys_distinguish_examples_and_inputs(mistral_tokenizer):
     chat = ChatFormat(mistral_tokenizer)
     pairs = [pair("c", "a"), pair("c", "b"), pair("c", "a", task="other"), pair("ca", ""), pair("", "ca")]
     keys, input_keys = zip(*[(e.key, e.input_key) for e in chat.encode(ToyTask(), pairs)], strict=True)
@@ -104,15 +104,15 @@ def test_keys_tell_examples_and_inputs_apart(mistral_tokenizer):
     assert len(set(input_keys)) == 4
     assert input_keys[0] == input_keys[1]
     assert all(0 <= key < 2**64 for key in keys + input_keys)
-    assert chat.encode(ToyTask(), pairs[1:])[0].key == keys[1]  # no position in it
+    assert chat.encode(ToyTask(), pairs[1:])[0].key == keys[1]  # the key does not depend on the position
 
 
 # --- against references --------------------------------------------------------------------------------------------
 
 
-def test_harmless_conversation_equals_the_template(chat, tokenizer):
+def test_a_harmless_conversation_equals_the_template(chat, tokenizer):
     system, content, answer = "You assess 12 things.", 'x: {"port": 8080,  "é": [1, 22]}\nend', '{"a": 10}'
-    if "user_messages" in tokenizer.chat_template:  # Mistral's own forgets the system text when an answer follows
+    if "user_messages" in tokenizer.chat_template:  # Mistral's own drops the system text before an answer
         system = ""
     turns = {"system": system, "user": "Do it:\n" + content, "assistant": answer}
     messages = [{"role": role, "content": text} for role, text in turns.items() if text]
@@ -121,12 +121,12 @@ def test_harmless_conversation_equals_the_template(chat, tokenizer):
     (example,) = chat.encode(ToyTask("toy", system, "Do it:\n"), [pair(content, answer)])
     ids = [*example.prompt_ids, *example.completion_ids]
     assert ids == expected[: len(ids)]
-    assert tokenizer.decode(expected[len(ids) :]) in ("", "\n")  # what ChatML writes behind the EOS
+    assert tokenizer.decode(expected[len(ids) :]) in ("", "\n")  # ChatML writes a newline after the EOS
 
 
 @pytest.fixture(scope="session")
 def mistral_common_ids():
-    """Ids of a conversation by Mistral's own library, which takes no control token from text."""
+    """Ids of a conversation from Mistral's own library, which takes no control token from text."""
     pytest.importorskip("mistral_common")
     from importlib.resources import files
 
@@ -159,14 +159,14 @@ def test_real_conversations_equal_mistral_common(name, real_chat, real_pairs, mi
     "text", [*HOSTILE, "  lead", "a  b   c    ", "tab\there\n\n\nx", "é€你好🙂\x00\x01", "a" * 500]
 )
 def test_hard_text_equals_mistral_common(text, real_chat, mistral_common_ids):
-    answer = text.rstrip(" ") + "."  # mistral-common strips an answer's last spaces; ours keeps them
+    answer = text.rstrip(" ") + "."  # mistral-common strips an answer's last spaces; ChatFormat keeps them
     task = ToyTask("toy", text, f"Do {text}:\n")
     (example,) = real_chat.encode(task, [pair(text, answer)])
     expected = mistral_common_ids(text, task.instruction + text, answer)
     assert [*example.prompt_ids, *example.completion_ids] == expected
 
 
-def test_the_agents_prompt_is_what_the_agent_sends(chat, tokenizer, shared_data):
+def test_the_agents_prompt_equals_the_one_that_the_agent_sends(chat, tokenizer, shared_data):
     """Its provider calls the tokenizer on the filled template, with no chat template around it."""
     (task,) = build_tasks(["agent_triage"], agent_templates=str(shared_data / "agent_prompt_templates")).values()
     reader = Reader("batches", "batch_001", 0)
@@ -176,8 +176,8 @@ def test_the_agents_prompt_is_what_the_agent_sends(chat, tokenizer, shared_data)
         prompt = task.instruction + source.content
         assert example.prompt_ids.tolist() == tokenizer(prompt)["input_ids"]
         assert example.completion_ids[-1] == chat.eos_id
-        whole = tokenizer.decode([*example.prompt_ids, *example.completion_ids], skip_special_tokens=True)
-        assert whole == f"{prompt} {source.completion}"
+        text = tokenizer.decode([*example.prompt_ids, *example.completion_ids], skip_special_tokens=True)
+        assert text == f"{prompt} {source.completion}"
         assert chat.decode(example.completion_ids, task) == source.completion
     assert chat.prompt_ids(task, [source.content])[0] == example.prompt_ids.tolist()
     cut, missing = chat.truncate_prompt(task, source.content, len(example.prompt_ids) - 9)
@@ -217,7 +217,7 @@ def test_added_tokens_that_are_not_special_stay_text_too(chatml_tokenizer):
     assert content[: len("<tool_call>")] == chatml_ids("<tool_call>")
 
 
-def test_tokenizer_that_builds_control_from_text_is_refused():
+def test_a_tokenizer_that_builds_control_tokens_from_text_is_a_user_error():
     backend = Tokenizer(models.WordLevel({"<unk>": 0, "</s>": 1, "a": 2}, unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     template = "{% for m in messages %}{{ m.content }}</s>{% endfor %}"
@@ -260,7 +260,7 @@ def test_decode_is_the_inverse_of_encode(text, chats):
         (example,) = chat.encode(ToyTask(), [pair(text, text)])
         assert chat.decode(example.completion_ids) == text
         content = example.prompt_ids[example.prefix_length : len(example.prompt_ids) - len(chat._tail[1])]
-        assert chat.decode(content) == text.removeprefix(chat._layout.lead)  # decode takes it for an answer
+        assert chat.decode(content) == text.removeprefix(chat._layout.lead)  # decode strips the space before an answer
 
 
 # --- other templates -------------------------------------------------------------------------------------------------
@@ -279,18 +279,18 @@ def mistral_like(condition: str = "", opening: str = "{{ bos_token }}", end: str
     return f"{opening}{{% for m in messages {condition} %}}{turn}{{% endfor %}}"
 
 
-REFUSING = "{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
+REJECTING = "{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
 TOY_PROMPT = [1, 3, *mistral_ids(" S y\n\nDo:\nc"), 4]
 
 
 @pytest.mark.parametrize(
     "template",
     [
-        pytest.param(REFUSING + mistral_like(), id="refuses"),
+        pytest.param(REJECTING + mistral_like(), id="rejects"),
         pytest.param(mistral_like(condition="if m.role != 'system'"), id="drops"),
     ],
 )
-def test_system_text_that_the_template_does_not_take_opens_the_user_turn(template, mistral_tokenizer):
+def test_a_system_text_that_the_template_does_not_support_begins_the_user_turn(template, mistral_tokenizer):
     (example,) = ChatFormat(with_template(mistral_tokenizer, template)).encode(ToyTask(), [pair("c", "a")])
     assert example.prompt_ids.tolist() == TOY_PROMPT
     assert example.completion_ids.tolist() == [*mistral_ids(" a"), 2]
@@ -303,23 +303,23 @@ def test_task_without_system_text(mistral_tokenizer, chatml_tokenizer):
 
 
 def test_template_without_bos_and_eos_gets_one_of_each(mistral_tokenizer):
-    template = REFUSING + mistral_like(opening="", end="")
+    template = REJECTING + mistral_like(opening="", end="")
     (example,) = ChatFormat(with_template(mistral_tokenizer, template)).encode(ToyTask(), [pair("c", "a")])
     assert example.prompt_ids.tolist() == TOY_PROMPT
     assert example.completion_ids.tolist() == [*mistral_ids(" a"), 2]
 
 
-def test_text_behind_the_eos_is_dropped(mistral_tokenizer):
-    template = REFUSING + mistral_like(end="  {{ eos_token }} bye {{ bos_token }}")
+def test_text_after_the_eos_is_dropped(mistral_tokenizer):
+    template = REJECTING + mistral_like(end="  {{ eos_token }} bye {{ bos_token }}")
     (example,) = ChatFormat(with_template(mistral_tokenizer, template)).encode(ToyTask(), [pair("c", "a")])
     assert example.completion_ids.tolist() == [*mistral_ids(" a"), 2]
 
 
-def test_turn_that_ends_with_another_token_ends_with_it(chatml_tokenizer):
+def test_the_token_that_ends_a_turn_ends_the_answer(chatml_tokenizer):
     tokenizer = deepcopy(chatml_tokenizer)
     tokenizer.eos_token = "<|endoftext|>"
     chat = ChatFormat(tokenizer)
-    assert chat.eos_id == 2  # what the template writes, as in Gemma and Llama 3
+    assert chat.eos_id == 2  # the template's own token, as in Gemma and Llama 3
     assert chat.encode(ToyTask(), [pair("c", "a")])[0].completion_ids.tolist() == [*chatml_ids("a"), 2]
 
 
@@ -357,19 +357,19 @@ def test_template_with_a_date_gives_the_same_ids_every_day(chatml_tokenizer):
         ("{% for m in messages", "does not keep user and assistant text"),
     ],
 )
-def test_unusable_template_is_the_users_to_mend(template, message, chatml_tokenizer):
+def test_an_unusable_template_is_a_user_error(template, message, chatml_tokenizer):
     with pytest.raises(UserError, match=message):
         ChatFormat(with_template(chatml_tokenizer, template))
 
 
-def test_tokenizer_without_end_is_the_users_to_mend(chatml_tokenizer):
+def test_a_tokenizer_without_eos_is_a_user_error(chatml_tokenizer):
     tokenizer = with_template(chatml_tokenizer, "{% for m in messages %}{{ m.content }}{% endfor %}")
     tokenizer.eos_token = None
     with pytest.raises(UserError, match="no EOS token"):
         ChatFormat(tokenizer)
 
 
-def test_instruction_must_end_with_a_newline(chatml_tokenizer):
+def test_an_instruction_must_end_with_a_newline(chatml_tokenizer):
     with pytest.raises(ValueError, match="must end with a newline"):
         ChatFormat(chatml_tokenizer).prefix_ids(ToyTask(instruction="Do: "))
 
@@ -377,10 +377,10 @@ def test_instruction_must_end_with_a_newline(chatml_tokenizer):
 # --- one tokenizer for all workers ---------------------------------------------------------------------------------
 
 
-def test_fingerprint_follows_tokenizer_and_template(chatml_tokenizer, mistral_tokenizer):
+def test_the_fingerprint_depends_on_tokenizer_and_template(chatml_tokenizer, mistral_tokenizer):
     fingerprint = ChatFormat(chatml_tokenizer).fingerprint()
     padded = deepcopy(chatml_tokenizer)
-    padded(["a", "bcd"], padding=True, truncation=True, max_length=2)  # leaves its settings in the Rust tokenizer
+    padded(["a", "bcd"], padding=True, truncation=True, max_length=2)  # the Rust tokenizer keeps these settings
     more = deepcopy(chatml_tokenizer)
     more.add_tokens(["<new>"])
     template = with_template(chatml_tokenizer, chatml_tokenizer.chat_template + " ")
@@ -397,43 +397,29 @@ def test_padding_and_truncation_set_by_others_change_nothing(chatml_tokenizer):
     assert example.completion_ids.tolist() == [*chatml_ids("answer"), 2]
 
 
-def test_chat_format_travels_to_a_worker(mistral_tokenizer):
+def test_a_chat_format_can_be_sent_to_a_worker(mistral_tokenizer):
     chat = ChatFormat(mistral_tokenizer)
     copy = pickle.loads(pickle.dumps(chat))
     assert copy.prompt_ids(ToyTask(), ["[/INST]"]) == chat.prompt_ids(ToyTask(), ["[/INST]"])
 
 
-def test_no_pairs_no_examples(mistral_tokenizer):
+def test_no_pairs_give_no_examples(mistral_tokenizer):
     assert ChatFormat(mistral_tokenizer).encode(ToyTask(), []) == []
 
 
-# --- what does not fit -----------------------------------------------------------------------------------------------
+# --- prompts over the limit -----------------------------------------------------------------------------------------
 
 
-def test_overflow_drops_whole_examples_and_counts_them(mistral_tokenizer):
-    examples = ChatFormat(mistral_tokenizer).encode(ToyTask(), [pair("c", "a" * n) for n in (1, 5, 6, 50)])
-    total = len(examples[1].prompt_ids) + len(examples[1].completion_ids)
-    overflow = Overflow(sequence_length=total)
-    assert [overflow.fits(example) for example in examples] == [True, True, False, False]
-    assert (overflow.kept, overflow.dropped) == ({"toy": 2}, {"toy": 2})
-
-
-def test_row_smaller_than_the_instruction_is_the_users_to_mend(mistral_tokenizer):
-    (example,) = ChatFormat(mistral_tokenizer).encode(ToyTask(), [pair("c", "a")])
-    with pytest.raises(UserError, match=f"sequence_length 8: .* task toy alone has {example.prefix_length} tokens"):
-        Overflow(sequence_length=8).fits(example)
-
-
-def test_prompt_that_fits_is_not_cut(mistral_tokenizer):
+def test_a_prompt_within_the_limit_is_not_cut(mistral_tokenizer):
     chat = ChatFormat(mistral_tokenizer)
     (ids,) = chat.prompt_ids(ToyTask(), ["content"])
     assert chat.truncate_prompt(ToyTask(), "content", len(ids)) == (ids, 0)
 
 
-@given(text=st.text(st.sampled_from('ab {"é🙂\n'), min_size=200, max_size=300), room=st.integers(40, 150))
-def test_cut_prompt_keeps_both_ends_and_says_how_much_is_missing(text, room, chats):
+@given(text=st.text(st.sampled_from('ab {"é🙂\n'), min_size=200, max_size=300), content_limit=st.integers(40, 150))
+def test_a_cut_prompt_keeps_both_ends_and_the_number_of_cut_tokens(text, content_limit, chats):
     for chat in chats:
-        limit = len(chat.prefix_ids(ToyTask())) + len(chat._tail[1]) + room
+        limit = len(chat.prefix_ids(ToyTask())) + len(chat._tail[1]) + content_limit
         ids, cut = chat.truncate_prompt(ToyTask(), text, limit)
         whole = chat.decode(chat.prompt_ids(ToyTask(), [text])[0])
         if cut == 0:
@@ -447,7 +433,7 @@ def test_cut_prompt_keeps_both_ends_and_says_how_much_is_missing(text, room, cha
         assert "\ufffd" not in head + tail
 
 
-def test_limit_without_room_is_the_users_to_mend(mistral_tokenizer):
+def test_a_too_small_limit_is_a_user_error(mistral_tokenizer):
     chat = ChatFormat(mistral_tokenizer)
     limit = len(chat.prefix_ids(ToyTask())) + 10
     with pytest.raises(UserError, match=f"prompt limit {limit}: too small for a content of task toy"):
@@ -457,17 +443,17 @@ def test_limit_without_room_is_the_users_to_mend(mistral_tokenizer):
 # --- loading -------------------------------------------------------------------------------------------------------
 
 
-def test_loads_a_folder_without_weights(mistral_tokenizer, tmp_path):
+def test_a_folder_without_weights_is_loaded(mistral_tokenizer, tmp_path):
     mistral_tokenizer.save_pretrained(tmp_path)
     assert ChatFormat(load_tokenizer(str(tmp_path))).prompt_ids(ToyTask(), ["c"]) == [TOY_PROMPT]
 
 
 @pytest.mark.parametrize("name", ["some-org/some-model", "gpt2"])
-def test_hub_name_without_network_says_what_to_set(name):
-    with pytest.raises(UserError, match=f"tokenizer {name} can't be loaded: .*HF_TOKEN.*local folder"):
+def test_a_hub_name_without_network_is_a_user_error(name):
+    with pytest.raises(UserError, match=f"tokenizer {name}: can't be loaded .*HF_TOKEN.*local folder"):
         load_tokenizer(name)
 
 
-def test_folder_without_tokenizer_names_the_folder(tmp_path):
-    with pytest.raises(UserError, match=f"tokenizer {tmp_path} can't be loaded"):
+def test_a_folder_without_tokenizer_is_a_user_error(tmp_path):
+    with pytest.raises(UserError, match=f"tokenizer {tmp_path}: can't be loaded"):
         load_tokenizer(str(tmp_path))

@@ -53,11 +53,11 @@ def test_blocks_are_as_near_as_their_bits_allow(tmp_path, mistral_tokenizer, kin
     model = LlamaForCausalLM(config).eval()
     model.model.layers[0].mlp.up_proj.weight.data[0, :32] = 0  # a block of nothing
     write_gguf(model, mistral_tokenizer, tmp_path / "model.gguf", "tiny", kind)
-    exact = gguf._state(_file(tmp_path, model, mistral_tokenizer), 3, 1)
+    exact = gguf.read_weights(_file(tmp_path, model, mistral_tokenizer), 3, 1)
     reader = GGUFReader(tmp_path / "model.gguf")
     for tensor in reader.tensors:
-        weight, kept = exact[gguf._name(tensor.name)], gguf._state(reader, 3, 1)
-        stored = kept[gguf._name(tensor.name)]
+        weight, kept = exact[gguf.hugging_face_name(tensor.name)], gguf.read_weights(reader, 3, 1)
+        stored = kept[gguf.hugging_face_name(tensor.name)]
         outer = tensor.name in ("token_embd.weight", "output.weight")
         expected = "F32" if weight.ndim == 1 else "Q8_0" if outer else kind.upper()
         assert tensor.tensor_type.name == expected, tensor.name

@@ -1,6 +1,5 @@
-"""The gate: what is repaired, what is refused, what stays as it is."""
+"""Validation of records: repaired, rejected and unchanged ones; rows of tables."""
 
-import math
 from collections import Counter
 
 import pytest
@@ -8,8 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from datamodules.records import CATEGORIES, SEVERITIES, SUBSCORES
-from datamodules.sources.field_coercion import DuplicateKeys, InvalidRecord, measure, strict_json_error
-from datamodules.sources.record_validation import read_correlation, read_finding
+from datamodules.sources.decompression import DuplicateKeys
+from datamodules.sources.field_coercion import InvalidRecord
+from datamodules.sources.record_validation import count_characters, read_correlation, read_finding, record_of_row
 
 GOOD = {
     "id": "suid_1",
@@ -35,7 +35,7 @@ STRING = {"number_from_string": 1}
 def read(**changes):
     repairs = Counter()
     record = {**GOOD, **changes}
-    record = {name: value for name, value in record.items() if value is not ...}  # ... leaves a field out
+    record = {name: value for name, value in record.items() if value is not ...}  # ... removes a field
     return read_finding(record, repairs), +repairs
 
 
@@ -111,21 +111,21 @@ def test_repairs_are_made_and_counted(changes, field, value, repairs):
         ({"tags": ["x" * (10 << 20)]}, "too_large"),
     ],
 )
-def test_what_cannot_be_used_is_refused(changes, reason):
+def test_unusable_records_are_rejected(changes, reason):
     with pytest.raises(InvalidRecord) as caught:
         read(**changes)
     assert caught.value.reason == reason
 
 
 @pytest.mark.parametrize("record", [None, [], "text", 3, True])
-def test_a_record_that_is_no_object_is_refused(record):
+def test_a_record_that_is_not_an_object_is_rejected(record):
     for reader in (read_finding, read_correlation):
         with pytest.raises(InvalidRecord, match="not_an_object"):
             reader(record, Counter())
 
 
 @pytest.mark.parametrize("identity", ["fine", None])
-def test_deep_metadata_are_refused_at_the_limit(identity):
+def test_too_deep_metadata_are_rejected_at_the_limit(identity):
     deep = "leaf"
     for _ in range(63):
         deep = {"a": deep}
@@ -138,7 +138,7 @@ def test_deep_metadata_are_refused_at_the_limit(identity):
             read(metadata={"a": deeper}, id=identity)
 
 
-def test_bucket_names_what_the_record_does_not():
+def test_the_list_of_a_record_names_category_and_severity():
     repairs = Counter()
     record = {name: value for name, value in GOOD.items() if name not in ("category", "severity")}
     finding = read_finding(record, repairs, "dns", "critical")
@@ -146,7 +146,7 @@ def test_bucket_names_what_the_record_does_not():
     assert not +repairs
 
 
-def test_a_missing_id_is_made_from_the_content():
+def test_a_missing_id_is_built_from_the_content():
     first, repairs = read(id=None)
     again, _ = read(id="")
     other, _ = read(id=None, title="Another")
@@ -190,16 +190,30 @@ def test_correlation_of_a_batch_and_of_ground_truth():
     assert truth.severity is None and truth.risk_score is None and truth.strength is None
 
 
-def test_flaw_names_what_strict_json_refuses():
-    assert strict_json_error({"a": [1, {"b": "ü"}]}) is None
-    assert strict_json_error({"a": [math.nan]})[0] == "non_finite"
-    assert strict_json_error({"a": [DuplicateKeys(b=1)]})[0] == "duplicate_keys"
-    assert strict_json_error({"a": "\udcff"})[0] == "invalid_utf8"
-    assert strict_json_error({"\udcff": "a"})[0] == "invalid_utf8"
+def test_keys_and_text_are_counted_at_every_level():
+    assert count_characters({"ab": "cde", "f": [{"g": "hi"}, "j"], "n": 5}) == len("abcdefghijn")
+    assert count_characters({"a": DuplicateKeys(b="c")}) == 3
+    assert count_characters({}) == 0
 
 
-def test_measure_counts_keys_and_text_at_every_level():
-    assert measure({"ab": "cde", "f": [{"g": "hi"}, "j"], "n": 5}) == len("abcdefghijn")
+@pytest.mark.parametrize(
+    ("row", "record"),
+    [
+        ({"id": "f", "metadata": {"pid": "1", "port": None}}, {"id": "f", "metadata": {"pid": "1"}}),
+        ({"id": "f", "tags": None}, {"id": "f"}),
+        ({"tags": '["a", "b"]'}, {"tags": ["a", "b"]}),
+        ({"tags": "a, b"}, {"tags": "a, b"}),
+        ({"metadata": ' {"x": 1}'}, {"metadata": {"x": 1}}),
+        ({"metadata": "{broken"}, {"metadata": "{broken"}),
+        ({"title": '{"x": 1}'}, {"title": '{"x": 1}'}),  # only known fields hold JSON
+        ({"risk_subscores": [("impact", 0.5), ("anomaly", None)]}, {"risk_subscores": {"impact": 0.5}}),
+        ({"x": [(1, 2), (3,)], "y": [None, 1]}, {"x": [[1, 2], [3]], "y": [1]}),
+        ({"when": b"\xff", "ok": True}, {"when": "b'\\xff'", "ok": True}),
+        ("text", "text"),
+    ],
+)
+def test_a_row_becomes_the_record_of_json(row, record):
+    assert record_of_row(row) == record
 
 
 JSON = st.recursive(
@@ -211,12 +225,12 @@ JSON = st.recursive(
 
 @settings(max_examples=100, deadline=None)
 @given(st.dictionaries(st.sampled_from([*GOOD, "_langchain_enrichment"]), JSON))
-def test_any_values_in_any_fields_are_refused_or_sound(changes):
+def test_any_values_in_any_fields_are_rejected_or_valid(changes):
     repairs = Counter()
     try:
         finding = read_finding({**GOOD, **changes}, repairs)
-    except InvalidRecord as refused:
-        assert refused.reason
+    except InvalidRecord as error:
+        assert error.reason
         return
     assert finding.severity in SEVERITIES
     assert 0.0 <= finding.risk_score <= 100.0 and 0.0 <= finding.base_severity_score <= 100.0
@@ -238,7 +252,7 @@ CORRELATION_FIELDS = (
 
 @settings(max_examples=100, deadline=None)
 @given(st.dictionaries(st.sampled_from(CORRELATION_FIELDS), JSON))
-def test_any_correlation_is_refused_or_sound(record):
+def test_any_correlation_is_rejected_or_valid(record):
     try:
         correlation = read_correlation(record, Counter())
     except InvalidRecord:
