@@ -112,7 +112,7 @@ class TaskEvaluator:
             pl_module: module with the ``model``.
             tasks: questions of each task; they get the new column.
             heading: heading of the column.
-            about: what was measured: step and checkpoint.
+            about: step and checkpoint of the measured weights.
             constrained: whether to add a column of schema-constrained answers, too.
             console: shows the progress on rank zero; None shows nothing.
 
