@@ -55,10 +55,9 @@ class ThroughputMeter:
 
     def restart(self) -> None:
         """Resets the counts and the clock."""
-        self._started, self._paused_at, self._paused = time.monotonic(), None, 0.0
+        self._started, self._paused = time.monotonic(), 0.0
+        self._paused_at: float | None = None
         self._positions = self._supervised = self._findings = self._padding = 0
-
-    _paused_at: float | None
 
     def pause(self) -> None:
         """Stops the clock, for validation."""
