@@ -28,6 +28,7 @@ from lightning_modules.evaluation.baselines import MajorityClass, TitleLookup, i
 from lightning_modules.evaluation.boosted_trees import BoostedTrees
 from lightning_modules.evaluation.evaluate import PredictionResult, answer_pairs, forced_severities, token_limit
 from lightning_modules.evaluation.results import TaskResults, read_results, write_results
+from lightning_modules.generation.encoded_pairs import EncodedPairs
 from lightning_modules.models.backend import backend_of
 
 BASELINES = (MajorityClass, TitleLookup, BoostedTrees)  #: of the risk task
@@ -200,7 +201,8 @@ class Evaluation(Callback):
         model = backend.generation_model(pl_module.model)  # type: ignore[arg-type]
         for exam in self._exams:
             started, data = time.monotonic(), trainer.datamodule  # type: ignore[attr-defined]
-            limit = self.max_new_tokens or token_limit(data.chat, exam.task, exam.pairs)  # the same on all ranks
+            encoded = EncodedPairs.encode(data.chat, exam.task, exam.pairs)
+            limit = self.max_new_tokens or token_limit(encoded)  # the same on all ranks
             with (
                 TaskProgress(f"{heading}: {len(exam.pairs)} {exam.task.name} answers", console) as gauge,
                 backend.uneven_forward_context(model),
@@ -208,9 +210,7 @@ class Evaluation(Callback):
             ):
                 outcomes = answer_pairs(
                     model,
-                    data.chat,
-                    exam.task,
-                    exam.pairs[rank::ranks],
+                    encoded[rank::ranks],
                     max_new_tokens=limit,
                     batch_size=self.batch_size,
                     forced=self.forced_choice,
@@ -221,9 +221,9 @@ class Evaluation(Callback):
             outcomes = _gather(outcomes, rank, ranks)
             exam.add(heading, outcomes)
             exam.seconds[heading], exam.about[heading] = round(time.monotonic() - started, 1), about
-            if all(item.held for item in outcomes):
+            if all(item.constrained for item in outcomes):
                 name = f"{heading}, constrained"
-                exam.add(name, [item.held for item in outcomes if item.held])
+                exam.add(name, [item.constrained for item in outcomes if item.constrained])
                 exam.about[name] = about
             self._log(trainer, exam, heading)
         if pl_module.device.type == "cuda":
@@ -236,7 +236,7 @@ class Evaluation(Callback):
             pairs: list[Any] = exam.pairs[rank::ranks]
             model: Any = pl_module.model
             with backend_of(trainer).uneven_forward_context(model), trainer.precision_plugin.forward_context():
-                mine = forced_severities(model, chat, exam.task, pairs, batch_size=self.batch_size)
+                mine = forced_severities(model, EncodedPairs.encode(chat, exam.task, pairs), batch_size=self.batch_size)
             said = _gather([PredictionResult("", forced=severity) for severity in mine], rank, ranks)
             right = [item.forced == p.severity for item, p in zip(said, exam.pairs, strict=True) if item.forced]
             if right:
@@ -284,7 +284,7 @@ class Evaluation(Callback):
         """Takes the untuned model's answers from the fit's evaluation of the same questions."""
         records = read_results(self._run / "evaluation.json")
         for exam in self._exams:
-            exam.remember(records.get(exam.task.name, {}), "untuned")
+            exam.load_column(records.get(exam.task.name, {}), "untuned")
 
 
 @contextmanager

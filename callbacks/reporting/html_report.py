@@ -105,7 +105,7 @@ def _exam(task: str, exam: dict[str, Any], command: str) -> Iterator[str]:
         for name, label, form in shown_rows(columns)
     ]
     yield _table(rows, ["", *(_heading(name, about[name]) for name in columns)])
-    input_determined = exam.get("severity_told_in", [])
+    input_determined = exam.get("input_determined_categories", [])
     for group, head in (
         ("category", ["category", "findings", "input tells it"]),
         ("severity", ["severity", "findings"]),

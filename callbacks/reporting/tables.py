@@ -26,7 +26,7 @@ ROWS = (
     ("complete", "ended by itself", ".0%"),
     ("prompts_cut", "prompts cut to fit", ".0%"),
     ("severity_accuracy", "severity accuracy", ".0%"),
-    ("told_severity_accuracy", "  where the input tells it", ".0%"),
+    ("input_determined_severity_accuracy", "  where the input tells it", ".0%"),
     ("severity_macro_f1", "severity macro-F1", ".2f"),
     ("forced_severity_accuracy", "severity, forced choice", ".0%"),
     ("risk_error", "risk error (points of 100)", ".1f"),

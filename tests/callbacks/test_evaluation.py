@@ -28,7 +28,14 @@ from datamodules.errors import UserError
 from datamodules.tasks import RiskTask, SummaryTask
 from datamodules.tasks.base import Pair, compact
 from datamodules.tokenization.chat_format import ChatFormat
-from lightning_modules.evaluation.evaluate import PredictionResult, answer_pairs, differences, score, token_limit
+from lightning_modules.evaluation.evaluate import (
+    PredictionResult,
+    answer_pairs,
+    differences,
+    score_predictions,
+    token_limit,
+)
+from lightning_modules.generation.encoded_pairs import EncodedPairs
 
 BASELINES = ["majority class", "title look-up", "boosted trees"]
 
@@ -150,15 +157,16 @@ def test_fit_compares_before_and_after_with_baselines(tmp_path, tiny_llama, chat
     groups = columns["title look-up"]["groups"]
     assert {name: part["answers"] for name, part in groups["severity"].items()} == {"info": 2, "low": 2, "high": 1}
     assert groups["category"]["network"]["severity_accuracy"] == 1
-    assert result["severity_told_in"] == ["network"]
-    assert columns["title look-up"]["figures"]["told_severity_accuracy"] == 1
+    assert result["input_determined_categories"] == ["network"]
+    assert columns["title look-up"]["figures"]["input_determined_severity_accuracy"] == 1
 
 
 def test_loss_is_that_of_a_plain_forward_pass(tiny_llama, chatml_tokenizer):
     data, module = Data(chatml_tokenizer), Module(tiny_llama)
     module.configure_model()
     task, pairs = data.tasks["risk"], PAIRS["val"]
-    outcomes = answer_pairs(module.model, data.chat, task, pairs, max_new_tokens=2, batch_size=3, forced=True)
+    encoded = EncodedPairs.encode(data.chat, task, pairs)
+    outcomes = answer_pairs(module.model, encoded, max_new_tokens=2, batch_size=3, forced=True)
     total = count = 0
     for example in data.chat.encode(task, pairs):
         ids = torch.tensor([[*example.prompt_ids.tolist(), *example.completion_ids.tolist()]])
@@ -167,7 +175,7 @@ def test_loss_is_that_of_a_plain_forward_pass(tiny_llama, chatml_tokenizer):
         with torch.no_grad():
             total += module.model(input_ids=ids, labels=labels).loss.item() * len(example.completion_ids)
         count += len(example.completion_ids)
-    scores = score(task, pairs, outcomes)
+    scores = score_predictions(task, pairs, outcomes)
     assert scores.figures["loss"] == pytest.approx(total / count, rel=1e-5)
     low, high = scores.intervals["loss"]
     assert low <= scores.figures["loss"] <= high
@@ -178,7 +186,7 @@ def test_loss_is_that_of_a_plain_forward_pass(tiny_llama, chatml_tokenizer):
 def test_token_limit_has_room_for_the_longest_expected_answer(chatml_tokenizer):
     data = Data(chatml_tokenizer)
     longest = max(len(pair.completion) for pair in PAIRS["val"]) + 1  # bytes, and the end
-    assert token_limit(data.chat, data.tasks["risk"], PAIRS["val"]) == longest * 3 // 2 + 16
+    assert token_limit(EncodedPairs.encode(data.chat, data.tasks["risk"], PAIRS["val"])) == longest * 3 // 2 + 16
 
 
 def test_training_is_what_it_is_without_evaluation(tmp_path, tiny_llama, chatml_tokenizer):
@@ -310,12 +318,12 @@ def test_pictures_are_drawn_of_what_there_is():
     pairs = [replace(make_pair(i), category=f"c{i % 2}") for i in range(6)]
     answers = [compact(json.loads(p.completion) | {"probability_actionable": 0.3}) for p in pairs]
     pairs = [replace(p, completion=a) for p, a in zip(pairs, answers, strict=True)]
-    drawn = pictures(score(RiskTask(), pairs, [PredictionResult(answer) for answer in answers]))
+    drawn = pictures(score_predictions(RiskTask(), pairs, [PredictionResult(answer) for answer in answers]))
     assert list(drawn) == ["confusion", "calibration", "error_by_category"]
     axes = drawn["confusion"].axes[0]
     assert [text.get_text() for text in axes.texts] == ["2", "2", "2"]
-    assert pictures(score(RiskTask(), pairs[:1], [PredictionResult("")])).keys() == {"confusion"}
-    assert not pictures(score(SummaryTask(), [], []))
+    assert pictures(score_predictions(RiskTask(), pairs[:1], [PredictionResult("")])).keys() == {"confusion"}
+    assert not pictures(score_predictions(SummaryTask(), [], []))
 
 
 def test_interrupted_fit_is_not_measured(tmp_path, tiny_llama, chatml_tokenizer):
@@ -375,7 +383,7 @@ def test_differences_and_escaped_markdown():
     assert differences(pair.completion, '{"risk_score":10,"severity":"high"}') == {"severity": ("low", "high")}
     assert set(differences(pair.completion, "nonsense")) == {"severity", "risk_score"}
     hostile = Pair("risk", '{"title":"<script>|x"}', pair.completion, "low", "network", 1)
-    scores = score(RiskTask(), [hostile], [PredictionResult("a|b\n<b>", nll=1.0, tokens=2)])
+    scores = score_predictions(RiskTask(), [hostile], [PredictionResult("a|b\n<b>", nll=1.0, tokens=2)])
     table = markdown([hostile], {"tuned": scores})
     assert "<" not in table
     assert all(line.count("|") == 5 for line in table.splitlines())
@@ -383,12 +391,12 @@ def test_differences_and_escaped_markdown():
 
 def test_table_writes_what_could_not_be_measured_as_a_dash():
     pairs = [make_pair(0), make_pair(1)]
-    half = score(
+    half = score_predictions(
         RiskTask(),
         pairs,
         [PredictionResult(pairs[0].completion, nll=2.0, tokens=4), PredictionResult("", nll=6.0, tokens=4)],
     )
-    none = score(RiskTask(), pairs, [PredictionResult(""), PredictionResult("")])
+    none = score_predictions(RiskTask(), pairs, [PredictionResult(""), PredictionResult("")])
     assert half.figures["loss"] == 1.0
     assert math.isnan(none.figures["risk_error"])
     console = Console(file=StringIO(), width=100)

@@ -113,6 +113,6 @@ def test_scores_survive_being_written(tmp_path):
     assert str(again.groups) == str(before.groups)
     assert again.outcomes == exam.columns["untuned"].outcomes
     other = TaskResults(short_task(), "val", pairs, input_determined={"network"})
-    other.remember(record, "untuned")
+    other.load_column(record, "untuned")
     assert str(other.columns["untuned"].figures) == str(before.figures)
     assert read_results(tmp_path / "none.json") == {}
