@@ -178,4 +178,4 @@ class Evaluation(Callback):
         """Reads the untuned model's answers from the fit's evaluation of the same questions."""
         records = read_results(self._run / "evaluation.json")
         for results in self._results:
-            results.remember(records.get(results.task.name, {}), "untuned")
+            results.load_column(records.get(results.task.name, {}), "untuned")

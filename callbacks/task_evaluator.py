@@ -18,6 +18,7 @@ from lightning_modules.evaluation.baselines import MajorityClass, TitleLookup, i
 from lightning_modules.evaluation.boosted_trees import BoostedTrees
 from lightning_modules.evaluation.evaluate import PredictionResult, answer_pairs, forced_severities, token_limit
 from lightning_modules.evaluation.results import TaskResults
+from lightning_modules.generation.encoded_pairs import EncodedPairs
 from lightning_modules.models.backend import backend_of
 
 if TYPE_CHECKING:
@@ -125,7 +126,8 @@ class TaskEvaluator:
         shown = console if trainer.is_global_zero else None
         for results in tasks:
             task, pairs, started = results.task, results.pairs, time.monotonic()
-            limit = self.max_new_tokens or token_limit(chat, task, pairs)  # of all pairs, so equal on all ranks
+            encoded = EncodedPairs.encode(chat, task, pairs)
+            limit = self.max_new_tokens or token_limit(encoded)  # of all pairs, so equal on all ranks
             with (
                 TaskProgress(f"{heading}: {len(pairs)} {task.name} answers", shown) as progress,
                 backend.uneven_forward_context(model),
@@ -133,9 +135,7 @@ class TaskEvaluator:
             ):
                 predictions = answer_pairs(
                     model,
-                    chat,
-                    task,
-                    pairs[trainer.global_rank :: trainer.world_size],
+                    encoded[trainer.global_rank :: trainer.world_size],
                     max_new_tokens=limit,
                     batch_size=self.batch_size,
                     forced=self.forced_choice,
@@ -146,9 +146,9 @@ class TaskEvaluator:
             outcomes = gather_predictions(predictions, trainer.global_rank, trainer.world_size)
             results.add(heading, outcomes)
             results.seconds[heading], results.about[heading] = round(time.monotonic() - started, 1), about
-            if all(item.held for item in outcomes):
+            if all(item.constrained for item in outcomes):
                 name = f"{heading}, constrained"
-                results.add(name, [item.held for item in outcomes if item.held])
+                results.add(name, [item.constrained for item in outcomes if item.constrained])
                 results.about[name] = about
             yield results
         if pl_module.device.type == "cuda":
@@ -169,9 +169,9 @@ class TaskEvaluator:
         """
         rank, ranks = trainer.global_rank, trainer.world_size
         chat, model = trainer.datamodule.chat, pl_module.model  # type: ignore[attr-defined]
-        pairs: list[Pair] = results.pairs[rank::ranks]
+        encoded = EncodedPairs.encode(chat, results.task, results.pairs[rank::ranks])
         with backend_of(trainer).uneven_forward_context(model), trainer.precision_plugin.forward_context():  # type: ignore[arg-type]
-            severities = forced_severities(model, chat, results.task, pairs, batch_size=self.batch_size)  # type: ignore[arg-type]
+            severities = forced_severities(model, encoded, batch_size=self.batch_size)  # type: ignore[arg-type]
         predictions = gather_predictions([PredictionResult("", forced=s) for s in severities], rank, ranks)
         correct = [p.forced == pair.severity for p, pair in zip(predictions, results.pairs, strict=True) if p.forced]
         return sum(correct) / len(correct) if correct else None

@@ -35,7 +35,8 @@ def check(notebook, runs, limit):
     assert "passed" in text
     assert (run / "export" / "adapter_model.safetensors").is_file()
     assert (run / "analysis" / "enriched.html").read_text().count("<tr>") == limit + 1
-    assert not any(cell.get("outputs") for cell in nbformat.read(NOTEBOOK, as_version=4).cells)  # no outputs are committed
+    # no outputs are committed
+    assert not any(cell.get("outputs") for cell in nbformat.read(NOTEBOOK, as_version=4).cells)
 
 
 def small_evaluation(samples, tokens):

@@ -103,7 +103,7 @@ def _task_section(task: str, record: dict[str, Any], command: str) -> Iterator[s
         for name, label, form in informative_rows(columns)
     ]
     yield _table(rows, ["", *(_heading(name, about[name]) for name in columns)])
-    input_determined = record.get("severity_told_in", [])
+    input_determined = record.get("input_determined_categories", [])
     for group, head in (
         ("category", ["category", "findings", "determined by input"]),
         ("severity", ["severity", "findings"]),

@@ -26,7 +26,7 @@ ROWS = (
     ("complete", "ended before the token limit", ".0%"),
     ("prompts_cut", "truncated prompts", ".0%"),
     ("severity_accuracy", "severity accuracy", ".0%"),
-    ("told_severity_accuracy", "  determined by the input", ".0%"),
+    ("input_determined_severity_accuracy", "  determined by the input", ".0%"),
     ("severity_macro_f1", "severity macro-F1", ".2f"),
     ("forced_severity_accuracy", "severity, forced choice", ".0%"),
     ("risk_error", "risk error (points of 100)", ".1f"),

@@ -66,8 +66,8 @@ def test_fit_compares_untuned_and_tuned_model_with_baselines(tmp_path, tiny_llam
     groups = columns["title look-up"]["groups"]
     assert {name: part["answers"] for name, part in groups["severity"].items()} == {"info": 2, "low": 2, "high": 1}
     assert groups["category"]["network"]["severity_accuracy"] == 1
-    assert result["severity_told_in"] == ["network"]
-    assert columns["title look-up"]["figures"]["told_severity_accuracy"] == 1
+    assert result["input_determined_categories"] == ["network"]
+    assert columns["title look-up"]["figures"]["input_determined_severity_accuracy"] == 1
 
 
 def test_training_is_the_same_without_evaluation(tmp_path, tiny_llama, chatml_tokenizer):

@@ -9,7 +9,8 @@ import torch
 from callbacks.task_evaluator import TaskEvaluator, gather_predictions, load_questions
 from datamodules.errors import UserError
 from datamodules.tasks import SummaryTask
-from lightning_modules.evaluation.evaluate import PredictionResult, answer_pairs, score, token_limit
+from lightning_modules.evaluation.evaluate import PredictionResult, answer_pairs, score_predictions
+from lightning_modules.generation.encoded_pairs import EncodedPairs
 from tests.helpers.tiny_evaluation import PAIRS, EvaluationData, EvaluationModule
 
 SAMPLING = {"tasks": None, "num_samples": 7, "balanced": False, "baseline_train_size": 30}
@@ -50,7 +51,8 @@ def exchange(sent, rank, ranks):
 
 def test_loss_is_that_of_a_plain_forward_pass(data, module):
     task, pairs = data.tasks["risk"], PAIRS["val"]
-    outcomes = answer_pairs(module.model, data.chat, task, pairs, max_new_tokens=2, batch_size=3, forced=True)
+    encoded = EncodedPairs.encode(data.chat, task, pairs)
+    outcomes = answer_pairs(module.model, encoded, max_new_tokens=2, batch_size=3, forced=True)
     total = count = 0
     for example in data.chat.encode(task, pairs):
         ids = torch.tensor([[*example.prompt_ids.tolist(), *example.completion_ids.tolist()]])
@@ -59,17 +61,12 @@ def test_loss_is_that_of_a_plain_forward_pass(data, module):
         with torch.no_grad():
             total += module.model(input_ids=ids, labels=labels).loss.item() * len(example.completion_ids)
         count += len(example.completion_ids)
-    scores = score(task, pairs, outcomes)
+    scores = score_predictions(task, pairs, outcomes)
     assert scores.figures["loss"] == pytest.approx(total / count, rel=1e-5)
     low, high = scores.intervals["loss"]
     assert low <= scores.figures["loss"] <= high
     assert all(outcome.forced in ("info", "low", "medium", "high", "critical") for outcome in outcomes)
     assert scores.figures["complete"] == 0
-
-
-def test_token_limit_is_one_and_a_half_times_the_longest_expected_answer(data):
-    longest = max(len(pair.completion) for pair in PAIRS["val"]) + 1  # bytes, and EOS
-    assert token_limit(data.chat, data.tasks["risk"], PAIRS["val"]) == longest * 3 // 2 + 16
 
 
 def test_each_rank_answers_its_share_and_receives_all(monkeypatch, data, module):
@@ -94,10 +91,9 @@ def test_forced_choice_accuracy_is_that_of_all_ranks(monkeypatch, data, module):
         monkeypatch.setattr(torch.distributed, "all_gather_object", exchange(sent, rank, ranks))
         (results,) = load_questions(data, "val", **SAMPLING)
         accuracies.append(EVALUATOR.forced_choice_accuracy(fake_trainer(data, rank, ranks), module, results))
-    outcomes = answer_pairs(
-        module.model, data.chat, data.tasks["risk"], PAIRS["val"], max_new_tokens=2, batch_size=3, forced=True
-    )
-    expected = score(data.tasks["risk"], PAIRS["val"], outcomes).figures["forced_severity_accuracy"]
+    encoded = EncodedPairs.encode(data.chat, data.tasks["risk"], PAIRS["val"])
+    outcomes = answer_pairs(module.model, encoded, max_new_tokens=2, batch_size=3, forced=True)
+    expected = score_predictions(data.tasks["risk"], PAIRS["val"], outcomes).figures["forced_severity_accuracy"]
     assert accuracies[0] == pytest.approx(expected)
     assert accuracies[2] == pytest.approx(expected)
 

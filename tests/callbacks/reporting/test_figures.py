@@ -8,7 +8,7 @@ import matplotlib.pyplot as plt
 from callbacks.reporting.figures import draw_figures
 from datamodules.tasks import RiskTask, SummaryTask
 from datamodules.tasks.base import compact_json
-from lightning_modules.evaluation.evaluate import PredictionResult, score
+from lightning_modules.evaluation.evaluate import PredictionResult, score_predictions
 from tests.helpers.tiny_evaluation import make_pair
 
 
@@ -16,7 +16,7 @@ def test_figures_show_the_measured_values():
     pairs = [replace(make_pair(i), category=f"c{i % 2}") for i in range(6)]
     answers = [compact_json(json.loads(p.completion) | {"probability_actionable": 0.3}) for p in pairs]
     pairs = [replace(p, completion=a) for p, a in zip(pairs, answers, strict=True)]
-    drawn = draw_figures(score(RiskTask(), pairs, [PredictionResult(answer) for answer in answers]))
+    drawn = draw_figures(score_predictions(RiskTask(), pairs, [PredictionResult(answer) for answer in answers]))
     assert list(drawn) == ["confusion", "calibration", "error_by_category"]
     assert [text.get_text() for text in drawn["confusion"].axes[0].texts] == ["2", "2", "2"]
     labels = [label.get_text() for label in drawn["error_by_category"].axes[0].get_yticklabels()]
@@ -27,11 +27,11 @@ def test_figures_show_the_measured_values():
 
 
 def test_a_task_without_severities_has_no_figures():
-    one = score(RiskTask(), [make_pair(0)], [PredictionResult("")])
+    one = score_predictions(RiskTask(), [make_pair(0)], [PredictionResult("")])
     assert draw_figures(one).keys() == {"confusion"}
-    assert not draw_figures(score(SummaryTask(), [], []))
+    assert not draw_figures(score_predictions(SummaryTask(), [], []))
 
 
 def test_figures_are_not_registered_with_pyplot():
-    draw_figures(score(RiskTask(), [make_pair(0)], [PredictionResult("")]))
+    draw_figures(score_predictions(RiskTask(), [make_pair(0)], [PredictionResult("")]))
     assert plt.get_fignums() == []

@@ -104,7 +104,7 @@ def test_scores_are_equal_after_writing_and_reading(tmp_path):
     assert str(again.groups) == str(before.groups)
     assert again.outcomes == before.outcomes
     other = TaskResults(short_task(), "val", pairs, input_determined={"network"})
-    other.remember(record, "untuned")
+    other.load_column(record, "untuned")
     assert str(other.columns["untuned"].figures) == str(before.figures)
     assert read_results(tmp_path / "none.json") == {}
 

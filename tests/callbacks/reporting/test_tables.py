@@ -16,7 +16,7 @@ from callbacks.reporting.tables import (
 )
 from datamodules.tasks import RiskTask
 from datamodules.tasks.base import Pair
-from lightning_modules.evaluation.evaluate import EvaluationScores, PredictionResult, differences, score
+from lightning_modules.evaluation.evaluate import EvaluationScores, PredictionResult, score_predictions
 from tests.helpers.tiny_evaluation import make_pair, task_results
 
 
@@ -67,8 +67,8 @@ def test_headings_contain_the_step_of_the_weights():
 def test_the_table_shows_unmeasured_figures_as_a_dash():
     pairs = [make_pair(0), make_pair(1)]
     first, empty = PredictionResult(pairs[0].completion, nll=2.0, tokens=4), PredictionResult("", nll=6.0, tokens=4)
-    half = score(RiskTask(), pairs, [first, empty])
-    none = score(RiskTask(), pairs, [PredictionResult(""), PredictionResult("")])
+    half = score_predictions(RiskTask(), pairs, [first, empty])
+    none = score_predictions(RiskTask(), pairs, [PredictionResult(""), PredictionResult("")])
     assert half.figures["loss"] == 1.0
     assert math.isnan(none.figures["risk_error"])
     text = render(comparison_table("title", {"half": half, "none": none}))
@@ -103,15 +103,9 @@ def test_a_long_text_is_cut_in_a_sample():
     assert "x" * 599 + "…" in render(format_sample(pair, {}), width=800)
 
 
-def test_differences_list_the_keys_with_other_values():
-    pair = make_pair(1)
-    assert differences(pair.completion, '{"risk_score":10,"severity":"high"}') == {"severity": ("low", "high")}
-    assert set(differences(pair.completion, "nonsense")) == {"severity", "risk_score"}
-
-
 def test_markdown_escapes_text_of_findings():
     hostile = Pair("risk", '{"title":"<script>|x"}', make_pair(1).completion, "low", "network", 1)
-    column = score(RiskTask(), [hostile], [PredictionResult("a|b\n<b>", nll=1.0, tokens=2)])
+    column = score_predictions(RiskTask(), [hostile], [PredictionResult("a|b\n<b>", nll=1.0, tokens=2)])
     table = markdown_samples([hostile], {"tuned": column})
     assert "<" not in table
     assert all(line.count("|") == 5 for line in table.splitlines())
