@@ -53,18 +53,18 @@ def test_the_error_of_a_block_is_within_its_precision(tmp_path, mistral_tokenize
     model = LlamaForCausalLM(config).eval()
     model.model.layers[0].mlp.up_proj.weight.data[0, :32] = 0  # a block of zeros
     write_gguf(model, mistral_tokenizer, tmp_path / "model.gguf", "tiny", kind)
-    exact = gguf._state(write_exact(tmp_path, model, mistral_tokenizer), 3, 1)
+    exact = gguf._state(_file(tmp_path, model, mistral_tokenizer), 3, 1)
     reader = GGUFReader(tmp_path / "model.gguf")
     for tensor in reader.tensors:
         weight, kept = exact[gguf._name(tensor.name)], gguf._state(reader, 3, 1)
         stored = kept[gguf._name(tensor.name)]
-        is_outer = tensor.name in ("token_embd.weight", "output.weight")
-        expected = "F32" if weight.ndim == 1 else "Q8_0" if is_outer else kind.upper()
+        outer = tensor.name in ("token_embd.weight", "output.weight")
+        expected = "F32" if weight.ndim == 1 else "Q8_0" if outer else kind.upper()
         assert tensor.tensor_type.name == expected, tensor.name
         if weight.ndim == 1:
             assert np.array_equal(weight, stored)
             continue
-        used = "q8_0" if is_outer else kind
+        used = "q8_0" if outer else kind
         steps = step_of(weight.reshape(-1, 32), used)
         error = np.abs(weight - stored).reshape(-1, 32).max(1)
         assert (error <= LARGEST_ERROR[used] * steps + 1e-7).all(), tensor.name
@@ -77,7 +77,7 @@ def test_the_error_of_a_block_is_within_its_precision(tmp_path, mistral_tokenize
         assert difference.norm() < (0.02 if kind == "q8_0" else 0.3) * model(ids).logits.norm()
 
 
-def write_exact(folder, model, tokenizer):
+def _file(folder, model, tokenizer):
     write_gguf(model, tokenizer, folder / "exact.gguf", "tiny", "f16")
     return GGUFReader(folder / "exact.gguf")
 
