@@ -1,13 +1,14 @@
-"""How many findings a second does ``analyze`` read, with the shapes of a large model?
+"""Measures how many findings per second ``analyze`` processes, with the shapes of a large model.
 
     python benchmarks/analyze.py --tokenizer FOLDER [--report report.json] [--findings 234,2340] [--output table.json]
 
-Mistral-7B shapes with random weights: speed does not depend on their values, answers do. So every answer is forced,
-token by token, to one of a real answer's length (the median of generated pairs of its task), with the grammar computed
-all the same: the time is that of a trained model whose answers end. Everything else is the command's own: reading,
-prompts, batches, prefix cache, grammar, the document and its ids.
+The model has Mistral-7B's shapes and random weights: the speed does not depend on their values, but the answers do.
+Every answer is therefore forced, token by token, to an answer of median length among generated pairs of its task, and
+the grammar is computed nevertheless: the time is that of a trained model whose answers end. Everything else is the
+command's own code: reading, prompts, batches, prefix cache, grammar, the document and its ids.
 
-``merged`` is what ``export --format merged`` writes (bf16, no adapter), ``nf4`` a run's own NF4 base with LoRA r=64.
+``merged`` is the model that ``export --format merged`` writes (bf16, no adapter), ``nf4`` the NF4 base of a run with
+LoRA r=64.
 """
 
 from __future__ import annotations
@@ -42,48 +43,48 @@ from lightning_modules import Backbone, LoRA  # noqa: E402
 from lightning_modules.generation.merged_weights import merged  # noqa: E402
 from lightning_modules.generation.response_cache import CachedGenerator  # noqa: E402
 
-SOURCE = "synthetic://?findings=600&seed=7"  #: answers of usual length, and findings where no report is given
+SOURCE = "synthetic://?findings=600&seed=7"  #: answers of usual length, and findings if no report is given
 
 
-class Forced:
-    """A grammar whose masks are cut down to the next token of a given answer.
+class ForcedAnswer:
+    """A grammar whose masks are restricted to the next token of a given answer.
 
     Args:
-        grammar: computed at each step as for any answer.
-        ids: of the answer, end of sequence included.
+        grammar: computed in each step as for any answer.
+        ids: token ids of the answer, including the end of sequence.
     """
 
     def __init__(self, grammar: Any, ids: list[int]) -> None:
         self.grammar, self.ids = grammar, ids
 
     def start(self) -> Any:
-        """Makes the matcher of one answer, which counts its tokens."""
+        """Returns the matcher of one answer, which counts its tokens."""
         matcher = self.grammar.start()
         matcher.answer = iter(self.ids)
         return matcher
 
     def allowed(self, matchers: list[Any]) -> torch.Tensor:
-        """Allows the next token only; one that the grammar forbids is an error."""
+        """Returns masks that allow the next token only; raises an error if the grammar forbids it."""
         bits_BW = self.grammar.allowed(matchers)
         for row, matcher in zip(bits_BW, matchers, strict=True):
             if matcher is None:
                 continue
             following = next(matcher.answer)
             bit = 1 << following % 32
-            bit -= (bit >> 31) << 32  # the highest bit is the sign's
+            bit -= (bit >> 31) << 32  # the highest bit is the sign
             assert row[following // 32] & bit, f"the grammar forbids token {following} of the forced answer"
             row.zero_()
             row[following // 32] = bit
         return bits_BW
 
 
-class ForcedInquiry(CachedGenerator):
-    """Asks as ``analyze`` does, and gets answers of usual length.
+class ForcedGenerator(CachedGenerator):
+    """Generates as ``analyze`` does, and returns answers of usual length.
 
     Args:
-        answers: token ids of one answer a task.
-        seconds: filled with the time that tasks took which were asked together.
-        **options: as of :class:`~lightning_modules.generation.response_cache.CachedGenerator`.
+        answers: token ids of one answer per task.
+        seconds: filled with the time of each group of tasks that is generated together.
+        **options: arguments of :class:`~lightning_modules.generation.response_cache.CachedGenerator`.
     """
 
     def __init__(self, answers: dict[str, list[int]], seconds: dict[str, float], **options: Any) -> None:
@@ -91,21 +92,24 @@ class ForcedInquiry(CachedGenerator):
         self.answers, self.seconds = answers, seconds
 
     def _constraint(self, task: Any) -> Any:
-        return Forced(super()._constraint(task), self.answers[task.name])
+        return ForcedAnswer(super()._constraint(task), self.answers[task.name])
 
     def __call__(self, questions: Any, progress: Any = lambda share: None) -> Any:
-        """Times questions that are asked together."""
+        """Generates the responses and measures the time."""
         started = time.perf_counter()
-        replies = super().__call__(questions, progress)
-        asked = Counter(task.name for task, _ in questions)
-        name = ", ".join(f"{task} ({count})" for task, count in asked.items())
+        responses = super().__call__(questions, progress)
+        counts = Counter(task.name for task, _ in questions)
+        name = ", ".join(f"{task} ({count})" for task, count in counts.items())
         self.seconds[name] = time.perf_counter() - started
-        assert all(reply.complete for reply in replies)
-        return replies
+        assert all(response.complete for response in responses)
+        return responses
 
 
 def usual_answers(data: FindingsDataModule) -> dict[str, list[int]]:
-    """Token ids of the answer of median length of each task; severities are high, so that every task has its say."""
+    """Returns the token ids of each task's answer of median length.
+
+    Severities are high, so that every task has findings to work on.
+    """
     answers = {}
     for name in TASKS:
         pairs = [pair for pair in data.pairs("train", name, 400) if name != "risk" or pair.severity == "high"]
@@ -115,26 +119,26 @@ def usual_answers(data: FindingsDataModule) -> dict[str, list[int]]:
 
 
 def repeated(document: Document, count: int) -> Document:
-    """A report of so many findings: copies differ in title and id, so that each is asked for itself."""
+    """Returns a report of ``count`` findings; copies differ in title and id, so that each one is generated."""
     findings = []
     for number in range(count):
         finding = copy.deepcopy(document.findings[number % len(document.findings)])
-        again = number // len(document.findings)
-        finding.title, finding.id = finding.title + f" ({again})" * bool(again), f"{finding.id}-{again}"
+        copies = number // len(document.findings)
+        finding.title, finding.id = finding.title + f" ({copies})" * bool(copies), f"{finding.id}-{copies}"
         findings.append(finding)
     return replace(document, findings=findings, correlations=[])
 
 
-def measure(inquiry: ForcedInquiry, document: Document, repeats: int) -> dict[str, Any]:
-    """Analyses a report some times; the fastest pass, and the median beside it."""
+def measure(generator: ForcedGenerator, document: Document, repeats: int) -> dict[str, Any]:
+    """Analyses a report several times; returns the figures of the fastest pass, and the median speed."""
     passes = []
     for _ in range(repeats):
-        inquiry._kept.clear()  # no answer from the pass before
-        inquiry.seconds.clear()
+        generator.responses.clear()  # no answer of the pass before
+        generator.seconds.clear()
         started = time.perf_counter()
-        with merged(inquiry.model):
-            Analysis(inquiry, TASKS)(copy.deepcopy(document))
-        passes.append((time.perf_counter() - started, dict(inquiry.seconds)))
+        with merged(generator.model):
+            Analysis(generator, TASKS)(copy.deepcopy(document))
+        passes.append((time.perf_counter() - started, dict(generator.seconds)))
     seconds, by_task = min(passes, key=lambda one: one[0])
     count = len(document.findings)
     return {
@@ -150,8 +154,8 @@ def measure(inquiry: ForcedInquiry, document: Document, repeats: int) -> dict[st
 def load(kind: str, folder: str, device: torch.device) -> Any:
     """Builds the model of a kind with random weights."""
     backbone = partial(Backbone, f"random:{folder}", dtype="float32" if device.type == "cpu" else "bfloat16")
-    recipe = backbone("none") if kind == "merged" else backbone("nf4", lora=LoRA(64, 128))
-    return recipe.build(device).requires_grad_(False)
+    chosen = backbone("none") if kind == "merged" else backbone("nf4", lora=LoRA(64, 128))
+    return chosen.build(device).requires_grad_(False)
 
 
 def main() -> None:
@@ -181,14 +185,14 @@ def main() -> None:
     for kind in args.kinds.split(","):
         model = load(kind, args.model, device)
         for count in map(int, args.findings.split(",")):
-            inquiry = ForcedInquiry(
+            generator = ForcedGenerator(
                 answers, {}, model=model, chat=ChatFormat(load_tokenizer(args.tokenizer)), identity="random",
                 batch_size=args.batch_size,
             )  # fmt: skip
             if device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats()
             row = {"kind": kind, "batch_size": args.batch_size} | measure(
-                inquiry, repeated(document, count), args.repeats
+                generator, repeated(document, count), args.repeats
             )
             if device.type == "cuda":
                 row["peak_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 1)

@@ -1,16 +1,17 @@
-"""How many findings a second does a model answer?
+"""Measures how many findings per second a model answers.
 
     python benchmarks/generation.py              # Mistral-7B shapes in NF4 with random weights, one GPU
     python benchmarks/generation.py --model embedded:smollm2-135m-instruct --quantization none --dtype float32 \
         --device cpu --findings 16 --slots 16 --variants merged
 
-Random weights never end an answer, so every answer is cut at ``--answer`` tokens; the speed does not depend on what is
-written. Prompts are random tokens behind a common prefix, as long as the risk task's (Mistral's tokenizer, real shards:
-about 150 tokens of instruction, 130 of finding, 95 of answer). An adapter of rank 64 on all seven projections is there,
-as after training. ``--tokenizer FOLDER`` adds a variant that holds the answers to the risk schema's grammar.
+Random weights never end an answer, so every answer is cut at ``--answer`` tokens; the speed does not depend on the
+generated tokens. Prompts are random tokens after a common prefix, as long as those of the risk task (Mistral's
+tokenizer, real shards: about 150 tokens of instruction, 130 of finding, 95 of answer). The model has an adapter of rank
+64 on all seven projections, as after training. ``--tokenizer FOLDER`` adds a variant whose answers are constrained by
+the grammar of the risk schema.
 
-Each variant answers ``--findings`` questions twice in a process of its own; the second time counts (kernels and graphs
-of the first are not kept, but libraries are loaded then).
+Each variant answers ``--findings`` prompts twice in a process of its own, and the second time is reported (kernels and
+graphs of the first are not kept, but libraries are loaded then).
 """
 
 from __future__ import annotations
@@ -38,34 +39,34 @@ VARIANTS = {
 
 
 class Prompts:
-    """Stands for a chat format: prompts of given lengths, of random tokens behind a common prefix."""
+    """Replaces a chat format: prompts of given lengths, of random tokens after a common prefix."""
 
     def __init__(self, vocabulary: int, prefix: int, finding: int, seed: int = 0) -> None:
         import numpy as np
 
         self._random, self._vocabulary, self._finding = np.random.default_rng(seed), vocabulary, finding
         self._prefix = self._ids(prefix)
-        self.eos_id = -1  # no token: an answer is as long as it is said to be
+        self.eos_id = -1  # not a token: every answer has the full length
 
     def _ids(self, count: int) -> list[int]:
         return self._random.integers(5, self._vocabulary, count).tolist()
 
     def prefix_ids(self, task: Any) -> list[int]:
-        """The prefix."""
+        """Returns the prefix."""
         return list(self._prefix)
 
     def prompt_ids(self, task: Any, contents: list[str]) -> list[list[int]]:
-        """One prompt for each content; findings differ by half in length."""
+        """Returns one prompt per content; the lengths of findings differ by up to a quarter from the mean."""
         spread = self._random.uniform(0.75, 1.25, len(contents))
         return [[*self._prefix, *self._ids(int(self._finding * part))] for part in spread]
 
-    def decode(self, ids: list[int]) -> str:
-        """No text."""
+    def decode(self, ids: list[int], task: Any = None) -> str:
+        """Returns no text."""
         return ""
 
 
 def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
-    """Answers all findings twice and returns the second time's figures."""
+    """Answers all findings twice and returns the figures of the second time."""
     import torch
 
     from lightning_modules import Backbone, LoRA
@@ -74,11 +75,11 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
 
     one_copy, graphs, grammar = VARIANTS[name]
     merged_weights.MEMORY_SHARE = merged_weights.MEMORY_SHARE if one_copy else 0.0
-    kv_cache.EAGER = kv_cache.EAGER if graphs else 1 << 30
+    kv_cache.WARMUP_STEPS = kv_cache.WARMUP_STEPS if graphs else 1 << 30
     steps = _count_steps(kv_cache.SlotKVCache)
     lora = LoRA(options.rank, 2 * options.rank) if options.rank else None
-    recipe = Backbone(options.model, options.quantization, options.dtype, lora=lora)
-    model = recipe.build(options.device).requires_grad_(False)
+    backbone = Backbone(options.model, options.quantization, options.dtype, lora=lora)
+    model = backbone.build(options.device).requires_grad_(False)
     chat = Prompts(model.config.vocab_size, options.prefix, options.finding)
     constraint, times = _grammar(options.tokenizer) if grammar else None, []
     for _ in range(2):
@@ -105,7 +106,7 @@ def measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _count_steps(kind: Any) -> list[float]:
-    """Times every step of the slots; a step waits for its tokens, so the host's clock will do."""
+    """Measures the time of every step on the host's clock: a step ends when its tokens are on the host."""
     seconds: list[float] = []
     step = kind.step
 
@@ -136,22 +137,22 @@ def _synchronize(device: str) -> None:
 
 
 def main() -> None:
-    """Reads the command line; runs each variant in a process of its own and prints a table."""
+    """Parses the command line, runs each variant in a process of its own and prints a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=f"random:{ROOT / 'benchmarks' / 'mistral-7b'}")
     parser.add_argument("--quantization", default="nf4", choices=["nf4", "int8", "none"])
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--device", default="cuda")
-    parser.add_argument("--rank", type=int, default=64, help="of the adapter; 0 is none")
+    parser.add_argument("--rank", type=int, default=64, help="rank of the adapter; 0 is no adapter")
     parser.add_argument("--findings", type=int, default=256)
     parser.add_argument("--slots", type=int, default=128)
     parser.add_argument("--prefix", type=int, default=150)
-    parser.add_argument("--finding", type=int, default=130, help="tokens of a prompt behind the prefix, on average")
+    parser.add_argument("--finding", type=int, default=130, help="tokens of a prompt after the prefix, on average")
     parser.add_argument("--answer", type=int, default=95)
-    parser.add_argument("--tokenizer", help="folder, for the variant with a grammar")
+    parser.add_argument("--tokenizer", help="folder of a tokenizer, for the variant with a grammar")
     parser.add_argument("--variants", nargs="*", choices=VARIANTS)
     parser.add_argument("--child", choices=VARIANTS, help=argparse.SUPPRESS)
-    parser.add_argument("--output", help="JSON file of all figures")
+    parser.add_argument("--output", help="JSON file for all figures")
     options = parser.parse_args()
     if options.child is not None:
         print("RESULT " + json.dumps(measure(options.child, options)))
@@ -175,7 +176,7 @@ def _child(name: str) -> dict[str, Any]:
 
 
 def report(rows: list[dict[str, Any]], options: argparse.Namespace) -> None:
-    """Prints the table."""
+    """Prints the table, and writes the figures if asked."""
     lora = f"LoRA r={options.rank}" if options.rank else "no adapter"
     print(
         f"\n{Path(options.model).name}, {options.quantization}, {lora}: {options.findings} findings, "

@@ -1,4 +1,4 @@
-"""Callbacks: speed and memory, progress, run record, adapters, evaluation, stopping by signal."""
+"""Callbacks: throughput, progress, run record, adapter checkpoints, evaluation, and stop by signal."""
 
 from callbacks.adapter_checkpoint import AdapterCheckpoint
 from callbacks.evaluation import Evaluation

@@ -1,4 +1,4 @@
-"""Adapters in PEFT's format beside the checkpoints, ready for ``PeftModel.from_pretrained``."""
+"""Adapters in PEFT's format next to the checkpoints, for ``PeftModel.from_pretrained``."""
 
 from __future__ import annotations
 
@@ -7,56 +7,56 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
 
-from callbacks.paths import run_folder
+from callbacks.best_checkpoint import BestCheckpoint, find_best_checkpoint
+from callbacks.paths import run_directory
 
 
 class AdapterCheckpoint(Callback):
     """Writes ``<run>/adapter/last`` and ``<run>/adapter/best``, each with the tokenizer.
 
-    Both follow the checkpoints: ``last`` is written with every checkpoint that is saved (an interrupted run's too) and
-    once more when training ends, ``best`` when the saved checkpoint is the monitored metric's new best. A folder is
-    replaced as a whole, so that a reader never finds half of one.
+    Both correspond to the checkpoints: ``last`` is written with every checkpoint, also with that of an interrupted run,
+    and once more when training ends. ``best`` is written when the saved checkpoint is the new best of the monitored
+    metric. A directory is replaced as a whole, so that a reader never sees a partial one.
 
-    The module needs ``save_adapter(path)``, which is called on every rank and writes on rank zero; the tokenizer is
+    The module must have ``save_adapter(path)``, which is called on all ranks and writes on rank zero. The tokenizer is
     ``trainer.datamodule.chat.tokenizer``, if there is one.
     """
 
     def __init__(self) -> None:
-        self._folder: Path | None = None
-        self._best: Any = None
-        self._written_at: int | None = None
+        self._directory: Path | None = None
+        self._best: BestCheckpoint | None = None
+        self._written_at_step: int | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Asks for the run folder, on every rank."""
-        self._folder = run_folder(trainer) / "adapter"
+        """Resolves the run directory; called on all ranks."""
+        self._directory = run_directory(trainer) / "adapter"
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Takes over the best checkpoint of the run that is resumed, so that only a better one replaces it."""
-        self._best = _best_checkpoint(trainer)
+        """Reads the best checkpoint of a resumed run, so that only a better one replaces its adapter."""
+        self._best = find_best_checkpoint(trainer)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Writes the adapters of a checkpoint that is being saved.
+        """Writes the adapters that belong to the checkpoint that is being saved.
 
-        ``ModelCheckpoint`` names its new best before it saves it, so these are the best's weights.
+        ``ModelCheckpoint`` sets its new best path before it saves the file, so the current weights are the best ones.
         """
         self._write(trainer, pl_module, "last")
-        best = _best_checkpoint(trainer)
+        best = find_best_checkpoint(trainer)
         if best is not None and best != self._best:
             self._write(trainer, pl_module, "best")
             self._best = best
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Writes the final weights, where no checkpoint was saved at the last step."""
-        if self._written_at != trainer.global_step:
+        """Writes the final weights if no checkpoint was saved at the last step."""
+        if self._written_at_step != trainer.global_step:
             self._write(trainer, pl_module, "last")
 
     def _write(self, trainer: Trainer, pl_module: LightningModule, name: str) -> None:
-        self._written_at = trainer.global_step
-        if self._folder is None or trainer.fast_dev_run:  # type: ignore[attr-defined]
+        self._written_at_step = trainer.global_step
+        if self._directory is None or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
-        unfinished = self._folder / f".{name}.unfinished"
+        unfinished = self._directory / f".{name}.unfinished"
         if trainer.is_global_zero:
             shutil.rmtree(unfinished, ignore_errors=True)
             unfinished.mkdir(parents=True)
@@ -65,19 +65,11 @@ class AdapterCheckpoint(Callback):
             chat = getattr(getattr(trainer, "datamodule", None), "chat", None)
             if chat is not None:
                 chat.tokenizer.save_pretrained(unfinished)
-            _replace(unfinished, self._folder / name)
+            _replace_directory(unfinished, self._directory / name)
 
 
-def _best_checkpoint(trainer: Trainer) -> tuple[str, float] | None:
-    """Path and score of the best checkpoint so far, None where no metric is monitored or none was seen."""
-    for callback in trainer.checkpoint_callbacks:
-        if isinstance(callback, ModelCheckpoint) and callback.best_model_path and callback.best_model_score is not None:
-            return callback.best_model_path, float(callback.best_model_score)
-    return None
-
-
-def _replace(new: Path, target: Path) -> None:
-    """Puts a folder in another's place; a folder can't be renamed over one with content."""
+def _replace_directory(new: Path, target: Path) -> None:
+    """Replaces a directory by another; a rename alone fails if the target has content."""
     old = target.with_name(f".{target.name}.old")
     shutil.rmtree(old, ignore_errors=True)
     if target.exists():

@@ -1,4 +1,4 @@
-"""A signal ends a run where it can be taken up again: after an optimizer step, with a checkpoint."""
+"""Stop of a run by a signal: after an optimizer step, with a checkpoint from which the run can be resumed."""
 
 from __future__ import annotations
 
@@ -13,16 +13,19 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_info
 
-from callbacks.paths import checkpoint_folder, run_folder
+from callbacks.paths import checkpoint_directory, run_directory
 
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name))
 
 
 class Interrupted(SystemExit):
-    """Ends the process with 128 + the signal's number, as a shell reports it, unless somebody catches it.
+    """Ends the process with status 128 + the number of the signal, as a shell reports it, unless it is caught.
 
-    An exit and not ``trainer.should_stop``, which would first validate, and mark the epoch as finished in whatever is
-    saved after it, so that a resumed run would skip the rest.
+    It is used instead of ``trainer.should_stop``, which validates first and marks the epoch as finished in every later
+    checkpoint, so that a resumed run would skip the rest of the epoch.
+
+    Args:
+        signum: number of the signal.
     """
 
     def __init__(self, signum: int) -> None:
@@ -33,26 +36,26 @@ class Interrupted(SystemExit):
 class Preemption(Callback):
     """Saves ``last.ckpt`` and stops after SIGTERM, SIGINT (the first Ctrl-C) or SIGUSR1.
 
-    The signal only sets a flag. After the next optimizer step (so that no accumulated gradient is lost), or after the
-    next validation batch, the state is saved beside the other checkpoints and :class:`Interrupted` is raised. A second
-    Ctrl-C stops at once, without saving, and so does any signal once training has ended. An interrupted validation is
-    not repeated on resume; training goes on exactly.
+    The signal handler only sets a flag. After the next optimizer step (so that no accumulated gradient is lost), or
+    after the next validation batch, the state is saved next to the other checkpoints and :class:`Interrupted` is
+    raised. A second Ctrl-C stops at once, without saving, and so does any signal after the end of training. An
+    interrupted validation is not repeated on resume; training continues exactly.
 
     Lightning's own SIGTERM handler stops in the middle of an accumulation window and saves nothing, and its broadcast
-    from inside a signal handler may deadlock several ranks; this one takes its place from the first step on, until the
-    fit is over. Under SLURM with automatic requeueing, SIGUSR1 stays Lightning's.
+    inside a signal handler may deadlock several ranks. This handler replaces it from the first step until the end of
+    the fit. Under SLURM with automatic requeueing, SIGUSR1 keeps Lightning's handler.
 
     Args:
-        agree_every_n_steps: with several ranks, optimizer steps between two checks whether any has got a signal, one
-            reduction of a number each; a single process looks at its flag after every step.
+        agree_every_n_steps: with several ranks, optimizer steps between two checks whether any rank received a signal.
+            A check is one reduction of a number. A single process checks its flag after every step.
 
     Attributes:
-        interrupted: the signal that stopped the run, or None.
+        interrupted: signal that stopped the run, or None.
     """
 
     def __init__(self, agree_every_n_steps: int = 10) -> None:
         if agree_every_n_steps < 1:
-            raise ValueError(f"agree_every_n_steps {agree_every_n_steps} is less than 1")
+            raise ValueError(f"callbacks.Preemption: agree_every_n_steps={agree_every_n_steps}: must be at least 1")
         self.agree_every_n_steps = agree_every_n_steps
         self.interrupted: signal.Signals | None = None
         self._received: int | None = None
@@ -62,26 +65,26 @@ class Preemption(Callback):
         self._run = Path()
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Asks for the run folder, on every rank."""
-        self._run = run_folder(trainer)
+        """Resolves the run directory; called on all ranks."""
+        self._run = run_directory(trainer)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Takes the signals over, after Lightning has installed its own handlers."""
+        """Installs the signal handlers after Lightning has installed its own."""
         self._received, self.interrupted = None, None
         self._last_step, self._between_steps, self._training = trainer.global_step, True, True
         self._install()
-        if trainer.received_sigterm:  # while the model was built: there is nothing to save yet
+        if trainer.received_sigterm:  # received while the model was built: there is nothing to save yet
             self.interrupted = signal.SIGTERM
             raise Interrupted(signal.SIGTERM)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Stops if a signal came and the batch ended with an optimizer step."""
+        """Stops if a signal was received and the batch ended with an optimizer step."""
         self._between_steps = trainer.global_step != self._last_step
         self._last_step = trainer.global_step
         if self._between_steps and (trainer.world_size == 1 or trainer.global_step % self.agree_every_n_steps == 0):
-            self._stop_if_asked(trainer)
+            self._stop_if_requested(trainer)
 
     def on_validation_batch_end(
         self,
@@ -92,21 +95,24 @@ class Preemption(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        """Stops inside a validation that began between two steps; several ranks wait, as their batches may differ."""
+        """Stops inside a validation that began between two steps.
+
+        Several ranks wait until the next step, because their numbers of batches may differ.
+        """
         if self._previous and self._between_steps and trainer.world_size == 1:
-            self._stop_if_asked(trainer)
+            self._stop_if_requested(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Stops after a signal that came behind the last step; what follows (an evaluation) may be stopped at once."""
-        self._stop_if_asked(trainer)
+        """Stops if a signal was received after the last step; later work (an evaluation) may be stopped at once."""
+        self._stop_if_requested(trainer)
         self._training = False
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Gives the signals back."""
+        """Restores the previous signal handlers."""
         self._restore()
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Gives the signals back."""
+        """Restores the previous signal handlers."""
         self._restore()
 
     def _install(self) -> None:
@@ -122,7 +128,7 @@ class Preemption(Callback):
     def _restore(self) -> None:
         while self._previous:
             signum, handler = self._previous.popitem()
-            if signal.getsignal(signum) == self._receive:  # Lightning may have put back what was there before it
+            if signal.getsignal(signum) == self._receive:  # Lightning may have restored its previous handler
                 signal.signal(signum, handler if handler is not None else signal.SIG_DFL)
 
     def _receive(self, signum: int, frame: FrameType | None) -> None:
@@ -133,25 +139,27 @@ class Preemption(Callback):
             return
         self._received = signum
         text = f"\n{signal.Signals(signum).name}: saving after this optimizer step; Ctrl-C (again) stops at once\n"
-        os.write(2, text.encode())  # print may be what the signal interrupted, and can't be entered twice
+        os.write(2, text.encode())  # not print: the signal may have interrupted a print, which is not reentrant
 
-    def _stop_if_asked(self, trainer: Trainer) -> None:
-        asked = self._received is not None
-        if not (trainer.strategy.reduce_boolean_decision(asked, all=False) if trainer.world_size > 1 else asked):
+    def _stop_if_requested(self, trainer: Trainer) -> None:
+        requested = self._received is not None
+        if trainer.world_size > 1:
+            requested = trainer.strategy.reduce_boolean_decision(requested, all=False)
+        if not requested:
             return
         self.interrupted = signal.Signals(self._received or signal.SIGTERM)
         if not trainer.fast_dev_run:  # type: ignore[attr-defined]
             path = self._save(trainer)
             rank_zero_info(f"Stopped by {self.interrupted.name} after step {trainer.global_step}; saved {path}")
-            rank_zero_info("To go on, give the same command again with: --ckpt_path last")
+            rank_zero_info("To resume, rerun the same command with --ckpt_path last")
         raise Interrupted(self.interrupted)
 
     def _save(self, trainer: Trainer) -> Path:
-        path = checkpoint_folder(trainer, self._run) / "last.ckpt"
+        path = checkpoint_directory(trainer, self._run) / "last.ckpt"
         if trainer.is_global_zero and path.is_symlink():
-            path.unlink()  # save_last="link" points at another checkpoint, which must not be overwritten
+            path.unlink()  # save_last="link" links to another checkpoint, which must not be overwritten
         for callback in trainer.checkpoint_callbacks:
             if isinstance(callback, ModelCheckpoint) and callback.save_last:
-                callback.last_model_path = str(path)  # it then replaces this file, rather than adding last-v1.ckpt
+                callback.last_model_path = str(path)  # it then replaces this file instead of adding last-v1.ckpt
         trainer.save_checkpoint(path, weights_only=False)
         return path

@@ -1,4 +1,4 @@
-"""Progress on the console: a bar on a terminal, plain lines in a log file."""
+"""Progress display on the console: a bar on a terminal, plain lines in a log file."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from lightning.pytorch.callbacks import ProgressBar
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
-from callbacks.throughput import Meter, Rates
+from callbacks.throughput import Rates, ThroughputMeter
 
-WINDOW_SECONDS = 10.0  #: stretch that the shown speeds are taken over
+WINDOW_SECONDS = 10.0  #: time over which the displayed speeds are averaged
 
 
 class _Stage:
-    """How far a stage is, and how long it will take; pure host arithmetic.
+    """State of a stage (fit, validate, ...) and its remaining time; computed on the host only.
 
     Args:
         name: shown before the figures.
-        total: steps or batches, infinite if nobody knows.
-        done: how many of them an earlier run did.
+        total: number of steps or batches, infinite if unknown.
+        done: number of steps or batches that an earlier run completed.
     """
 
     def __init__(self, name: str, total: float, done: int = 0) -> None:
@@ -33,18 +33,18 @@ class _Stage:
 
     @property
     def left(self) -> str:
-        """Time left at the average speed so far, such as ``1:05 left``; empty if unknown."""
+        """Remaining time at the average speed so far, such as ``1:05 left``; empty if unknown."""
         if self.total is None or self.done <= self.first:
             return ""
-        a_step = (time.monotonic() - self.started) / (self.done - self.first)
-        return f"{clock(max(0, self.total - self.done) * a_step)} left"
+        seconds_per_step = (time.monotonic() - self.started) / (self.done - self.first)
+        return f"{format_duration(max(0, self.total - self.done) * seconds_per_step)} left"
 
 
 class _Bars:
-    """A rich progress bar for each stage; stages may nest."""
+    """A rich progress bar per stage; stages may be nested."""
 
-    def __init__(self, console: Console, every: float) -> None:
-        self.every = every
+    def __init__(self, console: Console, interval_seconds: float) -> None:
+        self.interval_seconds = interval_seconds
         self._bars = Progress(
             TextColumn("{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn(), TimeElapsedColumn(),
             TextColumn("{task.fields[text]}"), console=console, refresh_per_second=4,
@@ -71,10 +71,10 @@ class _Bars:
 
 
 class _Lines:
-    """A line every few seconds."""
+    """Plain lines, one every few seconds."""
 
-    def __init__(self, console: Console, every: float) -> None:
-        self.every = every
+    def __init__(self, console: Console, interval_seconds: float) -> None:
+        self.interval_seconds = interval_seconds
         self._console = console
 
     def open(self, stage: _Stage) -> None:
@@ -93,17 +93,17 @@ class _Lines:
 
 
 class ConsoleProgress(ProgressBar):
-    """Shows step, loss, tokens/s, findings/s, learning rate and time left for fit, and batches for the other stages.
+    """Shows step, loss, tokens/s, findings/s, learning rate and remaining time of a fit, and batches of other stages.
 
-    On a terminal it is a bar, elsewhere (CI, nohup, a pipe) a plain line every ``log_interval_seconds``. The loss is
-    read from the device only when it is shown. The module logs its loss without
-    ``prog_bar=True``: Lightning reads such a metric back at every batch.
+    On a terminal it shows a bar; otherwise (CI, nohup, a pipe) it prints a plain line every ``log_interval_seconds``.
+    The loss is read from the device only when it is shown. The module logs its loss without ``prog_bar=True``, because
+    Lightning reads such a metric from the device at every batch.
 
     Args:
-        refresh_seconds: time between two readings on a terminal.
-        log_interval_seconds: time between two lines elsewhere.
-        plain: True for lines on a terminal too, False for bars everywhere; by default the terminal decides.
-        loss: the logged metric shown as loss.
+        refresh_seconds: seconds between two updates on a terminal.
+        log_interval_seconds: seconds between two plain lines.
+        plain: True prints lines on a terminal, too; False shows bars everywhere; None shows bars on a terminal only.
+        loss: name of the logged metric that is shown as loss.
     """
 
     def __init__(
@@ -123,18 +123,18 @@ class ConsoleProgress(ProgressBar):
         self.console = Console()
         self._enabled = True
         self._display: _Bars | _Lines | None = None
-        self._meter = Meter()
+        self._meter = ThroughputMeter()
         self._rates: Rates | None = None
         self._fit: _Stage | None = None
         self._other: _Stage | None = None
         self._shown_at = -math.inf
 
     def disable(self) -> None:
-        """Shows nothing from now on (Lightning calls it on all ranks but zero)."""
+        """Disables the display; Lightning calls it on all ranks but zero."""
         self._enabled = False
 
     def enable(self) -> None:
-        """Shows progress again."""
+        """Enables the display."""
         self._enabled = True
 
     def print(self, *args: Any, **kwargs: Any) -> None:
@@ -142,14 +142,14 @@ class ConsoleProgress(ProgressBar):
         self.console.print(*args, **kwargs)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Opens the bar of the whole fit, counted in optimizer steps."""
+        """Opens the bar of the fit, which counts optimizer steps."""
         self._meter.restart()
         self._fit = self._open("fit", trainer.estimated_stepping_batches, trainer.global_step)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Counts the batch; reads loss and speed if it is time to."""
+        """Counts the batch; reads loss and speed if the interval has passed."""
         if self._fit is None:
             return
         self._meter.count(batch)
@@ -158,7 +158,7 @@ class ConsoleProgress(ProgressBar):
             self._advance(self._fit, lambda: self._figures(trainer), last=self._fit.done == self._fit.total)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Opens a bar of validation batches."""
+        """Opens a bar that counts validation batches."""
         self._meter.pause()
         name, batches = "validate", trainer.num_val_batches
         if trainer.sanity_checking:
@@ -166,7 +166,7 @@ class ConsoleProgress(ProgressBar):
         self._other = self._open(name, _sum(batches))
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Closes it; inside a fit its metrics are printed, which ``validate`` leaves to Lightning's table."""
+        """Closes the bar, and prints the metrics inside a fit; in ``validate`` Lightning prints them as a table."""
         self._close_other()
         self._meter.resume()
         if self._fit is not None and self._enabled and not trainer.sanity_checking:
@@ -175,11 +175,11 @@ class ConsoleProgress(ProgressBar):
             self.console.print(f"step {trainer.global_step}  {figures}", highlight=False, soft_wrap=True)
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Opens a bar of test batches."""
+        """Opens a bar that counts test batches."""
         self._other = self._open("test", _sum(trainer.num_test_batches))
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Opens a bar of prediction batches."""
+        """Opens a bar that counts prediction batches."""
         self._other = self._open("predict", _sum(trainer.num_predict_batches))
 
     def on_validation_batch_end(self, *args: Any, **kwargs: Any) -> None:
@@ -192,7 +192,7 @@ class ConsoleProgress(ProgressBar):
     on_test_batch_end = on_predict_batch_end = on_validation_batch_end
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Leaves the finished bar on the console."""
+        """Stops the display; the finished bar stays on the console."""
         self._close_all()
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -202,11 +202,11 @@ class ConsoleProgress(ProgressBar):
     on_predict_end = on_test_end
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Frees the terminal."""
+        """Stops the display."""
         self._close_all()
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Frees the terminal."""
+        """Stops the display."""
         self._close_all()
 
     def _open(self, name: str, total: float, done: int = 0) -> _Stage | None:
@@ -219,20 +219,20 @@ class ConsoleProgress(ProgressBar):
             )
         stage = _Stage(name, total, done)
         self._display.open(stage)
-        self._shown_at = -math.inf if name == "fit" else time.monotonic()  # the first step is shown at once
+        self._shown_at = -math.inf if name == "fit" else time.monotonic()  # the first step is shown immediately
         return stage
 
     def _advance(self, stage: _Stage, text: Any, last: bool) -> None:
         assert self._display is not None
         now = time.monotonic()
-        if last or now - self._shown_at >= self._display.every:
+        if last or now - self._shown_at >= self._display.interval_seconds:
             self._shown_at = now
             self._display.show(stage, text())
         else:
             self._display.advance(stage)
 
     def _figures(self, trainer: Trainer) -> str:
-        """The text of a fit; this is where the device is read."""
+        """Returns the text of a fit; reads the loss from the device."""
         assert self._fit is not None
         rates = self._meter.read()
         if rates.seconds >= WINDOW_SECONDS:
@@ -260,7 +260,7 @@ class ConsoleProgress(ProgressBar):
         self._fit = self._display = self._rates = None
 
 
-def clock(seconds: float) -> str:
+def format_duration(seconds: float) -> str:
     """Formats a duration as ``m:ss`` or ``h:mm:ss``."""
     minutes, second = divmod(round(seconds), 60)
     hours, minute = divmod(minutes, 60)
@@ -268,5 +268,5 @@ def clock(seconds: float) -> str:
 
 
 def _sum(batches: Any) -> float:
-    """Batches of all loaders; Lightning gives a number or a list of them."""
+    """Returns the number of batches of all loaders; Lightning has one number or a list."""
     return float(sum(batches) if isinstance(batches, list) else batches)

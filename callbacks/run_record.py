@@ -1,4 +1,4 @@
-"""``run.json`` and ``report.html``: what ran, on what, with which data, how it ended; and last words on the console."""
+"""Record of a run: ``run.json`` (code, packages, devices, data, outcome), ``report.html``, and a printed summary."""
 
 from __future__ import annotations
 
@@ -21,9 +21,10 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from rich.console import Console
 
-from callbacks.paths import checkpoint_folder, run_folder
+from callbacks.paths import checkpoint_directory, run_directory
 from callbacks.preemption import Interrupted
-from callbacks.reporting.html_report import FILE, write_report
+from callbacks.reporting.html_report import REPORT_FILE, write_report
+from datamodules.files import atomic_write
 
 REPOSITORY = Path(__file__).parents[1]
 PACKAGES = (
@@ -33,14 +34,14 @@ PACKAGES = (
 
 
 class RunRecord(Callback):
-    """Writes ``<run>/run.json`` when a fit starts and when it ends, then the report, and says where the results lie.
+    """Writes ``<run>/run.json`` at the start and the end of a fit, then the report, and prints a summary.
 
-    The file is replaced atomically. Its ``state`` is ``running``, ``finished``, ``interrupted`` or ``failed``; a run
-    killed without a chance stays ``running``. A resumed run writes into the same file and keeps the earlier ones
-    under ``previous``. Passwords in URLs of the command line are masked. Only rank zero writes.
+    The file is replaced atomically. Its ``state`` is ``running``, ``finished``, ``interrupted`` or ``failed``; it stays
+    ``running`` if the process was killed. A resumed run writes the same file and keeps the earlier records under
+    ``previous``. Passwords in URLs of the command line are masked. Only rank zero writes.
 
     Args:
-        config: file name of the resolved config that LightningCLI leaves in the run folder.
+        config: file name of the resolved config that LightningCLI writes to the run directory.
     """
 
     def __init__(self, config: str = "config.yaml") -> None:
@@ -49,11 +50,11 @@ class RunRecord(Callback):
         self._record: dict[str, Any] = {}
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Asks for the run folder, on every rank."""
-        self._run = run_folder(trainer)
+        """Resolves the run directory; called on all ranks."""
+        self._run = run_directory(trainer)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Writes what is known before the first step."""
+        """Writes the facts that are known before the first step."""
         if not trainer.is_global_zero or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         previous = self._previous()
@@ -61,19 +62,19 @@ class RunRecord(Callback):
         self._write()
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Notes how far it came, while the trainer still knows."""
+        """Records step, epoch and metrics before the trainer is torn down."""
         if self._record:  # empty on all ranks but zero
             self._record |= progress(trainer)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Writes the end of a fit, behind all other callbacks' words at the end of training."""
+        """Writes the end of a fit, after the other callbacks have printed their output at the end of training."""
         if self._record:
-            if "step" not in self._record:  # resumed with nothing left to do: there was no training to end
+            if "step" not in self._record:  # resumed after the last step: on_train_end was not called
                 self._record |= progress(trainer)
             self._finish(trainer, "finished")
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Writes how a fit was cut short."""
+        """Writes the state of an interrupted or failed fit."""
         if not self._record:
             return
         self._record |= progress(trainer)
@@ -91,9 +92,9 @@ class RunRecord(Callback):
                 if isinstance(logger, TensorBoardLogger):
                     logger.experiment.flush()
             write_report(self._run)
-            console = Console()
-            console.print(format_summary(self._run, checkpoint_folder(trainer, self._run), self.config, self._record),
-                          highlight=False, soft_wrap=True, markup=False)  # fmt: skip
+            checkpoints = checkpoint_directory(trainer, self._run)
+            summary = format_summary(self._run, checkpoints, self.config, self._record)
+            Console().print(summary, highlight=False, soft_wrap=True, markup=False)
         self._record = {}
 
     def _previous(self) -> list[dict[str, Any]]:
@@ -105,14 +106,11 @@ class RunRecord(Callback):
 
     def _write(self) -> None:
         self._run.mkdir(parents=True, exist_ok=True)
-        file = self._run / "run.json"
-        unfinished = file.with_suffix(".json.unfinished")
-        unfinished.write_text(json.dumps(self._record, indent=2, default=str) + "\n", encoding="utf-8")
-        unfinished.replace(file)
+        atomic_write(self._run / "run.json", json.dumps(self._record, indent=2, default=str) + "\n")
 
 
 def describe(trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
-    """What is known before the first step: command, code, packages, machine, data."""
+    """Returns the facts that are known before the first step: command, code, packages, machine and data."""
     fingerprint = getattr(getattr(trainer, "datamodule", None), "fingerprint", None)
     return {
         "state": "running",
@@ -128,20 +126,21 @@ def describe(trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
 
 
 def progress(trainer: Trainer) -> dict[str, Any]:
-    """How far a fit came, the last value of each metric, and what of the data was read, repaired and left out."""
+    """Returns step, epoch, the last value of each metric, and the counts of read, repaired and rejected records."""
     metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
     counts = getattr(getattr(trainer, "datamodule", None), "counts", {})
     return {"step": trainer.global_step, "epoch": trainer.current_epoch, "metrics": metrics, "counts": counts}
 
 
-def git_state(folder: Path) -> dict[str, Any] | None:
-    """Commit of a checkout and whether files differ from it; None outside a checkout or without git."""
+def git_state(directory: Path) -> dict[str, Any] | None:
+    """Returns the commit of a checkout and whether files differ from it; None outside a checkout or without git."""
     git = shutil.which("git")
-    if git is None or not (folder / ".git").exists():
+    if git is None or not (directory / ".git").exists():
         return None
+    options: dict[str, Any] = {"cwd": directory, "capture_output": True, "text": True, "check": True, "timeout": 30}
     try:
         commit, status = (
-            subprocess.run([git, *command], cwd=folder, capture_output=True, text=True, check=True, timeout=30).stdout  # noqa: S603
+            subprocess.run([git, *command], **options).stdout  # noqa: S603
             for command in (("rev-parse", "HEAD"), ("status", "--porcelain"))
         )
     except (OSError, subprocess.SubprocessError):
@@ -150,7 +149,7 @@ def git_state(folder: Path) -> dict[str, Any] | None:
 
 
 def package_versions() -> dict[str, str]:
-    """Versions of the installed ones among the packages that a result depends on."""
+    """Returns the versions of the installed packages that a result depends on."""
     versions = {}
     for package in PACKAGES:
         try:
@@ -161,7 +160,7 @@ def package_versions() -> dict[str, str]:
 
 
 def device_names(device: torch.device, ranks: int) -> list[str]:
-    """One name a rank, those of this host's GPUs by their own names."""
+    """Returns one name per rank: for GPUs of this host the product name, for a CPU its cores and threads."""
     if device.type == "cuda":
         names = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
         return names[:ranks] if len(names) >= ranks else names
@@ -173,22 +172,22 @@ def device_names(device: torch.device, ranks: int) -> list[str]:
 
 
 def format_summary(run: Path, checkpoints: Path, config: str, record: dict[str, Any]) -> str:
-    """The block that ends a fit: where the adapter lies, and the commands that go on from here."""
+    """Returns the summary at the end of a fit: the paths of the results, and the commands that use them."""
     name = "best" if (run / "adapter" / "best").is_dir() else "last"
     adapter = run / "adapter" / name
     here, python = shlex.quote(str(run)), "python main.py"
     lines = [f"{record['state']} at step {record.get('step', 0)}: {run}"]
     if adapter.is_dir():
         lines.append(f"  adapter   {adapter}")
-    if (run / FILE).is_file():
-        lines.append(f"  report    {run / FILE}")
+    if (run / REPORT_FILE).is_file():
+        lines.append(f"  report    {run / REPORT_FILE}")
     if record["state"] == "interrupted" and (checkpoints / "last.ckpt").exists():
         checkpoint = shlex.quote(str(checkpoints / "last.ckpt"))
-        lines.append(f"  go on     {python} fit --config {shlex.quote(str(run / config))} --ckpt_path {checkpoint}")
+        lines.append(f"  resume    {python} fit --config {shlex.quote(str(run / config))} --ckpt_path {checkpoint}")
     lines += [
         f"  validate  {python} validate --config {shlex.quote(str(run / config))} --ckpt_path {here}",
         f"  analyze   {python} analyze --model {here} --report REPORT.json --output ENRICHED.json",
-        f"  export    {python} export --run {here} --output FOLDER --format adapter",
+        f"  export    {python} export --run {here} --output DIRECTORY --format adapter",
     ]
     return "\n".join(lines)
 

@@ -1,4 +1,4 @@
-"""Compilations and host transfers of XLA, which cost minutes and stalls where nobody looks for them."""
+"""Monitor of XLA's compilations and host transfers, which slow down a run without an error."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from datamodules.batch import Batch
 
-READ = "aten::_local_scalar_dense"  #: counted by torch_xla for each .item(), float() or bool() of a tensor
+READ = "aten::_local_scalar_dense"  #: counter of torch_xla for .item(), float() and bool() of a tensor
 
 
 @dataclass(frozen=True)
 class Counts:
-    """What torch_xla has counted since the process began.
+    """Counters of torch_xla since the start of the process.
 
     Attributes:
-        compilations: graphs compiled.
-        compile_seconds: spent on them.
-        transfers: of tensors from the devices to the host.
-        on_host: operation -> times that torch_xla had to leave it to the host's CPU.
+        compilations: number of compiled graphs.
+        compile_seconds: time of the compilations.
+        transfers: number of tensors transferred from the devices to the host.
+        on_host: operation -> number of times that torch_xla computed it on the host's CPU.
     """
 
     compilations: int = 0
@@ -42,24 +42,26 @@ class Counts:
         return cls(int(compiled), nanoseconds / 1e9, int(transfers), on_host)
 
     def more_on_host(self, before: Counts) -> list[str]:
-        """Operations that the host has computed since."""
+        """Returns the operations that the host has computed since ``before``."""
         return [name for name, count in self.on_host.items() if count > before.on_host.get(name, 0)]
 
 
 class XLAMonitor(Callback):
-    """Logs ``xla/compilations``, ``xla/compile_seconds`` and ``xla/transfers``, and warns when a step costs one.
+    """Logs ``xla/compilations``, ``xla/compile_seconds`` and ``xla/transfers``, and warns if a step causes one.
 
-    The first steps compile; from the third on a step should neither compile nor read from the devices. Reads by loggers
-    and checkpoints lie between steps and do not count as a step's. Name it first among the callbacks, so that theirs
-    do not either. Elsewhere than on XLA it does nothing.
+    The first steps compile. From the third on, a step should neither compile nor read from the devices. Reads by
+    loggers and checkpoints happen between steps and are not counted as part of a step. Put this callback first in the
+    list of callbacks, so that reads by the others are not counted either. On other devices it does nothing.
 
     Args:
-        warm_up: optimizer steps that may compile; validation and checkpoints may the first time, too.
+        warm_up: number of optimizer steps that may compile. The first validation and checkpoint may compile, too.
     """
 
     def __init__(self, warm_up: int = 3) -> None:
         if warm_up < 1:
-            raise ValueError(f"warm_up {warm_up} is less than 1; the first step always compiles")
+            raise ValueError(
+                f"callbacks.XLAMonitor: warm_up={warm_up}: must be at least 1, because the first step always compiles"
+            )
         self.warm_up = warm_up
         self._active = False
         self._first_step = 0
@@ -69,23 +71,23 @@ class XLAMonitor(Callback):
         self._warned: set[str] = set()
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Looks where the module will run."""
+        """Checks whether the module runs on XLA."""
         self._active = trainer.strategy.root_device.type == "xla"
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Notes the first step of this process."""
+        """Records the first step of this process."""
         self._first_step = trainer.global_step
         self._logged_step = trainer.global_step
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Counts what happened before the step."""
+        """Reads the counters before the step."""
         if self._active:
             self._before = Counts.now()
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Counts what the step cost, warns, and logs with the other figures."""
+        """Reads the counters after the step, warns, and logs them every ``log_every_n_steps`` optimizer steps."""
         if not self._active:
             return
         now, new_shape = Counts.now(), self._is_new_shape(batch)
@@ -94,12 +96,13 @@ class XLAMonitor(Callback):
         interval = trainer.log_every_n_steps  # type: ignore[attr-defined]
         stepped, self._logged_step = trainer.global_step != self._logged_step, trainer.global_step
         if stepped and interval and trainer.global_step % interval == 0:
-            self._log(trainer, now)
+            # Lightning logs train/loss under the number of steps before this one; the same x-axis is used here
+            self._log(trainer, now, step=trainer.global_step - 1)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Logs the run's sums."""
+        """Logs the totals of the run."""
         if self._active:
-            self._log(trainer, Counts.now())
+            self._log(trainer, Counts.now(), step=trainer.global_step)
 
     def _is_new_shape(self, batch: Any) -> bool:
         shape = tuple(batch.input_ids_BT.shape) if isinstance(batch, Batch) else ()
@@ -112,32 +115,32 @@ class XLAMonitor(Callback):
         if now.compilations > self._before.compilations:
             seconds = now.compile_seconds - self._before.compile_seconds
             cause = (
-                "the batch has another shape than those before: use fixed rows and drop the last, short batch"
+                "the batch has a new shape. Fix: use rows of a fixed length and drop the last, short batch"
                 if new_shape
-                else "the graph differs from the steps before: a Python number or a branch that changes from step to "
-                "step, or a metric computed now and then"
+                else "the graph differs from that of earlier steps, because of a Python number or a branch that "
+                "changes between steps, or a metric that is not computed in every step"
             )
             self._once("compilations", f"XLA compiled a graph again in step {step} ({seconds:.0f} s): {cause}")
         if now.transfers > self._before.transfers:
-            named = [name for name in now.more_on_host(self._before) if name != READ]
+            operations = [name for name in now.more_on_host(self._before) if name != READ]
             cause = (
-                f"{', '.join(named)} can't run there and was computed on the host"
-                if named
-                else "a value was read by .item(), float() or a branch on it: keep it on the device and log it"
+                f"the device does not support {', '.join(operations)}, which the host computed"
+                if operations
+                else "a value was read by .item(), float() or a branch. Fix: keep it on the device and log it"
             )
             self._once("transfers", f"step {step} waited for a value from the XLA device: {cause}")
 
     def _once(self, kind: str, message: str) -> None:
         if kind not in self._warned:
             self._warned.add(kind)
-            rank_zero_warn(f"{message}. Such a step is many times slower; this is said once")
+            rank_zero_warn(f"{message}. Such a step is many times slower. This warning is printed once")
 
-    def _log(self, trainer: Trainer, now: Counts) -> None:
+    def _log(self, trainer: Trainer, now: Counts, step: int) -> None:
         figures = {
             "xla/compilations": float(now.compilations),
             "xla/compile_seconds": now.compile_seconds,
             "xla/transfers": float(now.transfers),
         }
         for logger in trainer.loggers:
-            logger.log_metrics(figures, step=trainer.fit_loop.epoch_loop._batches_that_stepped)
+            logger.log_metrics(figures, step=step)
         trainer.callback_metrics.update({name: torch.tensor(value) for name, value in figures.items()})

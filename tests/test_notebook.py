@@ -1,4 +1,4 @@
-"""The notebook runs from its first cell to its last: scaled down, with the settings a user would change."""
+"""Tests that every cell of the notebook runs, scaled down by the settings that a user can change."""
 
 from pathlib import Path
 
@@ -10,7 +10,7 @@ NOTEBOOK = Path(__file__).parents[1] / "notebooks" / "fine_tune.ipynb"
 
 
 def execute(runs, *options, steps, findings, limit):
-    """Runs every cell in a kernel of its own; returns the notebook with its outputs."""
+    """Runs every cell in a new kernel; returns the notebook with its outputs."""
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     settings = next(cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", []))
     settings.source += f"\nSTEPS, FINDINGS, LIMIT = {steps}, {findings}, {limit}\n"
@@ -21,7 +21,7 @@ def execute(runs, *options, steps, findings, limit):
 
 
 def outputs(notebook):
-    """Everything that cells printed, and the kinds of pictures and pages that they showed."""
+    """Returns the printed text of all cells and the MIME types of their outputs."""
     every = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
     text = "".join(output.get("text", "") for output in every)
     return text, {kind for output in every for kind in output.get("data", {})}
@@ -35,11 +35,12 @@ def check(notebook, runs, limit):
     assert "passed" in text
     assert (run / "export" / "adapter_model.safetensors").is_file()
     assert (run / "analysis" / "enriched.html").read_text().count("<tr>") == limit + 1
-    assert not any(cell.get("outputs") for cell in nbformat.read(NOTEBOOK, as_version=4).cells)  # none is committed
+    # no outputs are committed
+    assert not any(cell.get("outputs") for cell in nbformat.read(NOTEBOOK, as_version=4).cells)
 
 
 def small_evaluation(samples, tokens):
-    """The default's callbacks that the notebook reads from, with few answers."""
+    """Returns an option with the callbacks whose files the notebook reads, and with few evaluated answers."""
     evaluation = (
         f"{{class_path: callbacks.Evaluation, init_args: {{num_samples: {samples}, max_new_tokens: {tokens}}}}}"
     )

@@ -1,4 +1,4 @@
-"""Pictures of a column of the evaluation: confusion matrix, calibration, error by category."""
+"""Plots of one column of an evaluation: confusion matrix, calibration, error by category."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ if TYPE_CHECKING:
 SIZE = (4.6, 3.6)  #: inches
 
 
-def pictures(scores: EvaluationScores) -> dict[str, Figure]:
-    """Draws what a task has to show, by name; nothing for a task without severity, probability or categories."""
+def draw_figures(scores: EvaluationScores) -> dict[str, Figure]:
+    """Draws the plots of a task, by name; an empty dict for a task without severity, probability and categories."""
     drawn: dict[str, Figure] = {}
     if scores.confusion is not None and any(map(any, scores.confusion)):
         drawn["confusion"] = confusion(scores.confusion)
@@ -28,8 +28,8 @@ def pictures(scores: EvaluationScores) -> dict[str, Figure]:
 
 
 def confusion(matrix: list[list[int]]) -> Figure:
-    """Expected against answered severity, in counts; the last column is answers without one."""
-    figure, axes = blank()
+    """Draws expected against answered severities, in counts; the last column counts answers without a severity."""
+    figure, axes = new_figure()
     axes.imshow([[count / max(sum(row), 1) for count in row] for row in matrix], cmap="Blues", vmin=0, vmax=1)
     for y, row in enumerate(matrix):
         for x, count in enumerate(row):
@@ -46,8 +46,8 @@ def confusion(matrix: list[list[int]]) -> Figure:
 
 
 def calibration(bins: list[tuple[float, float, float]]) -> Figure:
-    """Mean expected against mean answered probability; the area of a dot is its number of answers."""
-    figure, axes = blank()
+    """Draws mean expected against mean answered probability; the area of a dot is proportional to its answers."""
+    figure, axes = new_figure()
     total = sum(count for count, _, _ in bins)
     axes.plot([0, 1], [0, 1], color="grey", linewidth=1, linestyle="--")
     axes.scatter(
@@ -62,22 +62,22 @@ def calibration(bins: list[tuple[float, float, float]]) -> Figure:
 
 
 def error_by_category(categories: dict[str, dict[str, float]]) -> Figure:
-    """Share of wrong severities and, where there is one, mean error of the risk score in each category."""
-    figure, axes = blank()
+    """Draws, for each category, the share of wrong severities and, if measured, the mean error of the risk score."""
+    figure, axes = new_figure()
     names = [f"{name} ({int(figures['answers'])})" for name, figures in categories.items()][::-1]
     wrong = [100 * (1 - figures.get("severity_accuracy", float("nan"))) for figures in categories.values()][::-1]
     errors = [figures.get("risk_error", float("nan")) for figures in categories.values()][::-1]
-    places = range(len(names))
-    axes.barh([place + 0.2 for place in places], wrong, height=0.4, label="wrong severity, %")
-    axes.barh([place - 0.2 for place in places], errors, height=0.4, label="risk error, points of 100")
-    axes.set_yticks(list(places), names)
+    positions = range(len(names))
+    axes.barh([position + 0.2 for position in positions], wrong, height=0.4, label="wrong severity, %")
+    axes.barh([position - 0.2 for position in positions], errors, height=0.4, label="risk error, points of 100")
+    axes.set_yticks(list(positions), names)
     axes.legend(fontsize=8)
     axes.set_title("error by category")
     return figure
 
 
-def blank() -> tuple[Figure, Any]:
-    """A figure and its axes, of no global state: nothing to close, no display is opened."""
+def new_figure() -> tuple[Figure, Any]:
+    """Returns a figure and its axes outside of pyplot's global state: nothing to close, and no display is opened."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

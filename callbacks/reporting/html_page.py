@@ -1,10 +1,10 @@
-"""The frame of a page that is one file: no script, nothing loaded from elsewhere."""
+"""Skeleton of a self-contained HTML page: no scripts, no external resources."""
 
 from __future__ import annotations
 
 from html import escape
 
-#: the browser itself refuses scripts, and to fetch anything, should text of a finding ever slip through
+#: the browser blocks scripts and requests, in case that text of a finding is ever not escaped
 POLICY = "default-src 'none'; style-src 'unsafe-inline'"
 
 _PAGE = """\
@@ -27,13 +27,13 @@ _PAGE = """\
 
 
 def page(title: str, body: str, style: str, *, pictures: bool = False) -> str:
-    """Frames a body.
+    """Returns a page with the given body.
 
     Args:
-        title: HTML, escaped already.
+        title: HTML, already escaped.
         body: HTML.
         style: CSS.
-        pictures: whether the body holds pictures as ``data:`` addresses.
+        pictures: whether the body has images as ``data:`` URLs.
     """
     policy = POLICY + "; img-src data:" * pictures
     return _PAGE.format(policy=escape(policy), title=title, style=style, body=body)

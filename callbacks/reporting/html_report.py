@@ -1,8 +1,8 @@
-"""A run as one self-contained HTML file: what ran, on what, its curves, the table before -> after, samples.
+"""Report of a run as one self-contained HTML file: run record, curves, comparison tables and samples.
 
-Made from what the run left in its folder (``run.json``, ``config.yaml``, TensorBoard's events, ``evaluation*.json``):
-it can be made again at any time. Pictures are inside the file; it loads nothing and runs nothing, and text of findings
-stays text.
+The report is built from the files of the run directory (``run.json``, ``config.yaml``, TensorBoard's events,
+``evaluation*.json``), so it can be written again at any time. Images are embedded. The page loads no resources and runs
+no scripts, and text of findings is escaped.
 """
 
 from __future__ import annotations
@@ -17,10 +17,11 @@ from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from callbacks.reporting.figures import pictures
+from callbacks.reporting.figures import draw_figures
 from callbacks.reporting.html_page import page
-from callbacks.reporting.tables import cell, shown_rows
-from callbacks.reporting.training_curves import curves
+from callbacks.reporting.tables import format_cell, informative_rows
+from callbacks.reporting.training_curves import draw_curves
+from datamodules.files import atomic_write
 from lightning_modules.evaluation.answer_parsing import parse
 from lightning_modules.evaluation.results import read_results, scores_of
 
@@ -29,10 +30,10 @@ if TYPE_CHECKING:
 
     from lightning_modules.evaluation.evaluate import EvaluationScores
 
-FILE = "report.html"
-SAMPLES = 8  #: shown of each task
-WIDTH = 1600  #: characters of a text that are shown
-#: file of an evaluation -> what it measured
+REPORT_FILE = "report.html"
+SAMPLES = 8  #: questions shown per task
+WIDTH = 1600  #: characters of a text after which it is cut
+#: evaluation file -> command that wrote it
 EVALUATIONS = {"evaluation.json": "fit", "evaluation_val.json": "validate", "evaluation_test.json": "test"}
 STYLE = """\
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 76rem; margin: 2rem auto; padding: 0 1rem; color: #1b1f24; }
@@ -45,32 +46,29 @@ img { max-width: 100%; } .row { display: flex; flex-wrap: wrap; gap: 1rem; } .of
 
 
 def write_report(run: Path) -> Path:
-    """Writes ``report.html`` into a run folder, replaced as a whole.
+    """Writes ``report.html`` into a run directory in one step.
 
     Args:
-        run: folder with at least one of ``run.json`` and ``evaluation.json``.
+        run: run directory with at least one of ``run.json`` and ``evaluation.json``.
 
     Returns:
-        The file.
+        Path of the report.
     """
-    body = [*_what_ran(run), *_curves(run)]
+    body = [*_run_section(run), *_curves_section(run)]
     for file, command in EVALUATIONS.items():
-        for task, exam in read_results(run / file).items():
-            body += _exam(task, exam, command)
-    target = run / FILE
-    unfinished = target.with_name(f"{FILE}.unfinished")
-    title = _text(f"Run {_name(run)}")
-    html = page(title, "\n".join([f"<h1>{title}</h1>", *body]), STYLE, pictures=True)
-    unfinished.write_text(html, encoding="utf-8")
-    unfinished.replace(target)
+        for task, record in read_results(run / file).items():
+            body += _task_section(task, record, command)
+    target = run / REPORT_FILE
+    title = _text(f"Run {_run_name(run)}")
+    atomic_write(target, page(title, "\n".join([f"<h1>{title}</h1>", *body]), STYLE, pictures=True))
     return target
 
 
-def _what_ran(run: Path) -> Iterator[str]:
-    record = _json(run / "run.json")
+def _run_section(run: Path) -> Iterator[str]:
+    record = _read_json(run / "run.json")
     if record:
         git = record.get("git") or {}
-        commit = str(git.get("commit", "no checkout"))[:12] + (" with changes" if git.get("dirty") else "")
+        commit = str(git.get("commit", "not a checkout"))[:12] + (" with local changes" if git.get("dirty") else "")
         packages = ", ".join(f"{name} {version}" for name, version in record.get("packages", {}).items())
         facts = {
             "state": f"{record.get('state')} at step {record.get('step', 0)}", "command": record.get("command"),
@@ -79,47 +77,47 @@ def _what_ran(run: Path) -> Iterator[str]:
             "earlier parts of the run": len(record.get("previous", [])) or None,
             "python": f"{record.get('python')} on {record.get('platform')}", "packages": packages,
         }  # fmt: skip
-        yield "<h2>What ran</h2>"
+        yield "<h2>Run</h2>"
         yield _table([[_text(name), _text(value)] for name, value in facts.items() if value])
     if (run / "config.yaml").is_file():
-        config = _masked((run / "config.yaml").read_text(encoding="utf-8", errors="replace"))
+        config = _mask_secrets((run / "config.yaml").read_text(encoding="utf-8", errors="replace"))
         yield f"<details><summary>config.yaml</summary><pre>{_text(config, 100_000)}</pre></details>"
 
 
-def _curves(run: Path) -> Iterator[str]:
-    drawn = curves(run)
+def _curves_section(run: Path) -> Iterator[str]:
+    drawn = draw_curves(run)
     if drawn:
         yield "<h2>Curves</h2>"
-        yield _row(drawn)
+        yield _image_row(drawn)
 
 
-def _exam(task: str, exam: dict[str, Any], command: str) -> Iterator[str]:
-    columns = {name: scores_of(column) for name, column in exam.get("columns", {}).items()}
+def _task_section(task: str, record: dict[str, Any], command: str) -> Iterator[str]:
+    columns = {name: scores_of(column) for name, column in record.get("columns", {}).items()}
     if not columns:
         return
-    about = {name: column.get("about", {}) for name, column in exam["columns"].items()}
-    yield f"<h2>{_text(task)}: {exam.get('n')} held-out questions ({_text(exam.get('split'))}, {command})</h2>"
-    yield "<p>Greedy generation; small print: 95 % intervals.</p>"
+    about = {name: column.get("about", {}) for name, column in record["columns"].items()}
+    yield f"<h2>{_text(task)}: {record.get('n')} held-out questions ({_text(record.get('split'))}, {command})</h2>"
+    yield "<p>Greedy generation. Small text: 95 % intervals.</p>"
     rows = [
         [_text(label.strip()), *(_cell(scores, name, form) for scores in columns.values())]
-        for name, label, form in shown_rows(columns)
+        for name, label, form in informative_rows(columns)
     ]
     yield _table(rows, ["", *(_heading(name, about[name]) for name in columns)])
-    input_determined = exam.get("severity_told_in", [])
+    input_determined = record.get("input_determined_categories", [])
     for group, head in (
-        ("category", ["category", "findings", "input tells it"]),
+        ("category", ["category", "findings", "determined by input"]),
         ("severity", ["severity", "findings"]),
     ):
         rows = list(_by_group(columns, group, input_determined))
         if len(rows) > 1:
             yield f"<h3>Severity accuracy by {group}</h3>"
             yield _table(rows, [*head, *map(_text, columns)])
-    models = [name for name in columns if name not in exam.get("baselines", [])]
+    models = [name for name in columns if name not in record.get("baselines", [])]
     for name in models[-2:]:
-        drawn = pictures(columns[name])
+        drawn = draw_figures(columns[name])
         if drawn:
-            yield f"<h3>{_text(name)}</h3>{_row(drawn)}"
-    yield from _samples(exam.get("questions", []), {name: columns[name] for name in models})
+            yield f"<h3>{_text(name)}</h3>{_image_row(drawn)}"
+    yield from _samples(record.get("questions", []), {name: columns[name] for name in models})
 
 
 def _by_group(
@@ -130,8 +128,8 @@ def _by_group(
             continue
         accuracies = (scores.groups[group].get(name, {}) for scores in columns.values())
         cells = [_percent(accuracy.get("severity_accuracy")) for accuracy in accuracies]
-        tells = [] if group == "severity" else ["yes" if name in input_determined else "no"]
-        yield [_text(name), str(int(figures["answers"])), *tells, *cells]
+        determined = [] if group == "severity" else ["yes" if name in input_determined else "no"]
+        yield [_text(name), str(int(figures["answers"])), *determined, *cells]
 
 
 def _samples(questions: Sequence[Mapping[str, str]], columns: Mapping[str, EvaluationScores]) -> Iterator[str]:
@@ -142,31 +140,31 @@ def _samples(questions: Sequence[Mapping[str, str]], columns: Mapping[str, Evalu
         answers = {name: scores.outcomes[index].text for name, scores in columns.items()}
         yield f"<details{' open' if index == 0 else ''}><summary>{_text(question['content'], 120)}</summary>"
         yield f"<p><small>input</small></p><pre>{_text(question['content'])}</pre>"
-        yield _table(list(_compared(question["expected"], answers)), ["key", "expected", *map(_text, answers)])
+        yield _table(list(_comparison_rows(question["expected"], answers)), ["key", "expected", *map(_text, answers)])
         yield "</details>"
 
 
-def _compared(expected: str, answers: Mapping[str, str]) -> Iterator[list[str]]:
-    """A row a key of the expected answer; what differs from it is marked. An answer that is no JSON has one row."""
-    wanted, got = parse(expected) or {}, {name: parse(text) for name, text in answers.items()}
-    for key in dict.fromkeys([*wanted, *(key for answer in got.values() for key in answer or {})]):
-        cells = [_text(key), f"<pre>{_value(wanted, key)}</pre>"]
-        for answer in got.values():
-            same = answer is not None and answer.get(key) == wanted.get(key)
+def _comparison_rows(expected: str, answers: Mapping[str, str]) -> Iterator[list[str]]:
+    """Yields a row per key of the answers, with differing values marked, and a last row for answers without JSON."""
+    expected_values, answered = parse(expected) or {}, {name: parse(text) for name, text in answers.items()}
+    for key in dict.fromkeys([*expected_values, *(key for answer in answered.values() for key in answer or {})]):
+        cells = [_text(key), f"<pre>{_value(expected_values, key)}</pre>"]
+        for answer in answered.values():
+            same = answer is not None and answer.get(key) == expected_values.get(key)
             text = "" if answer is None else _value(answer, key)
             cells.append(f'<pre class="{"ok" if same else "off"}">{text}</pre>')
         yield cells
-    if any(answer is None for answer in got.values()):
-        raw = [f"<pre>{_text(text)}</pre>" if got[name] is None else "" for name, text in answers.items()]
-        yield ["no JSON", "", *raw]
+    if any(answer is None for answer in answered.values()):
+        raw = [f"<pre>{_text(text)}</pre>" if answered[name] is None else "" for name, text in answers.items()]
+        yield ["not JSON", "", *raw]
 
 
 def _value(answer: Mapping[str, Any], key: str) -> str:
-    return _text(json.dumps(answer[key], ensure_ascii=False)) if key in answer else "<small>nothing</small>"
+    return _text(json.dumps(answer[key], ensure_ascii=False)) if key in answer else "<small>missing</small>"
 
 
 def _cell(scores: EvaluationScores, name: str, form: str) -> str:
-    value, _, interval = cell(scores, name, form).partition("\n")
+    value, _, interval = format_cell(scores, name, form).partition("\n")
     return f"{_text(value)}<br><small>{_text(interval)}</small>" if interval else _text(value)
 
 
@@ -180,7 +178,7 @@ def _percent(value: float | None) -> str:
     return "-" if value is None or math.isnan(value) else f"{value:.0%}"
 
 
-def _row(figures: Mapping[str, Figure]) -> str:
+def _image_row(figures: Mapping[str, Figure]) -> str:
     images = []
     for name, figure in figures.items():
         buffer = io.BytesIO()
@@ -191,29 +189,29 @@ def _row(figures: Mapping[str, Figure]) -> str:
 
 
 def _table(rows: Sequence[Sequence[str]], headings: Sequence[str] = ()) -> str:
-    """A table of cells that are HTML already."""
+    """Returns a table of cells that are already HTML."""
     head = f"<tr>{''.join(f'<th>{cell}</th>' for cell in headings)}</tr>" if headings else ""
     lines = ("".join(f"<td>{cell}</td>" for cell in row) for row in rows)
     return f"<table>{head}{''.join(f'<tr>{line}</tr>' for line in lines)}</table>"
 
 
 def _text(value: Any, width: int = WIDTH) -> str:
-    """Text as HTML: escaped, cut, control characters replaced."""
+    """Returns text as HTML: escaped, cut, and with control characters replaced."""
     text = re.sub(r"[^\n\t\x20-\x7e\xa0-\uffff\U00010000-\U0010ffff]", "\ufffd", str(value))
     return escape(text if len(text) <= width else text[: width - 1] + "…")
 
 
-def _masked(config: str) -> str:
-    """A config without passwords in URLs and without values of keys that say they are secret."""
+def _mask_secrets(config: str) -> str:
+    """Masks passwords in URLs and the values of keys that contain key, secret, token or password."""
     config = re.sub(r"(://)[^/@\s]+@", r"\1***@", config)
     return re.sub(r"(?im)^(\s*[\w-]*(?:key|secret|token|password):).+$", r"\1 ***", config)
 
 
-def _name(run: Path) -> str:
+def _run_name(run: Path) -> str:
     return "/".join(run.resolve().parts[-2:])
 
 
-def _json(file: Path) -> dict[str, Any]:
+def _read_json(file: Path) -> dict[str, Any]:
     try:
         value = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError):

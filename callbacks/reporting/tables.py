@@ -1,4 +1,4 @@
-"""The table before -> after, and samples for people: on the console with rich, in TensorBoard as Markdown."""
+"""Tables of evaluation results and samples of answers: for the console (rich) and for TensorBoard (Markdown)."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from lightning_modules.evaluation.evaluate import EvaluationScores, differences
 if TYPE_CHECKING:
     from datamodules.tasks.base import Pair
 
-#: name of the figure, what the table calls it, how it is written
+#: name of the figure, label of the row, format
 ROWS = (
     ("loss", "held-out loss per token", ".3f"),
     ("schema_valid", "schema-valid answers", ".0%"),
     ("exact_keys", "exactly the expected keys", ".0%"),
     ("json_cut", "readable by the agent", ".0%"),
-    ("complete", "ended by itself", ".0%"),
-    ("prompts_cut", "prompts cut to fit", ".0%"),
+    ("complete", "ended before the token limit", ".0%"),
+    ("prompts_cut", "truncated prompts", ".0%"),
     ("severity_accuracy", "severity accuracy", ".0%"),
-    ("told_severity_accuracy", "  where the input tells it", ".0%"),
+    ("input_determined_severity_accuracy", "  determined by the input", ".0%"),
     ("severity_macro_f1", "severity macro-F1", ".2f"),
     ("forced_severity_accuracy", "severity, forced choice", ".0%"),
     ("risk_error", "risk error (points of 100)", ".1f"),
@@ -37,41 +37,42 @@ ROWS = (
     ("ids_f1", "finding ids F1", ".2f"),
     ("ids_invented", "invented ids", ".0%"),
     ("numbers_invented", "invented numbers", ".0%"),
-    ("faithful", "invents nothing", ".0%"),
+    ("faithful", "nothing invented", ".0%"),
     ("steps_f1", "remediation steps F1", ".2f"),
     ("commands_f1", "commands and checks F1", ".2f"),
     ("word_overlap", "word overlap", ".2f"),
 )
-HEADING = 20  #: width of a sample's headings, of which "tuned, constrained" is the longest
-DULL = {"prompts_cut": 0.0, "complete": 1.0, "json_cut": 1.0}  #: left out where every column has this value
+HEADING_WIDTH = 20  #: characters of a heading of a sample; the longest is "tuned, constrained"
+#: figure -> its usual value; the row is omitted if every column has it
+USUAL_VALUES = {"prompts_cut": 0.0, "complete": 1.0, "json_cut": 1.0}
 
 
-def shown_rows(columns: Mapping[str, EvaluationScores]) -> list[tuple[str, str, str]]:
-    """Rows of the table that say something: at least one column has the figure, and not all its usual value."""
+def informative_rows(columns: Mapping[str, EvaluationScores]) -> list[tuple[str, str, str]]:
+    """Returns the rows with a figure in at least one column and with a value other than the usual one."""
     rows = []
     for name, label, form in ROWS:
         values = [scores.figures[name] for scores in columns.values() if name in scores.figures]
-        if values and any(value != DULL.get(name) for value in values):
+        if values and any(value != USUAL_VALUES.get(name) for value in values):
             rows.append((name, label, form))
     return rows
 
 
-def comparison(
+def comparison_table(
     title: str, columns: Mapping[str, EvaluationScores], about: Mapping[str, Mapping[str, Any]] = MappingProxyType({})
 ) -> Table:
-    """One table: a row for each figure that a column has, a column for each model or baseline.
+    """Builds the table that compares models and baselines: a row per figure, a column per model or baseline.
 
     Args:
-        title: says what was measured and on how many findings.
+        title: title of the table: task and number of findings.
         columns: heading -> scores, in order.
-        about: heading -> ``step`` and ``checkpoint`` of the weights that were measured.
+        about: heading -> ``step`` and ``checkpoint`` of the measured weights.
     """
     table = Table(title=title, caption="second lines: 95 % intervals", title_justify="left", show_lines=False)
     table.add_column("", no_wrap=True)
     for heading in columns:
         table.add_column(_heading(heading, about.get(heading, {})), justify="right")
-    for name, label, form in shown_rows(columns):
-        table.add_row(label, *(cell(scores, name, form) for scores in columns.values()))
+    for name, label, form in informative_rows(columns):
+        table.add_row(label, *(format_cell(scores, name, form) for scores in columns.values()))
     return table
 
 
@@ -81,15 +82,15 @@ def _heading(heading: str, about: Mapping[str, Any]) -> str:
     return f"{heading}\n{'best' if 'checkpoint' in about else 'last'} step {about['step']}"
 
 
-def by_category(columns: Mapping[str, EvaluationScores], input_determined: Collection[str]) -> Table:
-    """Severity accuracy in each category of findings.
+def category_table(columns: Mapping[str, EvaluationScores], input_determined: Collection[str]) -> Table:
+    """Builds the table of severity accuracy in each category of findings.
 
     Args:
         columns: heading -> scores.
-        input_determined: categories whose severity the input tells.
+        input_determined: categories whose severity is determined by the input.
     """
     table = Table(title="severity accuracy by category", title_justify="left")
-    for heading in ("category", "findings", "input tells it"):
+    for heading in ("category", "findings", "determined by input"):
         table.add_column(heading)
     for heading in columns:
         table.add_column(heading, justify="right")
@@ -100,52 +101,75 @@ def by_category(columns: Mapping[str, EvaluationScores], input_determined: Colle
     return table
 
 
-def cell(scores: EvaluationScores, name: str, form: str) -> str:
-    """A figure, and its interval on the line below; "-" where it was not or could not be measured."""
+def format_cell(scores: EvaluationScores, name: str, form: str) -> str:
+    """Returns a figure and, on a second line, its interval; "-" for a figure that was not measured or is NaN.
+
+    Args:
+        scores: scores of a column.
+        name: name of the figure.
+        form: format specification of the figure.
+    """
     value = scores.figures.get(name, math.nan)
     if math.isnan(value):
         return "-"
     text = format(value, form)
     answered = scores.figures.get(f"{name.removesuffix('_error')}_answered", 1.0)
     if name == "risk_error" and answered < 1:
-        text += f" on {answered:.0%}"  # of the answers have a number at all
+        text += f" on {answered:.0%}"  # share of the answers that have a risk score
     if name not in scores.intervals:
         return text
     low, high = scores.intervals[name]
-    if low == high:  # a bootstrap of equal values has no width, which would be taken for certainty
+    if low == high:  # a bootstrap of equal values has zero width, which would look like certainty
         return text
     return f"{text}\n{format(low, form).rstrip('%')}..{format(high, form)}"
 
 
-def sample(pair: Pair, outcomes: Mapping[str, str], width: int = 600) -> RenderableType:
-    """One analysed finding: input, expected answer, what each model wrote and where it differs."""
+def format_sample(pair: Pair, outcomes: Mapping[str, str], width: int = 600) -> RenderableType:
+    """Formats one question for the console: input, expected answer, each model's answer and the differing keys.
+
+    Args:
+        pair: the question.
+        outcomes: heading -> answer.
+        width: characters of a text after which it is cut.
+    """
     lines = [_line("input", pair.content, width), _line("expected", pair.completion, width)]
     for heading, text in outcomes.items():
-        lines.append(_line(heading, text.strip() or "(nothing)", width))
+        lines.append(_line(heading, text.strip() or "(empty)", width))
         differing = differences(pair.completion, text)
-        said = "equal to the expected answer" if not differing else "differs: " + _differing(differing)
-        lines.append(Text(f"{'':<{HEADING}}{said}", style="dim"))
+        note = "equal to the expected answer" if not differing else "differs: " + _format_differences(differing)
+        lines.append(Text(f"{'':<{HEADING_WIDTH}}{note}", style="dim"))
     return Group(*lines)
 
 
-def markdown(pairs: Sequence[Pair], columns: Mapping[str, EvaluationScores], rows: int = 16, width: int = 500) -> str:
-    """A table of samples for TensorBoard: input, expected answer, each model's answer, what differs in the last."""
+def markdown_samples(
+    pairs: Sequence[Pair], columns: Mapping[str, EvaluationScores], rows: int = 16, width: int = 500
+) -> str:
+    """Builds a Markdown table of samples for TensorBoard.
+
+    Its columns are input, expected answer, each model's answer, and the keys in which the last answer differs.
+
+    Args:
+        pairs: the questions.
+        columns: heading -> scores.
+        rows: largest number of rows.
+        width: characters of a text after which it is cut.
+    """
     headings = ["input", "expected", *columns, "differs"]
     table = ["| " + " | ".join(headings) + " |", "|" + "---|" * len(headings)]
     for index, pair in enumerate(pairs[:rows]):
         texts = [scores.outcomes[index].text for scores in columns.values()]
         differing = differences(pair.completion, texts[-1]) if texts else {}
-        cells = [pair.content, pair.completion, *texts, _differing(differing) or "nothing"]
+        cells = [pair.content, pair.completion, *texts, _format_differences(differing) or "nothing"]
         table.append("| " + " | ".join(_escape(text[:width]) for text in cells) + " |")
     return "\n".join(table)
 
 
 def _line(heading: str, text: str, width: int) -> Text:
     shown = text if len(text) <= width else text[: width - 1] + "…"
-    return Text.assemble((f"{heading:<{HEADING}}", "bold"), shown.replace("\n", "⏎"))
+    return Text.assemble((f"{heading:<{HEADING_WIDTH}}", "bold"), shown.replace("\n", "⏎"))
 
 
-def _differing(differing: Mapping[str, tuple[object, object]]) -> str:
+def _format_differences(differing: Mapping[str, tuple[object, object]]) -> str:
     parts = (f"{key} {_short(wanted)} -> {_short(got)}" for key, (wanted, got) in differing.items())
     return ", ".join(parts)
 
@@ -156,7 +180,7 @@ def _short(value: object) -> str:
 
 
 def _escape(text: str) -> str:
-    """Text as one cell of Markdown: TensorBoard renders HTML, and what a finding says stays text."""
+    """Escapes text for a Markdown cell. TensorBoard renders HTML, and text of a finding must stay text."""
     for character, entity in (("&", "&amp;"), ("<", "&lt;"), (">", "&gt;"), ("|", "&#124;"), ("`", "&#96;")):
         text = text.replace(character, entity)
     return text.replace("\n", " ⏎ ")

@@ -1,37 +1,37 @@
-"""A run's curves from TensorBoard's events, those of its resumed parts too."""
+"""Training curves of a run from TensorBoard's events, including those of its resumed parts."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from callbacks.reporting.figures import blank
+from callbacks.reporting.figures import new_figure
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-POINTS = 400  #: of a curve; more can't be seen
-#: title -> the scalars that share the picture
+POINTS = 400  #: points per curve; more are not visible
+#: title -> scalars of the plot
 CURVES = {
     "loss": ("train/loss", "val/loss"),
     "token accuracy": ("train/token_accuracy", "val/token_accuracy"),
     "divergence from the teacher": ("train/kl", "val/kl"),
     "gradient norm": ("train/grad_norm",),
     "learning rate": ("lr",),
-    "findings a second": ("throughput/findings_per_second",),
+    "findings per second": ("throughput/findings_per_second",),
     "peak memory, GiB": ("memory/peak_gib",),
 }
 
 
-def curves(run: Path) -> dict[str, Figure]:
-    """Draws what the run logged, by title; nothing where there are no events."""
+def draw_curves(run: Path) -> dict[str, Figure]:
+    """Draws the logged curves of a run, by title; an empty dict if there are no events."""
     scalars = read_scalars(run)
     drawn = {}
     for title, names in CURVES.items():
         present = {name: scalars[name] for name in names if name in scalars}
         if not present:
             continue
-        figure, axes = blank()
+        figure, axes = new_figure()
         for name, points in present.items():
             thin = points[:: max(1, len(points) // POINTS)]
             steps, values = [step for step, _ in thin], [value for _, value in thin]
@@ -47,7 +47,14 @@ def curves(run: Path) -> dict[str, Figure]:
 
 
 def read_scalars(run: Path) -> dict[str, list[tuple[int, float]]]:
-    """Every scalar of a run: name -> (step, value), in order of steps; of a step logged twice the later value."""
+    """Reads every scalar of a run.
+
+    Args:
+        run: run directory.
+
+    Returns:
+        Name -> (step, value), in order of steps. If a step was logged twice, the later value is returned.
+    """
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     if not any(run.glob("events.out.tfevents.*")):

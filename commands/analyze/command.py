@@ -184,7 +184,7 @@ def build_generator(
         batch_size=batch_size or (24 if place.type == "cpu" else 256),
         constrained=constrained,
         max_new_tokens=max_new_tokens,
-        journal=journal,
+        cache_file=journal,
     )
 
 

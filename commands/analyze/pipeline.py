@@ -36,7 +36,7 @@ from datamodules.tasks.remediation import remediate
 from datamodules.tasks.schemas import PRIORITIES, is_valid
 from datamodules.tasks.windows import Window, executive_summary, shown_ids, top_findings, triage_summary
 from lightning_modules.evaluation.answer_parsing import ParsedAnswer, parse
-from lightning_modules.evaluation.metrics import Faithfulness
+from lightning_modules.evaluation.text_metrics import Faithfulness
 
 if TYPE_CHECKING:
     from datamodules.tasks.base import Schema, Task
@@ -222,7 +222,7 @@ class Analysis:
 
     def _faithful(self, task: Task, content: str, answer: dict[str, Any], by_rule: dict[str, Any]) -> bool:
         """Whether every number and id of an answer stands in its input or is counted from it."""
-        judged = ParsedAnswer(text="", content=content, expected=by_rule, answer=answer, cut=None, valid=True)
+        judged = ParsedAnswer(text="", content=content, expected=by_rule, answer=answer, extracted=None, valid=True)
         faithful = bool(Faithfulness().count(judged)["faithful"]) and all(map(str.strip, _texts(answer)))
         if not faithful:
             self.tallies[task.name].fallbacks["not in the input"] += 1

@@ -77,38 +77,38 @@ def facts(trained: Trained, settings: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def verdict(measured: dict[str, Any], golden: dict[str, Any], bounds: Bounds) -> dict[str, Any]:
+def verdict(measured: dict[str, Any], reference: dict[str, Any], bounds: Bounds) -> dict[str, Any]:
     """The measured part: state, what failed, the bounds and the figures.
 
     Args:
         measured: of :func:`lightning_modules.evaluation.model_comparison.compare`; empty where nothing was measured.
-        golden: where the questions are from.
+        reference: where the questions are from.
         bounds: what is allowed.
     """
     if not measured:
-        return {"state": "not measured", "golden": {"n": 0, "why": "--golden 0"}}
+        return {"state": "not measured", "reference": {"n": 0, "why": "--num_reference 0"}}
     failures = bounds.exceeded(measured)
     return {
         "state": "failed" if failures else "passed",
         "failures": failures,
-        "golden": golden | {"max_kl": bounds.max_kl, "max_drop": bounds.max_drop} | measured,
+        "reference": reference | {"max_kl": bounds.max_kl, "max_drop": bounds.max_drop} | measured,
     }
 
 
 def format_summary(certificate: dict[str, Any]) -> list[str]:
     """The measured part for the console."""
-    golden = certificate["golden"]
+    reference = certificate["reference"]
     if certificate["state"] == "not measured":
-        return ["  certificate  not measured (--golden 0)"]
-    kl = "not a number" if golden["kl_mean"] is None else f"{golden['kl_mean']:.2g} nats a token"
+        return ["  certificate  not measured (--num_reference 0)"]
+    kl = "not a number" if reference["kl_mean"] is None else f"{reference['kl_mean']:.2g} nats a token"
     word = "passed" if certificate["state"] == "passed" else "FAILED"
     lines = [
-        f"  certificate  {word}: divergence {kl} (at most {golden['max_kl']:g}), "
-        f"{golden['same_answers']:.0%} of {golden['n']} answers the same",
+        f"  certificate  {word}: divergence {kl} (at most {reference['max_kl']:g}), "
+        f"{reference['same_answers']:.0%} of {reference['n']} answers the same",
         *(f"  FAILED       {words}" for words in certificate["failures"]),
     ]
-    for name, value in golden["trained"].items():
-        lines.append(f"  {name:<17} trained {value:.3g}, exported {golden['exported'].get(name, float('nan')):.3g}")
+    for name, value in reference["trained"].items():
+        lines.append(f"  {name:<17} trained {value:.3g}, exported {reference['exported'].get(name, float('nan')):.3g}")
     return lines
 
 

@@ -86,7 +86,7 @@ def export(
     dtype: Dtype = "auto",
     gguf_type: GgufType = "f16",
     load_as: LoadAs = "trained",
-    golden: int = 50,
+    num_reference: int = 50,
     max_kl: float | None = None,
     max_drop: float = 0.05,
     batch_size: int = 25,
@@ -107,10 +107,10 @@ def export(
             with 4 bits the adapter lies beside the base, in a file of its own.
         load_as: how an adapter is loaded to measure it: trained is the base as in training; agent is the way of
             sys-scan-graph's agent, an NF4 base with double quantisation, float16 products and the base's tokenizer.
-        golden: held-out findings of the certificate; 0 measures nothing, and the certificate says so.
+        num_reference: held-out findings of the certificate; 0 measures nothing, and the certificate says so.
         max_kl: greatest mean divergence from the trained model, in nats a token; null is 0.02, and 0.1 for 4 bits.
         max_drop: how much smaller than the trained model's the share of valid answers, or of right severities, may be.
-        batch_size: golden answers written at once.
+        batch_size: reference answers written at once.
         device: auto (a GPU where there is one), cpu, cuda or cuda:N.
         overwrite: replace an earlier export in the folder.
 
@@ -119,8 +119,10 @@ def export(
     """
     kind = gguf_type if format == "gguf" else format
     bounds = certificates.Bounds(MAX_KL.get(kind, MAX_KL_ELSE) if max_kl is None else max_kl, max_drop)
-    if golden < 0 or bounds.max_kl < 0 or max_drop < 0 or batch_size < 1:
-        given = f"--golden {golden} --max_kl {bounds.max_kl} --max_drop {max_drop} --batch_size {batch_size}"
+    if num_reference < 0 or bounds.max_kl < 0 or max_drop < 0 or batch_size < 1:
+        given = (
+            f"--num_reference {num_reference} --max_kl {bounds.max_kl} --max_drop {max_drop} --batch_size {batch_size}"
+        )
         raise UserError(f"{given}: must be 0 or more (batch_size 1)")
     if load_as == "agent" and format != "adapter":
         raise UserError(f"--load_as agent --format {format}: the agent loads adapters; leave one of them out")
@@ -129,7 +131,7 @@ def export(
         raise UserError(f"--run {run}: a run folder has config.yaml; this is an export or a model already")
     tasks = trained.tasks or ("risk",)
     task = "risk" if "risk" in tasks else tasks[0]
-    pairs, origin = reference_pairs(trained, task, golden)  # before anything is written: it may refuse
+    pairs, origin = reference_pairs(trained, task, num_reference)  # before anything is written: it may refuse
     place = pick_device(device)
     _clear(target, overwrite)
     settings = {
@@ -191,7 +193,7 @@ def _measure(
     def measured(heading: str, tokenizer: str, build: Callable[[], Any]) -> Record:
         chat = ChatFormat(load_tokenizer(tokenizer))
         with (
-            TaskProgress(f"{heading}: {len(pairs)} golden findings", console) as gauge,
+            TaskProgress(f"{heading}: {len(pairs)} reference findings", console) as gauge,
             out_of_memory_advice("--batch_size"),
         ):
             result = record(build(), chat, task, pairs, batch_size=batch_size, progress=gauge)

@@ -115,7 +115,7 @@ def _training(trained: Trained, run: dict[str, Any]) -> list[tuple[str, Any]]:
 
 
 def _export(certificate: dict[str, Any]) -> list[tuple[str, Any]]:
-    golden, base = certificate["golden"], certificate.get("merge_base")
+    reference, base = certificate["reference"], certificate.get("merge_base")
     on = {"trained": "the base as it was stored in training", "16bit": "the original 16-bit base"}.get(base or "")
     agent = "as sys-scan-graph's agent does it" if certificate.get("load_as") == "agent" else None
     rows = [
@@ -125,10 +125,10 @@ def _export(certificate: dict[str, Any]) -> list[tuple[str, Any]]:
         ("certificate", f"{certificate['state']} (certificate.json)"),
         ("beyond its bounds", "; ".join(certificate.get("failures", []))),
     ]
-    if golden["n"]:
-        kl = "not a number" if golden["kl_mean"] is None else f"{golden['kl_mean']:.2g} nats a token"
-        said = f"{kl}, at most {golden['max_kl']:g} allowed"
-        rows.append(("divergence from the trained model", f"{said}, on {golden['n']} held-out findings"))
+    if reference["n"]:
+        kl = "not a number" if reference["kl_mean"] is None else f"{reference['kl_mean']:.2g} nats a token"
+        said = f"{kl}, at most {reference['max_kl']:g} allowed"
+        rows.append(("divergence from the trained model", f"{said}, on {reference['n']} held-out findings"))
     return rows
 
 

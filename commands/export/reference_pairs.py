@@ -33,9 +33,11 @@ def reference_pairs(trained: Trained, task: str, count: int) -> tuple[list[Pair]
     if len(pairs) >= count:
         return pairs[:count], f"evaluation.json ({split})"
     settings = trained.config.get("data", {})
-    way_out = f"give --golden {len(pairs)}" if pairs else "give --golden 0 to export without a measurement"
+    way_out = (
+        f"give --num_reference {len(pairs)}" if pairs else "give --num_reference 0 to export without a measurement"
+    )
     if str(settings.get("class_path", "")).rpartition(".")[2] != FindingsDataModule.__name__:
-        raise UserError(f"--golden {count}: the run's data are no FindingsDataModule; {way_out}")
+        raise UserError(f"--num_reference {count}: the run's data are no FindingsDataModule; {way_out}")
     arguments: dict[str, Any] = dict(settings.get("init_args") or {}) | {"tokenizer": trained.tokenizer}
     split = "val" if arguments.get("val", 0.02) else "test"
     try:
@@ -43,9 +45,9 @@ def reference_pairs(trained: Trained, task: str, count: int) -> tuple[list[Pair]
         data.setup()
         pairs = data.pairs(split, task, count)  # type: ignore[arg-type]
     except (TypeError, OSError, UserError) as error:
-        raise UserError(f"--golden {count}: the run's data can't be read ({error}); {way_out}") from error
+        raise UserError(f"--num_reference {count}: the run's data can't be read ({error}); {way_out}") from error
     if not pairs:
-        raise UserError(f"--golden {count}: the run's data hold no pair of {task} out; {way_out}")
+        raise UserError(f"--num_reference {count}: the run's data hold no pair of {task} out; {way_out}")
     return pairs, f"data ({split})"
 
 

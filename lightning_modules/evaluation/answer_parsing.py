@@ -1,7 +1,8 @@
-"""An answer beside what was expected: strict and lenient parsing, and what its parts say.
+"""Strict and lenient parsing of answers, and extraction of the ids, names and numbers that metrics compare.
 
-Strict is what is counted: the whole text must be one JSON object. The sys-scan-graph agent is more lenient, it cuts
-from the first ``{`` to the last ``}``; how many answers that would save is reported beside it, never mixed in.
+Metrics count strict parses: the whole text must be one JSON object. The sys-scan-graph agent is more lenient: it reads
+from the first ``{`` to the last ``}``. The share of answers that the agent could read is a metric of its own, and no
+other metric includes it.
 """
 
 from __future__ import annotations
@@ -29,25 +30,25 @@ _ID_PARTS = [re.compile(part) for part in (r"[^\W\d_]", r"\d", r"[_-]")]
 
 @dataclass(frozen=True)
 class ParsedAnswer:
-    """One answer, read once for all metrics.
+    """One answer, parsed once for all metrics.
 
     Attributes:
-        text: what the model wrote.
-        content: the prompt's own part.
+        text: the text that the model generated.
+        content: the variable part of the prompt.
         expected: the true answer.
-        answer: the answer as a JSON object; None where the text is not exactly one.
-        cut: what the agent makes of it: the object between the first ``{`` and the last ``}``, or None.
-        valid: whether ``answer`` conforms to the task's schema.
-        complete: whether the model ended it itself.
-        severity: class of the pair, for shares by severity.
-        category: class of the pair, for shares by category.
+        answer: the answer as a JSON object; None if the text is not exactly one.
+        extracted: the object that the agent reads, from the first ``{`` to the last ``}``; None if that is not JSON.
+        valid: True if ``answer`` conforms to the task's schema.
+        complete: True if the model ended the answer; False if it was cut.
+        severity: severity of the pair, for figures by severity.
+        category: category of the pair, for figures by category.
     """
 
     text: str
     content: str
     expected: dict[str, Any]
     answer: dict[str, Any] | None
-    cut: dict[str, Any] | None
+    extracted: dict[str, Any] | None
     valid: bool
     complete: bool = True
     severity: str = ""
@@ -55,20 +56,30 @@ class ParsedAnswer:
 
 
 def parse_answer(task: Task, pair: Pair, text: str, complete: bool = True) -> ParsedAnswer:
-    """Reads an answer to a pair of the task."""
+    """Parses an answer to a pair of the task.
+
+    Args:
+        task: the task, whose schema the answer is validated against.
+        pair: the prompt and the expected answer.
+        text: the answer.
+        complete: True if the model ended the answer.
+
+    Raises:
+        ValueError: the expected answer is not a JSON object.
+    """
     answer = parse(text)
     valid = answer is not None and is_valid(answer, task.answer_schema)
     expected = parse(pair.completion)
     if expected is None:
         raise ValueError(f"the expected answer of a {pair.task} pair is no JSON object: {pair.completion[:200]}")
     return ParsedAnswer(
-        text=text, content=pair.content, expected=expected, answer=answer, cut=parse(cut_out(text)), valid=valid,
-        complete=complete, severity=pair.severity, category=pair.category,
+        text=text, content=pair.content, expected=expected, answer=answer, extracted=parse(extract_object(text)),
+        valid=valid, complete=complete, severity=pair.severity, category=pair.category,
     )  # fmt: skip
 
 
 def parse(text: str) -> dict[str, Any] | None:
-    """Reads a text that is one JSON object and nothing else (RFC 8259: no NaN); None otherwise."""
+    """Parses a text that is one JSON object and nothing else (RFC 8259: no NaN); returns None for any other text."""
     try:
         value = orjson.loads(text)
     except (orjson.JSONDecodeError, UnicodeEncodeError):
@@ -76,13 +87,13 @@ def parse(text: str) -> dict[str, Any] | None:
     return value if isinstance(value, dict) else None
 
 
-def cut_out(text: str) -> str:
-    """The agent's way: from the first ``{`` to the last ``}``; "" where there is no such part."""
+def extract_object(text: str) -> str:
+    """Returns the text from the first ``{`` to the last ``}``, as the agent does; "" if there is no such part."""
     return text[text.find("{") : text.rfind("}") + 1] if "{" in text else ""
 
 
 def as_number(value: Any) -> float | None:
-    """A finite JSON number as a float; None for anything else, a number in quotes included."""
+    """Returns a finite JSON number as a float, and None for anything else, including a number in quotes."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
     number = float(value)
@@ -90,7 +101,7 @@ def as_number(value: Any) -> float | None:
 
 
 def strings(value: Any) -> Iterator[str]:
-    """Every string value inside a JSON value, in order; keys are left out."""
+    """Yields every string value inside a JSON value, in order, without keys."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, dict):
@@ -102,7 +113,7 @@ def strings(value: Any) -> Iterator[str]:
 
 
 def named_ids(value: Any) -> Iterator[str]:
-    """Every id inside a JSON value: strings under keys ``id``, ``ids``, or ending in ``_id`` or ``_ids``."""
+    """Yields every id inside a JSON value: strings under keys ``id``, ``ids``, or ending in ``_id`` or ``_ids``."""
     if isinstance(value, dict):
         for key, item in value.items():
             if key in ("id", "ids") or key.endswith(("_id", "_ids")):
@@ -115,7 +126,7 @@ def named_ids(value: Any) -> Iterator[str]:
 
 
 def embedded(text: str) -> Iterator[Any]:
-    """Every JSON object and list in a text, whatever is written around them."""
+    """Yields every JSON object and list inside a text."""
     decoder, position = json.JSONDecoder(), 0
     while opening := _OPENING.search(text, position):
         try:
@@ -127,16 +138,19 @@ def embedded(text: str) -> Iterator[Any]:
 
 
 def numbers(text: str) -> list[float]:
-    """The numbers in a text that stand alone: ``4444`` and ``0.5``, not the ``2`` of ``sha256``."""
+    """Returns the separate numbers in a text: ``4444`` and ``0.5``, but not the ``2`` of ``sha256``."""
     return [float(match) for match in _NUMBER.findall(text)]
 
 
 def identifiers(text: str) -> list[str]:
-    """Words that name one thing: a path, or letters and digits about a ``_`` or ``-`` (``proc_12``, ``CVE-2024-1``)."""
-    found = (match.rstrip(".:-") for match in _NAME.findall(text))
-    return [name for name in found if name.startswith("/") or all(part.search(name) for part in _ID_PARTS)]
+    """Returns the words that name one thing.
+
+    These are paths, and words with letters, digits and a ``_`` or ``-`` (``proc_12``, ``CVE-2024-1``).
+    """
+    names = (match.rstrip(".:-") for match in _NAME.findall(text))
+    return [name for name in names if name.startswith("/") or all(part.search(name) for part in _ID_PARTS)]
 
 
 def words(texts: Sequence[str]) -> list[str]:
-    """Lower-case words."""
+    """Returns the words of texts in lower case."""
     return [word for text in texts for word in _WORD.findall(text.lower())]

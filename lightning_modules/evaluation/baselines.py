@@ -1,7 +1,7 @@
-"""What a model must beat: answers to the risk task without a model, from the training pairs alone.
+"""Baselines that answer the risk task without a model, from the training pairs alone.
 
-They write the same JSON as a model, so that they pass through the same metrics. Counts and medians only: fitted in
-milliseconds, and nothing to tune. The strongest one, a gradient-boosted tree, is in
+A baseline returns the same JSON as a model, so that the same metrics apply. These two use only counts and medians: they
+are fitted in milliseconds and have nothing to tune. The strongest baseline, boosted trees, is in
 :mod:`lightning_modules.evaluation.boosted_trees`.
 """
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 class MajorityClass:
-    """Says of every finding what most training findings got.
+    """Answers every finding with the typical answer of all training findings.
 
     Args:
         pairs: training pairs of the risk task.
@@ -38,13 +38,15 @@ class MajorityClass:
 
 
 class TitleLookup:
-    """Says what the training findings of the same category and title got; of unseen ones what most got.
+    """Answers a finding with the typical answer of the training findings that have its category and title.
+
+    A finding whose category and title are new gets the answer of :class:`MajorityClass`.
 
     Args:
         pairs: training pairs of the risk task.
 
     Attributes:
-        seen: distinct categories and titles.
+        seen: number of distinct categories and titles.
     """
 
     name = "title look-up"
@@ -64,21 +66,21 @@ class TitleLookup:
 
 
 def input_determined_categories(pairs: Sequence[Pair], least: int = 10, share: float = 0.99) -> set[str]:
-    """Categories in which the input tells the severity: findings alike but for their numbers have the same one.
+    """Returns the categories whose severity the input determines: findings equal but for numbers have the same one.
 
-    Some data carry severities that follow from nothing a scanner says. Where findings that are alike disagree, no model
-    can be right on all of them, and its accuracy says little.
+    In some data the severity does not follow from anything that a scanner reports. If findings that are equal in this
+    sense disagree, no model can be right on all of them, and its accuracy means little.
 
     Args:
         pairs: training pairs of the risk task.
-        least: findings that have one like them which a category must have to be judged.
-        share: of these that must have the severity most frequent among those alike.
+        least: number of findings with an equal one that a category needs; categories with fewer are not included.
+        share: fraction of these findings that must have the most frequent severity of their equals.
     """
-    alike: dict[str, dict[str, Counter[str]]] = defaultdict(lambda: defaultdict(Counter))
+    equal: dict[str, dict[str, Counter[str]]] = defaultdict(lambda: defaultdict(Counter))
     for pair in pairs:
-        alike[pair.category][re.sub(r"\d+", "0", pair.content)][pair.severity] += 1
+        equal[pair.category][re.sub(r"\d+", "0", pair.content)][pair.severity] += 1
     input_determined = set()
-    for category, groups in alike.items():
+    for category, groups in equal.items():
         repeated = [group for group in groups.values() if group.total() > 1]
         count = sum(group.total() for group in repeated)
         if count >= least and sum(max(group.values()) for group in repeated) >= share * count:
@@ -87,9 +89,9 @@ def input_determined_categories(pairs: Sequence[Pair], least: int = 10, share: f
 
 
 def typical(answers: Iterable[dict[str, Any]]) -> str:
-    """One answer in the place of many: the most frequent severity and tags, the medians of all numbers.
+    """Returns the typical answer: the most frequent severity and tags, and the medians of all numbers.
 
-    Ties go to the severity or tags met first. Fields that no answer has are left out.
+    If severities or tags are equally frequent, the first one is taken. Fields that no answer has are left out.
 
     Raises:
         ValueError: there are no answers.

@@ -1,11 +1,11 @@
-"""A gradient-boosted tree on the finding's fields: what machine learning without a language model makes of them.
+"""Gradient-boosted-tree baseline on the finding's fields: machine learning without a language model.
 
 Shapes in names: N findings, F features.
 
-Fields become columns as a data scientist would make them in an hour: numbers as they are, every other value as
-"field=value" (seen at least thrice), and the words of title, description and values as present or not. One classifier
-for the severity, one regressor for each number; tags are those of the title look-up. The trees are scikit-learn's, half
-as many as by default.
+The features are those that a data scientist would define in an hour: numbers as they are, every other value as
+"field=value" (if at least three findings have it), and the words of title, description and values as present or not.
+One classifier predicts the severity, and one regressor each number; the tags are those of the title look-up. The trees
+are scikit-learn's, half the default number.
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ from lightning_modules.evaluation.baselines import TitleLookup
 if TYPE_CHECKING:
     from datamodules.tasks.base import Pair
 
-COLUMNS = 192  #: the most frequent features that are kept
+COLUMNS = 192  #: number of features, the most frequent ones
 TREES = {"max_iter": 50, "max_leaf_nodes": 15, "random_state": 0}  #: a few seconds for seven targets of 2,000 findings
-SEEN = 3  #: findings that a text feature must occur in
-RANGES = {"risk_score": 100.0}  #: highest value of a number; all others are shares
+MIN_COUNT = 3  #: number of findings that a text feature must occur in
+RANGES = {"risk_score": 100.0}  #: highest value of a number; the others are between 0 and 1
 _WORD = re.compile(r"[^\W\d_]{3,24}")
 
 
 class BoostedTrees:
-    """Says what trees over the training findings' fields say.
+    """Answers a finding with the predictions of boosted trees on its fields.
 
     Args:
         pairs: training pairs of the risk task.
@@ -59,16 +59,16 @@ class BoostedTrees:
         answers = [parse(pair.completion) or {} for pair in pairs]
         features = [dict(features_of(parse(pair.content) or {})) for pair in pairs]
         counts = Counter(name for row in features for name in row)
-        self._columns = [name for name, count in counts.most_common(COLUMNS) if count >= SEEN or name[0] == "#"]
+        self._columns = [name for name, count in counts.most_common(COLUMNS) if count >= MIN_COUNT or name[0] == "#"]
         features_NF = self._matrix(features)
         self._trees: dict[str, Any] = {}
         self._one_thread = partial(ThreadpoolController().limit, limits=1, user_api="openmp")
         for name in _numbers(answers):
             values = [_read(answer, name) for answer in answers]
-            has = np.array([value is not None for value in values])
+            present = np.array([value is not None for value in values])
             target = np.array([value for value in values if value is not None])
-            with self._one_thread():  # threads that wait for each other take minutes where other work has the cores
-                self._trees[name] = _fit(HistGradientBoostingRegressor(**TREES), features_NF[has], target)
+            with self._one_thread():  # threads that wait for each other take minutes if other processes use the cores
+                self._trees[name] = _fit(HistGradientBoostingRegressor(**TREES), features_NF[present], target)
         severities = np.array([answer.get("severity") in SEVERITIES for answer in answers])
         target = np.array([answer["severity"] for answer, known in zip(answers, severities, strict=True) if known])
         with self._one_thread():
@@ -93,14 +93,14 @@ class BoostedTrees:
         return compact_json(answer)
 
     def _matrix(self, rows: Sequence[dict[str, float]]) -> NDArray[np.float64]:
-        # a number that is not there is NaN, which trees know; a text that is not there is 0
+        # a missing number is NaN, which the trees support; a missing text is 0
         return np.array(
             [[row.get(name, np.nan if name[0] == "#" else 0.0) for name in self._columns] for row in rows], np.float64
         ).reshape(len(rows), len(self._columns))
 
 
 def features_of(finding: dict[str, Any]) -> Iterator[tuple[str, float]]:
-    """Features of a finding as a prompt shows it: ``#path`` for numbers, ``path=value`` and words for texts."""
+    """Yields the features of a finding in a prompt: ``#path`` for numbers, ``=path=value`` and ``_word`` for texts."""
     for path, value in _leaves(finding):
         figure = as_number(float(value) if isinstance(value, str) and _is_number(value) else value)
         if figure is not None:
@@ -128,7 +128,7 @@ def _is_number(text: str) -> bool:
 
 
 def _numbers(answers: Sequence[dict[str, Any]]) -> list[str]:
-    """Paths of the numbers that answers have, "a.b" for one inside an object."""
+    """Returns the paths of the numbers in answers, "a.b" for one inside an object."""
     names: dict[str, None] = {}
     for answer in answers:
         for key, value in answer.items():
@@ -144,7 +144,7 @@ def _read(answer: dict[str, Any], name: str) -> float | None:
 
 
 def _fit(tree: Any, features_NF: NDArray[np.float64], target_N: NDArray[Any]) -> Any:
-    """Fits a tree and returns its prediction; of one value only (no column, one class) that value."""
+    """Fits a tree and returns its prediction function; if all targets are equal, the function returns that target."""
     if len(set(target_N.tolist())) == 1:
         return lambda rows: np.repeat(target_N[:1], len(rows))
     return tree.fit(features_NF, target_N).predict

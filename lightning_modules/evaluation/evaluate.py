@@ -1,4 +1,4 @@
-"""A model's worth on held-out pairs: what it writes freely, and how likely it finds the true answers."""
+"""Evaluation of a model on held-out pairs: the answers that it generates, and the likelihood of the true answers."""
 
 from __future__ import annotations
 
@@ -14,33 +14,35 @@ from datamodules.records import SEVERITIES
 from lightning_modules.evaluation.answer_parsing import ParsedAnswer, parse, parse_answer
 from lightning_modules.evaluation.confidence_intervals import bootstrap, intervals, wilson
 from lightning_modules.evaluation.metrics import AnswerMetrics
-from lightning_modules.generation.engine import constrained, generate, generate_requests
+from lightning_modules.generation.encoded_pairs import EncodedPairs
+from lightning_modules.generation.engine import constrain_outputs, generate_requests
 from lightning_modules.generation.loglikelihood import completion_nll, forced_choice
-from lightning_modules.generation.prefix_cache import known_positions
+from lightning_modules.generation.prefix_cache import max_positions
 from lightning_modules.generation.requests import GenerationOutput, GenerationRequest, LogitsConstraint
 
 if TYPE_CHECKING:
     from datamodules.tasks.base import Pair, Task
     from datamodules.tokenization.chat_format import ChatFormat
 
-SCORED_ROWS = 32  #: answers whose likelihood is computed at once: 300 tokens of 49,152 logits are 2 GB then
-HELD_ROOM = 4  #: times the room of a free answer for one that is held to its schema
-SEVERITY = '"severity":"'  #: what comes before an answer's severity
+SCORED_ROWS = 32  #: pairs per forward pass for likelihoods: the logits of 300 tokens of 49,152 are 2 GB then
+CONSTRAINED_LIMIT_FACTOR = 4  #: token limit of a constrained answer, as a multiple of that of a free answer
+SEVERITY = '"severity":"'  #: the text before an answer's severity
+LIKELIHOOD_SHARE = 0.2  #: of the time: a pass over all tokens takes about as long as 40 steps of a batch
 
 
 @dataclass(frozen=True)
 class PredictionResult:
-    """What came of one pair.
+    """The model's result for one pair.
 
     Attributes:
         text: the answer.
-        complete: whether the model ended it; False: it ran into the token limit.
-        nll: negative log-likelihood of the expected answer, NaN where there is no model (a baseline).
-        tokens: tokens of the expected answer.
+        complete: True if the model ended it; False if it was cut at the token limit.
+        nll: negative log-likelihood of the expected answer; NaN for a baseline, which is not a language model.
+        tokens: number of tokens of the expected answer.
         prompt_tokens_cut: tokens of the content that did not fit the model's positions.
-        forced: the severity that is most likely behind the expected answer's beginning (its tags, say), "" where that
-            was not asked.
-        held: what the model writes when a grammar holds it to the schema; None where that was not asked.
+        forced: the most likely severity after the beginning of the expected answer (its tags, for instance); "" if it
+            was not computed.
+        constrained: the result with a grammar that constrains the answer to the schema; None if it was not generated.
     """
 
     text: str
@@ -49,7 +51,7 @@ class PredictionResult:
     tokens: int = 0
     prompt_tokens_cut: int = 0
     forced: str = ""
-    held: PredictionResult | None = None
+    constrained: PredictionResult | None = None
 
 
 @dataclass(frozen=True)
@@ -57,13 +59,14 @@ class EvaluationScores:
     """The figures of one model or baseline on a sample.
 
     Attributes:
-        figures: name -> value, NaN where nothing could be measured; ``loss`` is the held-out loss per token.
+        figures: name -> value, NaN if nothing could be measured; ``loss`` is the held-out loss per token.
         intervals: name -> bounds of the 95 % interval, for the figures of the table.
-        confusion: rows expected, columns answered severities, last column none; None where the task has none.
-        groups: "category" and "severity" -> each one's name -> its figures, ``answers`` among them.
-        reliability: for each tenth of ``probability_actionable`` that was answered: answers, mean answered, mean
-            expected; None where the task has none.
-        outcomes: one for each pair.
+        confusion: rows are expected severities, columns answered ones, the last column no severity; None if the task
+            has no severity.
+        groups: "category" and "severity" -> name of each -> its figures, including ``answers``, the number of answers.
+        reliability: for each tenth of ``probability_actionable`` with answers: number of answers, mean answered and
+            mean expected probability; None if the task has no such field.
+        outcomes: one result per pair.
     """
 
     figures: dict[str, float]
@@ -76,9 +79,7 @@ class EvaluationScores:
 
 def answer_pairs(
     model: nn.Module,
-    chat: ChatFormat,
-    task: Task,
-    pairs: Sequence[Pair],
+    encoded: EncodedPairs,
     *,
     max_new_tokens: int | None = None,
     batch_size: int = 25,
@@ -87,147 +88,167 @@ def answer_pairs(
     max_preamble_tokens: int | None = None,
     progress: Callable[[float], None] = lambda share: None,
 ) -> list[PredictionResult]:
-    """Lets a model answer pairs freely and scores their expected answers.
+    """Generates a model's answers to pairs without constraint, and computes the likelihood of the expected answers.
 
     Args:
         model: as in :func:`lightning_modules.generation.engine.generate`.
-        chat: of the model's tokenizer.
-        task: of the pairs.
-        pairs: whose answers are expected.
-        max_new_tokens: limit of an answer; None is :func:`token_limit` of these pairs.
-        batch_size: rows at once.
-        forced: whether to ask also for the most likely severity without generation, behind the expected answer's
-            beginning: its tags name what was seen, so this says how well the model rates what is named.
-        constraint: a grammar that the answers are held to besides (:attr:`PredictionResult.held`); costs only what
-            leaves it.
-        max_preamble_tokens: a free answer that has no ``{`` after so many tokens is ended there, as at the token limit.
-        progress: called with the share of the work done.
+        encoded: the pairs of one task and their token ids.
+        max_new_tokens: largest number of tokens of an answer; None is :func:`token_limit` of these pairs.
+        batch_size: answers generated together.
+        forced: True computes the most likely severity after the beginning of the expected answer too, without
+            generation. The tags in that beginning name the evidence, so this measures how well the model rates it.
+        constraint: a grammar under which the answers are generated too (:attr:`PredictionResult.constrained`); only
+            answers that violate it are generated twice.
+        max_preamble_tokens: a free answer without ``{`` in its first ``max_preamble_tokens`` tokens is cut there, as at
+            the token limit.
+        progress: called with the fraction of the work that is done.
+
+    Returns:
+        One result per pair, in their order.
     """
-    if not pairs:
+    if not encoded:
         return []
-    contents = [pair.content for pair in pairs]
-    limit = max_new_tokens or token_limit(chat, task, pairs)
-    share = 0.2  # of the time, for the likelihoods: a pass over all tokens costs about as much as 40 steps of a batch
+    limit = max_new_tokens or token_limit(encoded)
     nll, tokens = completion_nll(
-        model, chat, task, pairs, batch_size=min(batch_size, SCORED_ROWS), progress=lambda done: progress(share * done)
+        model, encoded, batch_size=min(batch_size, SCORED_ROWS), progress=lambda done: progress(LIKELIHOOD_SHARE * done)
     )
-    choices = forced_severities(model, chat, task, pairs, batch_size=batch_size) if forced else [""] * len(pairs)
-    options: Any = {"max_new_tokens": limit, "batch_size": batch_size}
-    answers = generate(
-        model, chat, task, contents, **options, max_preamble_tokens=_hopeless(chat, max_preamble_tokens),
-        progress=lambda done: progress(share + (0.9 - share) * done),
+    choices = forced_severities(model, encoded, batch_size=batch_size) if forced else [""] * len(encoded)
+    requests = [
+        GenerationRequest(encoded.task, content, limit, prompt_ids=prompt)
+        for content, prompt in zip(encoded.contents, encoded.prompts, strict=True)
+    ]
+    answers = generate_requests(
+        model, encoded.chat, requests, batch_size=batch_size,
+        max_preamble_tokens=_preamble_check(encoded.chat, max_preamble_tokens),
+        progress=lambda done: progress(LIKELIHOOD_SHARE + (0.9 - LIKELIHOOD_SHARE) * done),
     )  # fmt: skip
-    held: list[PredictionResult | None] = [None] * len(pairs)
+    constrained: list[PredictionResult | None] = [None] * len(encoded)
     if constraint is not None:
-        positions = known_positions(model.config)
-
-        def write(indices: list[int], forced_prefix: list[list[int]]) -> list[GenerationOutput]:
-            """Gives a schema's bounds the room to end an answer that goes round in circles."""
-            some = [contents[index] for index in indices]
-            rooms = [min(limit * HELD_ROOM, positions - len(prompt)) for prompt in chat.prompt_ids(task, some)]
-            questions = [
-                GenerationRequest(task, content, max(room, limit), constraint, tokens)
-                for content, room, tokens in zip(some, rooms, forced_prefix, strict=True)
-            ]
-            return generate_requests(model, chat, questions, batch_size=batch_size)
-
-        for index, written in enumerate(constrained(answers, constraint, chat.eos_id, write)):
-            held[index] = PredictionResult(written.text, written.stopped)
+        outputs = _constrained_outputs(model, encoded, answers, constraint, limit, batch_size)
+        constrained = [PredictionResult(output.text, output.stopped) for output in outputs]
     progress(1.0)
     return [
         PredictionResult(answer.text, answer.stopped, loss, count, answer.prompt_tokens_cut, choice, other)
         for answer, loss, count, choice, other in zip(
-            answers, nll.tolist(), tokens.tolist(), choices, held, strict=True
+            answers, nll.tolist(), tokens.tolist(), choices, constrained, strict=True
         )
     ]
 
 
-def forced_severities(
-    model: nn.Module, chat: ChatFormat, task: Task, pairs: Sequence[Pair], *, batch_size: int = 25
-) -> list[str]:
-    """The likeliest severity behind each expected answer's beginning, "" where that has none; nothing is generated."""
-    asked = [index for index, pair in enumerate(pairs) if SEVERITY in pair.completion]
-    contents = [pairs[index].content for index in asked]
-    stems = ["".join(pairs[index].completion.partition(SEVERITY)[:2]) for index in asked]
-    choices = [""] * len(pairs)
-    if asked:
+def _constrained_outputs(
+    model: nn.Module,
+    encoded: EncodedPairs,
+    free: Sequence[GenerationOutput],
+    constraint: LogitsConstraint,
+    limit: int,
+    batch_size: int,
+) -> list[GenerationOutput]:
+    """Generates the answers under a constraint; the token limit is high enough for a repetitive answer to end."""
+    contents, prompts, positions = encoded.contents, encoded.prompts, max_positions(model.config)
+
+    def generate_from(indices: list[int], forced_prefixes: list[list[int]]) -> list[GenerationOutput]:
+        limits = [min(limit * CONSTRAINED_LIMIT_FACTOR, positions - len(prompts[index])) for index in indices]
+        requests = [
+            GenerationRequest(encoded.task, contents[index], max(most, limit), constraint, prefix, prompts[index])
+            for index, most, prefix in zip(indices, limits, forced_prefixes, strict=True)
+        ]
+        return generate_requests(model, encoded.chat, requests, batch_size=batch_size)
+
+    return constrain_outputs(free, constraint, encoded.chat.eos_id, generate_from)
+
+
+def forced_severities(model: nn.Module, encoded: EncodedPairs, *, batch_size: int = 25) -> list[str]:
+    """Returns the most likely severity after the beginning of each expected answer, without generation.
+
+    Args:
+        model: as in :func:`lightning_modules.generation.engine.generate`.
+        encoded: the pairs of one task and their token ids.
+        batch_size: prompts per forward pass, at most :data:`SCORED_ROWS`.
+
+    Returns:
+        One severity per pair; "" for a pair whose expected answer has no severity.
+    """
+    indices = [index for index, pair in enumerate(encoded.pairs) if SEVERITY in pair.completion]
+    choices = [""] * len(encoded)
+    if indices:
+        stems = ["".join(encoded.pairs[index].completion.partition(SEVERITY)[:2]) for index in indices]
         rows = min(batch_size, SCORED_ROWS)
-        likelihoods = forced_choice(model, chat, task, contents, stems, SEVERITIES, batch_size=rows)
-        for index, choice in zip(asked, likelihoods.argmax(1).tolist(), strict=True):
+        likelihoods = forced_choice(model, encoded.select(indices), stems, SEVERITIES, batch_size=rows)
+        for index, choice in zip(indices, likelihoods.argmax(1).tolist(), strict=True):
             choices[index] = SEVERITIES[choice]
     return choices
 
 
-def _hopeless(chat: ChatFormat, tokens: int | None) -> Callable[[list[int]], bool] | None:
+def _preamble_check(chat: ChatFormat, tokens: int | None) -> Callable[[list[int]], bool] | None:
     if tokens is None:
         return None
     return lambda ids: len(ids) == tokens and "{" not in chat.decode(ids)
 
 
-def token_limit(chat: ChatFormat, task: Task, pairs: Sequence[Pair]) -> int:
-    """Room for one and a half times the longest expected answer: a longer one is on no way to be right."""
-    longest = max(len(example.completion_ids) for example in chat.encode(task, pairs))
+def token_limit(encoded: EncodedPairs) -> int:
+    """Returns one and a half times the tokens of the longest expected answer, since longer answers are not correct."""
+    longest = max(map(len, encoded.completions))
     return longest * 3 // 2 + 16
 
 
-def score(
+def score_predictions(
     task: Task,
     pairs: Sequence[Pair],
     outcomes: Sequence[PredictionResult],
     input_determined: Collection[str] = frozenset(),
 ) -> EvaluationScores:
-    """Turns outcomes into figures; no communication between ranks: all outcomes are here.
+    """Computes the figures of predictions. All predictions are here, so ranks do not communicate.
 
     Args:
-        task: of the pairs.
-        pairs: the questions.
-        outcomes: one for each.
-        input_determined: categories whose severity the input tells
-        (:func:`lightning_modules.evaluation.baselines.input_determined_categories`); the
-            accuracy in these is a figure of its own.
+        task: the task of the pairs.
+        pairs: the prompts and their expected answers.
+        outcomes: one result per pair.
+        input_determined: categories whose severity the input determines
+            (:func:`lightning_modules.evaluation.baselines.input_determined_categories`); the accuracy in these is a
+            figure of its own.
     """
-    judged = [parse_answer(task, pair, item.text, item.complete) for pair, item in zip(pairs, outcomes, strict=True)]
-    metrics = _metrics(task, judged)
-    figures, bounds = metrics.results(), intervals(judged)
+    answers = [parse_answer(task, pair, item.text, item.complete) for pair, item in zip(pairs, outcomes, strict=True)]
+    metrics = _metrics(task, answers)
+    figures, bounds = metrics.results(), intervals(answers)
     figures["prompts_cut"] = _share(item.prompt_tokens_cut > 0 for item in outcomes)
     nll_N, tokens_N = np.array([item.nll for item in outcomes]), np.array([item.tokens for item in outcomes])
     if len(nll_N) and not np.isnan(nll_N).any():
         figures["loss"] = float(nll_N.sum() / tokens_N.sum())
         bounds["loss"] = bootstrap(lambda index: nll_N[index].sum(1) / tokens_N[index].sum(1), len(nll_N))
-    forced = [(item.forced, one.expected.get("severity")) for item, one in zip(outcomes, judged, strict=True)]
-    _agreement("forced_severity_accuracy", [pair for pair in forced if pair[0]], figures, bounds)
+    forced = [(item.forced, one.expected.get("severity")) for item, one in zip(outcomes, answers, strict=True)]
+    _add_agreement("forced_severity_accuracy", [pair for pair in forced if pair[0]], figures, bounds)
     severities = [
         ((one.answer or {}).get("severity"), one.expected.get("severity"))
-        for one in judged
+        for one in answers
         if one.category in input_determined
     ]
-    _agreement("told_severity_accuracy", severities, figures, bounds)
-    groups = {key: _by(task, judged, key) for key in ("category", "severity")}
+    _add_agreement("input_determined_severity_accuracy", severities, figures, bounds)
+    groups = {key: _by(task, answers, key) for key in ("category", "severity")}
     return EvaluationScores(figures, bounds, metrics.confusion(), groups, metrics.reliability(), list(outcomes))
 
 
-def _metrics(task: Task, judged: Sequence[ParsedAnswer]) -> AnswerMetrics:
+def _metrics(task: Task, answers: Sequence[ParsedAnswer]) -> AnswerMetrics:
     metrics = AnswerMetrics(task, sync_on_compute=False)
-    metrics.update(judged)
+    metrics.update(answers)
     return metrics
 
 
-def _by(task: Task, judged: Sequence[ParsedAnswer], key: str) -> dict[str, dict[str, float]]:
-    """Figures of the answers that share a category or severity, the most frequent first."""
+def _by(task: Task, answers: Sequence[ParsedAnswer], key: str) -> dict[str, dict[str, float]]:
+    """Computes the figures of the answers that share a category or severity, the most frequent first."""
     parts: dict[str, list[ParsedAnswer]] = {}
-    for item in judged:
+    for item in answers:
         parts.setdefault(getattr(item, key), []).append(item)
     ranked = sorted(parts.items(), key=lambda part: (-len(part[1]), part[0]))
     return {name: _metrics(task, part).results() for name, part in ranked if name}
 
 
-def _agreement(
-    name: str, said: Sequence[tuple[Any, Any]], figures: dict[str, float], bounds: dict[str, tuple[float, float]]
+def _add_agreement(
+    name: str, values: Sequence[tuple[Any, Any]], figures: dict[str, float], bounds: dict[str, tuple[float, float]]
 ) -> None:
-    """The share of equal pairs, with its interval; nothing where there is no pair."""
-    if said:
-        right = sum(answered == expected for answered, expected in said)
-        figures[name], bounds[name] = right / len(said), wilson(right, len(said))
+    """Adds the fraction of (answered, expected) values that are equal, and its interval, unless there are none."""
+    if values:
+        right = sum(answered == expected for answered, expected in values)
+        figures[name], bounds[name] = right / len(values), wilson(right, len(values))
 
 
 def _share(flags: Iterable[bool]) -> float:
@@ -236,6 +257,6 @@ def _share(flags: Iterable[bool]) -> float:
 
 
 def differences(expected: str, answered: str) -> dict[str, tuple[Any, Any]]:
-    """Keys of the expected answer whose values differ, with both values; every key where the answer is no object."""
+    """Returns the keys whose values differ, with both values; every key if the answer is not a JSON object."""
     wanted, got = parse(expected) or {}, parse(answered) or {}
     return {key: (wanted.get(key), got.get(key)) for key in {**wanted, **got} if wanted.get(key) != got.get(key)}

@@ -1,4 +1,4 @@
-"""Two models on the same golden questions: how far their predictions lie apart, and what each one's answers are worth.
+"""Comparison of two models on the same reference set: divergence of their predictions, and quality of their answers.
 
 Shapes in names: N tokens of an expected answer, V vocabulary.
 """
@@ -13,26 +13,27 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from lightning_modules.evaluation.evaluate import answer_pairs, score
-from lightning_modules.generation.prefix_cache import evaluating
+from lightning_modules.evaluation.evaluate import answer_pairs, score_predictions
+from lightning_modules.generation.encoded_pairs import EncodedPairs
+from lightning_modules.generation.prefix_cache import eval_mode
 
 if TYPE_CHECKING:
     from datamodules.tasks.base import Pair, Task
     from datamodules.tokenization.chat_format import ChatFormat
 
-FIGURES = ("schema_valid", "json_cut", "severity_accuracy", "risk_error")  #: json_cut: the agent's parser finds it
-PER_CHUNK = 64  #: tokens whose divergence is computed at once: 64 x 32,768 x 8 B = 17 MB
+FIGURES = ("schema_valid", "json_cut", "severity_accuracy", "risk_error")  #: json_cut: the agent can parse it
+CHUNK_SIZE = 64  #: tokens whose divergence is computed at once: 64 x 32,768 x 8 B = 17 MB
 
 
 @dataclass(frozen=True)
 class Record:
-    """One model on the golden questions.
+    """Measurements of one model on the reference set.
 
     Attributes:
-        logprobs: for each question float32 [N, V] on the CPU, over the expected answer's tokens; 20 questions of 100
-            tokens and a vocabulary of 32,768 are 260 MB.
-        answers: what it wrote, greedily and freely.
-        figures: of :data:`FIGURES`, those that the task has.
+        logprobs: for each pair float32 [N, V] on the CPU, at the tokens of the expected answer; 20 pairs of 100 tokens
+            and a vocabulary of 32,768 are 260 MB.
+        answers: the answers of greedy generation without constraint.
+        figures: those of :data:`FIGURES` that the task has.
     """
 
     logprobs: list[Tensor]
@@ -49,31 +50,30 @@ def record(
     batch_size: int = 16,
     progress: Callable[[float], None] = lambda share: None,
 ) -> Record:
-    """Measures one model.
+    """Measures one model on the reference set.
 
     Args:
         model: as in :func:`lightning_modules.generation.engine.generate`.
-        chat: of its tokenizer.
-        task: of the pairs.
-        pairs: held-out questions with their answers.
-        batch_size: answers written at once.
-        progress: called with the share of the work done.
+        chat: chat format of the model's tokenizer.
+        task: the task of the pairs.
+        pairs: held-out pairs, the reference set.
+        batch_size: answers generated together.
+        progress: called with the fraction of the work that is done.
     """
-    logprobs = [expected_logprobs(model, example) for example in chat.encode(task, pairs)]
+    encoded = EncodedPairs.encode(chat, task, pairs)
+    logprobs = [expected_logprobs(model, example) for example in encoded.examples]
     progress(0.1)
-    outcomes = answer_pairs(
-        model, chat, task, pairs, batch_size=batch_size, progress=lambda done: progress(0.1 + 0.9 * done)
-    )
-    figures = score(task, pairs, outcomes).figures
-    found = {name: figures[name] for name in FIGURES if not math.isnan(figures.get(name, math.nan))}
-    return Record(logprobs, [outcome.text for outcome in outcomes], found)
+    outcomes = answer_pairs(model, encoded, batch_size=batch_size, progress=lambda done: progress(0.1 + 0.9 * done))
+    figures = score_predictions(task, pairs, outcomes).figures
+    measured = {name: figures[name] for name in FIGURES if not math.isnan(figures.get(name, math.nan))}
+    return Record(logprobs, [outcome.text for outcome in outcomes], measured)
 
 
 def expected_logprobs(model: nn.Module, example: Any) -> Tensor:
-    """Log-probabilities of every token at each position of an example's completion, float32 [N, V] on the CPU."""
+    """Computes log-probabilities of all tokens at each position of a completion, float32 [N, V] on the CPU."""
     ids = [*example.prompt_ids.tolist(), *example.completion_ids.tolist()]
     device = model.get_input_embeddings().weight.device  # type: ignore[operator]
-    with evaluating(model), torch.no_grad():
+    with eval_mode(model), torch.no_grad():
         logits_NV: Tensor = model(
             input_ids=torch.tensor([ids[:-1]], device=device), logits_to_keep=len(example.completion_ids)
         ).logits[0]
@@ -81,17 +81,17 @@ def expected_logprobs(model: nn.Module, example: Any) -> Tensor:
 
 
 def divergence(trained: Sequence[Tensor], exported: Sequence[Tensor]) -> Tensor:
-    """Kullback-Leibler divergence KL(trained || exported) in nats at each token, float64 [tokens of all questions]."""
+    """Computes the Kullback-Leibler divergence KL(trained || exported) in nats at each token, float64 [all tokens]."""
     tokens = []
     for p_NV, q_NV in zip(trained, exported, strict=True):
-        for p, q in zip(torch.split(p_NV, PER_CHUNK), torch.split(q_NV, PER_CHUNK), strict=True):
+        for p, q in zip(torch.split(p_NV, CHUNK_SIZE), torch.split(q_NV, CHUNK_SIZE), strict=True):
             p, q = p.double(), q.double()
             tokens.append((p.exp() * (p - q)).sum(-1).clamp(min=0))
     return torch.cat(tokens) if tokens else torch.zeros(0, dtype=torch.float64)
 
 
 def compare(trained: Record, exported: Record) -> dict[str, Any]:
-    """The certificate's figures for two models on the same questions; a divergence that is no number is None."""
+    """Returns the certificate's figures for two models on the same reference set; a divergence of NaN is None."""
     kl = divergence(trained.logprobs, exported.logprobs)
     same = sum(a == b for a, b in zip(trained.answers, exported.answers, strict=True))
     return {

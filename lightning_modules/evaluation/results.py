@@ -1,4 +1,4 @@
-"""The questions of one task, everybody's answers so far, and both as JSON."""
+"""Results of one task for every model and baseline, and their JSON format."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lightning_modules.evaluation.evaluate import EvaluationScores, PredictionResult, score
+from datamodules.files import atomic_write
+from lightning_modules.evaluation.evaluate import EvaluationScores, PredictionResult, score_predictions
 
 if TYPE_CHECKING:
     from datamodules.tasks.base import Pair, Task
@@ -17,17 +18,17 @@ if TYPE_CHECKING:
 
 @dataclass
 class TaskResults:
-    """The questions of one task and everybody's answers so far.
+    """Results of one task for every model and baseline.
 
     Attributes:
-        task: what is asked.
-        split: where the pairs come from.
-        pairs: the questions, held out.
-        input_determined: categories whose severity the input tells.
-        baselines: names of the columns that are no models.
+        task: the task.
+        split: the split of the pairs.
+        pairs: the held-out pairs.
+        input_determined: categories whose severity the input determines.
+        baselines: headings of the columns of baselines.
         columns: heading -> scores, in the table's order.
-        seconds: heading -> how long the model took.
-        about: heading -> what was measured (step and checkpoint).
+        seconds: heading -> duration of the measurement of a model.
+        about: heading -> the step and checkpoint that were measured.
     """
 
     task: Task
@@ -41,7 +42,7 @@ class TaskResults:
 
     @property
     def digest(self) -> str:
-        """Digest of the questions and expected answers: only columns of the same one can be compared."""
+        """Digest of the prompts and expected answers; only columns with equal digests can be compared."""
         text = json.dumps([[pair.content, pair.completion] for pair in self.pairs])
         return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
@@ -51,19 +52,27 @@ class TaskResults:
         return {name: scores for name, scores in self.columns.items() if name not in self.baselines}
 
     def add(self, heading: str, outcomes: list[PredictionResult], baseline: bool = False) -> None:
-        """Scores answers into a column: models first, the untuned one before all; then the baselines."""
+        """Computes the scores of predictions and adds them as a column.
+
+        The untuned model is the first column, other models follow, baselines are last.
+
+        Args:
+            heading: name of the column; an existing column of this name is replaced.
+            outcomes: one result per pair.
+            baseline: True if the column is a baseline.
+        """
         if baseline and heading not in self.baselines:
             self.baselines.append(heading)
         columns = {name: old for name, old in self.columns.items() if name != heading}
-        columns[heading] = score(self.task, self.pairs, outcomes, self.input_determined)
+        columns[heading] = score_predictions(self.task, self.pairs, outcomes, self.input_determined)
         names = sorted(columns, key=lambda name: (name in self.baselines, name != "untuned"))
         self.columns = {name: columns[name] for name in names}
 
     def record(self) -> dict[str, Any]:
-        """The exam as JSON; NaN becomes null."""
+        """Returns the results in the JSON format; NaN becomes null."""
         return {
             "split": self.split, "n": len(self.pairs), "digest": self.digest, "baselines": self.baselines,
-            "severity_told_in": sorted(self.input_determined),
+            "input_determined_categories": sorted(self.input_determined),
             "columns": {name: self._column(name, scores) for name, scores in self.columns.items()},
             "questions": [
                 {"content": p.content, "expected": p.completion, "severity": p.severity, "category": p.category}
@@ -76,12 +85,12 @@ class TaskResults:
             "figures": scores.figures, "intervals": scores.intervals, "confusion": scores.confusion,
             "groups": scores.groups, "reliability": scores.reliability, "seconds": self.seconds.get(name),
             "about": self.about.get(name, {}),
-            "outcomes": [{k: v for k, v in asdict(item).items() if k != "held"} for item in scores.outcomes],
+            "outcomes": [{k: v for k, v in asdict(item).items() if k != "constrained"} for item in scores.outcomes],
         }  # fmt: skip
         return {key: finite(value) for key, value in facts.items()}
 
-    def remember(self, record: dict[str, Any], heading: str) -> None:
-        """Takes a model's answers from an earlier record, if the questions were the same."""
+    def load_column(self, record: dict[str, Any], heading: str) -> None:
+        """Adds a model's column from an earlier record, if the record has it and its pairs are the same."""
         column = record.get("columns", {}).get(heading)
         if column is None or record.get("digest") != self.digest:
             return
@@ -90,7 +99,7 @@ class TaskResults:
 
 
 def scores_of(column: dict[str, Any]) -> EvaluationScores:
-    """Scores as they were before they were written; null becomes NaN."""
+    """Returns the scores of a column in the JSON format; null becomes NaN."""
 
     def number(value: float | None) -> float:
         return math.nan if value is None else value
@@ -108,7 +117,7 @@ def scores_of(column: dict[str, Any]) -> EvaluationScores:
 
 
 def finite(value: Any) -> Any:
-    """A copy of a value that JSON can hold: what is no finite number becomes None."""
+    """Returns a copy of a value for JSON, in which every number that is not finite is None."""
     if isinstance(value, dict):
         return {key: finite(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
@@ -116,17 +125,21 @@ def finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def write_results(file: Path, exams: list[TaskResults], **facts: Any) -> None:
-    """Writes exams to a file, replaced as a whole."""
+def write_results(file: Path, results: list[TaskResults], **facts: Any) -> None:
+    """Writes results to a JSON file, in one step.
+
+    Args:
+        file: the file; its folder is created.
+        results: the results of each task.
+        **facts: further values at the top level of the file.
+    """
     file.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = file.with_name(f"{file.name}.unfinished")
-    record = facts | {"tasks": {exam.task.name: exam.record() for exam in exams}}
-    unfinished.write_text(json.dumps(record, indent=1, ensure_ascii=False, allow_nan=False) + "\n", encoding="utf-8")
-    unfinished.replace(file)
+    record = facts | {"tasks": {result.task.name: result.record() for result in results}}
+    atomic_write(file, json.dumps(record, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def read_results(file: Path) -> dict[str, Any]:
-    """The records of a file by task; none where there is no such file, or it is damaged."""
+    """Reads the records of a file by task; returns none if there is no such file or it is damaged."""
     try:
         tasks = json.loads(file.read_text(encoding="utf-8"))["tasks"]
     except (OSError, ValueError, KeyError, TypeError):

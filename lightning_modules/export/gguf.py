@@ -1,11 +1,11 @@
-"""A Llama or Mistral model and its tokenizer as one GGUF file, for llama.cpp and Ollama.
+"""Export of a Llama or Mistral model and its tokenizer to one GGUF file, for llama.cpp and Ollama.
 
-Matrices in float16, or in blocks of 32 integers by the ``gguf`` package's own quantisers: q8_0 (8 bits and a float16
-scale), q4_1 (4 bits, scale and offset), q4_0 (4 bits and a scale; for an adapter beside them see
-:mod:`lightning_modules.export.gguf_adapter`). With 4 bits the embeddings and the output matrix
-stay at q8_0, since an error there touches every token. Norms are float32, rows of queries and keys in llama.cpp's
-rotary order. The tokenizer is written for llama.cpp's own code: byte-level BPE with its merges (pre-tokenizer
-``smollm``), or a SentencePiece model, whose scores are the ranks of its merges.
+Matrices are stored in float16, or in blocks of 32 integers that the ``gguf`` package quantizes: q8_0 (8 bits and a
+float16 scale), q4_1 (4 bits, scale and offset) or q4_0 (4 bits and a scale). For an adapter next to a 4-bit base see
+:mod:`lightning_modules.export.gguf_adapter`. With 4 bits, the embeddings and the output matrix are stored in q8_0,
+because an error there affects every token. Norms are stored in float32, and the rows of queries and keys in llama.cpp's
+rotary order. The tokenizer is written for llama.cpp's own implementation: byte-level BPE with its merges (pre-tokenizer
+``smollm``), or a SentencePiece model whose scores are the ranks of its merges.
 Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
 
@@ -22,8 +22,8 @@ from datamodules.errors import UserError
 
 GgufType = Literal["f16", "q8_0", "q4_1", "q4_0"]
 NORMAL, UNKNOWN, CONTROL, BYTE = 1, 2, 3, 6  #: token types of GGUF
-BLOCK = 32  #: numbers of a row that share a scale
-_BLOCK = {
+BLOCK = 32  #: numbers per block, which share a scale
+_LAYER_TENSORS = {
     "input_layernorm": "attn_norm",
     "self_attn.q_proj": "attn_q",
     "self_attn.k_proj": "attn_k",
@@ -34,27 +34,27 @@ _BLOCK = {
     "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
 }
-_OTHER = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
+_MODEL_TENSORS = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
 
 
 def write_gguf(model: Any, tokenizer: Any, path: Path, name: str, kind: GgufType = "f16") -> None:
-    """Writes a model.
+    """Writes a model and its tokenizer to a GGUF file.
 
     Args:
-        model: transformers' Llama or Mistral, without adapter or quantisation.
+        model: Llama or Mistral model of transformers, without adapter or quantization.
         tokenizer: its fast tokenizer.
         path: file to write.
-        name: of the model, for people.
-        kind: how matrices are stored.
+        name: display name of the model.
+        kind: storage type of the matrices.
 
     Raises:
-        UserError: an architecture, a position encoding or a tokenizer that this can't express, weights beyond float16,
-            or rows that do not divide into blocks.
+        UserError: the architecture, the position encoding or the tokenizer is not supported, a weight exceeds the range
+            of float16, or a row length is not a multiple of the block size.
     """
     from gguf import GGUFWriter, LlamaFileType
 
     config = model.config
-    _check(config)
+    _check_config(config)
     vocabulary = tokenizer_fields(tokenizer, config.vocab_size)
     writer = GGUFWriter(path, "llama")
     try:
@@ -74,30 +74,33 @@ def write_gguf(model: Any, tokenizer: Any, path: Path, name: str, kind: GgufType
 
 
 def tensor_name(key: str) -> str:
-    """``model.layers.7.self_attn.q_proj.weight`` -> ``blk.7.attn_q.weight``.
+    """Returns the GGUF name of a tensor: ``model.layers.7.self_attn.q_proj.weight`` -> ``blk.7.attn_q.weight``.
+
+    Args:
+        key: name in the state dict of transformers.
 
     Raises:
-        UserError: a tensor that Llama and Mistral do not have, a bias for instance.
+        UserError: Llama and Mistral have no such tensor, for example a bias.
     """
     stem, _, kind = key.rpartition(".")
-    if kind == "weight" and stem in _OTHER:
-        return f"{_OTHER[stem]}.weight"
+    if kind == "weight" and stem in _MODEL_TENSORS:
+        return f"{_MODEL_TENSORS[stem]}.weight"
     _, _, rest = stem.partition("model.layers.")
     layer, _, part = rest.partition(".")
-    if kind != "weight" or part not in _BLOCK:
-        raise UserError(f"--format gguf: the model has {key}, which llama.cpp's llama has not; use --format merged")
-    return f"blk.{layer}.{_BLOCK[part]}.weight"
+    if kind != "weight" or part not in _LAYER_TENSORS:
+        raise UserError(f"--format gguf: tensor {key} is not supported by llama.cpp's llama. Fix: use --format merged")
+    return f"blk.{layer}.{_LAYER_TENSORS[part]}.weight"
 
 
 def tokenizer_fields(tokenizer: Any, size: int) -> dict[str, Any]:
-    """A tokenizer in GGUF's terms: ``model``, ``pre``, ``tokens``, ``types``, and ``merges`` or ``scores``.
+    """Returns the GGUF fields of a tokenizer: ``model``, ``pre``, ``tokens``, ``types``, and ``merges`` or ``scores``.
 
     Args:
-        tokenizer: fast.
+        tokenizer: fast tokenizer.
         size: rows of the embedding; ids beyond the tokenizer become unused control tokens.
 
     Raises:
-        UserError: neither SmolLM's kind of byte-level BPE nor SentencePiece BPE.
+        UserError: the tokenizer is neither a byte-level BPE like SmolLM's nor a SentencePiece BPE.
     """
     state = json.loads(tokenizer.backend_tokenizer.to_str())
     model, added = state["model"], {token["id"]: token for token in state["added_tokens"]}
@@ -110,7 +113,7 @@ def tokenizer_fields(tokenizer: Any, size: int) -> dict[str, Any]:
     if _is_smollm(state.get("pre_tokenizer")):
         return {"model": "gpt2", "pre": "smollm", "tokens": tokens, "types": types, "merges": [*map(" ".join, merges)]}
     if not model.get("byte_fallback"):
-        raise UserError("--format gguf: the tokenizer is neither SmolLM's nor SentencePiece; use --format merged")
+        raise UserError("--format gguf: the tokenizer is neither SmolLM's nor SentencePiece. Fix: use --format merged")
     rank: dict[str, int] = {}
     for number, (left, right) in enumerate(merges):
         rank.setdefault(left + right, number)
@@ -119,7 +122,7 @@ def tokenizer_fields(tokenizer: Any, size: int) -> dict[str, Any]:
             types[index] = UNKNOWN
         elif len(token) == 6 and token.startswith("<0x") and index not in control:
             types[index] = BYTE
-    # SentencePiece merges the pair whose piece scores highest; pieces that no merge makes are never made
+    # SentencePiece merges the pair whose result has the highest score; a piece without a merge is never produced
     scores = [
         -float(rank.get(token, len(merges))) if kind == NORMAL else 0.0
         for token, kind in zip(tokens, types, strict=True)
@@ -127,14 +130,14 @@ def tokenizer_fields(tokenizer: Any, size: int) -> dict[str, Any]:
     return {"model": "llama", "pre": "default", "tokens": tokens, "types": types, "scores": scores}
 
 
-def _check(config: Any) -> None:
+def _check_config(config: Any) -> None:
     rope = getattr(config, "rope_parameters", None) or {}
     window = getattr(config, "sliding_window", None)
-    known = config.model_type in ("llama", "mistral") and rope.get("rope_type", "default") == "default"
-    if not known or (window is not None and window < config.max_position_embeddings):
+    supported = config.model_type in ("llama", "mistral") and rope.get("rope_type", "default") == "default"
+    if not supported or (window is not None and window < config.max_position_embeddings):
         raise UserError(
             f"--format gguf: model type {config.model_type} with rope {rope.get('rope_type', 'default')} and sliding "
-            f"window {window} is not served; use --format merged and llama.cpp's own converter"
+            f"window {window} is not supported. Fix: use --format merged and llama.cpp's own converter"
         )
 
 
@@ -163,21 +166,21 @@ def _add_tokenizer(writer: Any, fields: dict[str, Any], tokenizer: Any) -> None:
         writer.add_token_merges(fields["merges"])
     else:
         writer.add_token_scores(fields["scores"])
-    writer.add_add_space_prefix(False)  # text of a chat continues a control token
+    writer.add_add_space_prefix(False)  # text of a chat follows a control token
     for name, add in (
         ("bos_token_id", writer.add_bos_token_id), ("eos_token_id", writer.add_eos_token_id),
         ("unk_token_id", writer.add_unk_token_id), ("pad_token_id", writer.add_pad_token_id),
     ):  # fmt: skip
         if getattr(tokenizer, name) is not None:
             add(getattr(tokenizer, name))
-    # as the tokenizer does; llama.cpp drops the second where a chat template writes one too
+    # as the tokenizer does; llama.cpp drops the second BOS if the chat template writes one, too
     writer.add_add_bos_token(tokenizer.bos_token_id in tokenizer("x")["input_ids"])
     if isinstance(tokenizer.chat_template, str):
         writer.add_chat_template(tokenizer.chat_template)
 
 
 def _add_tensor(writer: Any, key: str, weight: Tensor, kind: GgufType) -> None:
-    """Adds a tensor: vectors in float32, matrices as ``kind`` says."""
+    """Adds a tensor: a vector in float32, a matrix in the storage type ``kind``."""
     from gguf import GGMLQuantizationType
     from gguf.quants import quantize
 
@@ -187,25 +190,32 @@ def _add_tensor(writer: Any, key: str, weight: Tensor, kind: GgufType) -> None:
     elif kind == "f16":
         half = weight.to(torch.float16)
         if not torch.isfinite(half).all():
-            raise UserError(f"--format gguf: {key} has values beyond float16; use --format merged")
+            raise UserError(f"--format gguf: {key} has values beyond the range of float16. Fix: use --format merged")
         writer.add_tensor(name, half.numpy())
     else:
         if weight.shape[1] % BLOCK:
             raise UserError(
-                f"--gguf_type {kind}: {key} has rows of {weight.shape[1]}, no multiple of {BLOCK}; use --gguf_type f16"
+                f"--gguf_type {kind}: rows of {key} have {weight.shape[1]} numbers, not a multiple of {BLOCK}. "
+                "Fix: use --gguf_type f16"
             )
-        coarse = GGMLQuantizationType["Q8_0" if name in ("token_embd.weight", "output.weight") else kind.upper()]
-        writer.add_tensor(name, quantize(weight.numpy(), coarse), raw_dtype=coarse)
+        storage = GGMLQuantizationType["Q8_0" if name in ("token_embd.weight", "output.weight") else kind.upper()]
+        writer.add_tensor(name, quantize(weight.numpy(), storage), raw_dtype=storage)
 
 
 def rotary_rows(key: str, weight: Tensor, config: Any) -> Tensor:
-    """A tensor in float32 on the CPU, the rows of queries and keys in rotary pairs."""
+    """Returns a tensor in float32 on the CPU, with the rows of queries and keys reordered to llama.cpp's rotary pairs.
+
+    Args:
+        key: name in the state dict of transformers.
+        weight: the tensor; rows of queries and keys are those of all heads, one head after the other.
+        config: of the model; it has the numbers of heads.
+    """
     weight = weight.detach().cpu().float()
     if ".q_proj." not in key and ".k_proj." not in key:
         return weight
     heads = config.num_attention_heads if ".q_proj." in key else config.num_key_value_heads
     rows, columns = weight.shape
-    # Hugging Face's two halves of a head -> pairs (0, 1), (2, 3), ...
+    # transformers stores the two halves of a head one after the other; llama.cpp stores pairs (0, 1), (2, 3), ...
     return weight.view(heads, 2, rows // heads // 2, columns).transpose(1, 2).reshape(rows, columns)
 
 
@@ -214,7 +224,7 @@ def _head_width(config: Any) -> int:
 
 
 def _is_smollm(pre_tokenizer: Any) -> bool:
-    """Digits one by one, then bytes: what GGUF calls smollm."""
+    """Whether the pre-tokenizer is GGUF's ``smollm``: individual digits, then bytes."""
     steps = (pre_tokenizer or {}).get("pretokenizers", [])
     return (
         [step["type"] for step in steps] == ["Digits", "ByteLevel"]

@@ -1,8 +1,8 @@
-"""A LoRA adapter as GGUF, beside a base in 4 bits, for llama.cpp (``--lora``) and Ollama (``ADAPTER``).
+"""Export of a LoRA adapter to GGUF, next to a 4-bit base, for llama.cpp (``--lora``) and Ollama (``ADAPTER``).
 
-An adapter's update is often smaller than half a step of a 4-bit grid. Merged before rounding, it is rounded away where
-the base came from such a grid already (EXPERIMENTS.md: the embedded default lost all that it had learned). So the base
-alone is rounded, and the adapter stays what it is, in float32.
+The update of an adapter is often smaller than half a step of a 4-bit grid. If it is merged before rounding and the base
+was already on such a grid, the rounding removes it (EXPERIMENTS.md: the embedded default lost everything it had
+learned). So only the base is rounded, and the adapter is stored in float32.
 """
 
 from __future__ import annotations
@@ -20,21 +20,21 @@ from lightning_modules.export.gguf import rotary_rows, tensor_name
 
 
 def write_gguf_adapter(source: Path, path: Path, config: Any) -> None:
-    """Writes a PEFT adapter.
+    """Writes a PEFT adapter to a GGUF file.
 
     Args:
-        source: PEFT's folder.
+        source: directory of the PEFT adapter.
         path: file to write.
-        config: of the base; queries and keys are put in llama.cpp's rotary order by its numbers of heads.
+        config: config of the base; its numbers of heads determine llama.cpp's rotary order of queries and keys.
 
     Raises:
-        UserError: DoRA, or tensors that are no ``A`` or ``B`` of a layer that llama.cpp knows.
+        UserError: the adapter uses DoRA, or has a tensor that is not ``A`` or ``B`` of a layer that llama.cpp supports.
     """
     from gguf import GGUFWriter
 
     settings = json.loads((source / "adapter_config.json").read_text(encoding="utf-8"))
     if settings.get("use_dora"):
-        raise UserError("--format gguf in 4 bits: llama.cpp has no DoRA adapters; use --gguf_type q8_0")
+        raise UserError("--format gguf in 4 bits: llama.cpp does not support DoRA adapters. Fix: use --gguf_type q8_0")
     rank, alpha = settings["r"], settings["lora_alpha"]
     scale = alpha / (math.sqrt(rank) if settings.get("use_rslora") else rank)
     writer = GGUFWriter(path, "llama")
@@ -43,7 +43,7 @@ def write_gguf_adapter(source: Path, path: Path, config: Any) -> None:
         writer.add_string("adapter.type", "lora")
         writer.add_float32("adapter.lora.alpha", scale * rank)  # llama.cpp divides by the rank
         for key, tensor in load_file(source / "adapter_model.safetensors").items():
-            writer.add_tensor(*_named(key, tensor, config))
+            writer.add_tensor(*_gguf_tensor(key, tensor, config))
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
@@ -51,11 +51,16 @@ def write_gguf_adapter(source: Path, path: Path, config: Any) -> None:
         writer.close()
 
 
-def _named(key: str, tensor: torch.Tensor, config: Any) -> tuple[str, Any]:
-    """``base_model.model.model.layers.7.mlp.up_proj.lora_A.weight`` -> ``blk.7.ffn_up.weight.lora_a`` and its array."""
+def _gguf_tensor(key: str, tensor: torch.Tensor, config: Any) -> tuple[str, Any]:
+    """Returns the GGUF name of a tensor and its array.
+
+    ``base_model.model.model.layers.7.mlp.up_proj.lora_A.weight`` -> ``blk.7.ffn_up.weight.lora_a``.
+    """
     layer, _, part = key.removeprefix("base_model.model.").partition(".lora_")
     if part not in ("A.weight", "B.weight"):
-        raise UserError(f"--format gguf in 4 bits: the adapter has {key}, which llama.cpp's has not; use q8_0")
+        raise UserError(
+            f"--format gguf in 4 bits: tensor {key} is not supported by llama.cpp. Fix: use --gguf_type q8_0"
+        )
     name = f"{tensor_name(f'{layer}.weight')}.lora_{part[0].lower()}"
-    # only the rows of B are the layer's rows
+    # only the rows of B correspond to rows of the layer
     return name, (rotary_rows(f"{layer}.weight", tensor, config) if part[0] == "B" else tensor.float()).numpy()

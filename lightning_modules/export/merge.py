@@ -1,8 +1,9 @@
-"""From a trained adapter to what others load: plain PEFT, one model of 16 bits, or GGUF (see ``gguf_export``).
+"""Export of a trained adapter as PEFT files or merged into a 16-bit model, and loading of an export.
 
-An adapter corrects the very weights it was trained beside. Those of an NF4 base differ from the 16-bit ones that they
-were made from by several percent, so a merge puts the adapter on the dequantised NF4 weights, in float32, and rounds
-once. Merging on the 16-bit base is an option; the certificate says what it costs.
+An adapter corrects the weights that it was trained with. The weights of an NF4 base differ from their 16-bit originals
+by several percent, so the adapter is merged into the dequantized NF4 weights, in float32, and the result is rounded
+once. Merging into the 16-bit base is an option; the certificate reports its error. For GGUF see
+:mod:`lightning_modules.export.gguf`.
 """
 
 from __future__ import annotations
@@ -16,40 +17,47 @@ import torch
 from torch import nn
 
 from datamodules.errors import UserError
+from datamodules.files import atomic_writer
 from lightning_modules.models.backbone import Backbone
 
 MergeBase = Literal["trained", "16bit"]
 LoadAs = Literal["trained", "agent"]
 Dtype = Literal["auto", "bfloat16", "float16", "float32"]
 GGUF_FILE = "model.gguf"
-GGUF_ADAPTER = "adapter.gguf"  #: beside a base in 4 bits
+GGUF_ADAPTER = "adapter.gguf"  #: next to a 4-bit base
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 
 
 def copy_adapter(source: Path, target: Path) -> None:
-    """Copies an adapter byte by byte.
+    """Copies the files of an adapter; each is complete as soon as it exists.
+
+    Args:
+        source: directory of the PEFT adapter.
+        target: existing directory.
 
     Raises:
-        UserError: there is none, since the run trained every weight.
+        UserError: ``source`` has no adapter, because the run trained every weight.
     """
     missing = [name for name in ADAPTER_FILES if not (source / name).is_file()]
     if missing:
         raise UserError(
-            f"--format adapter: {source} holds no adapter ({', '.join(missing)} missing): the run trained every "
-            "weight; use --format merged"
+            f"--format adapter: {source} has no adapter ({', '.join(missing)} missing), because the run trained every "
+            "weight. Fix: use --format merged"
         )
     for name in ADAPTER_FILES:
-        shutil.copyfile(source / name, target / name)
+        with (source / name).open("rb") as original, atomic_writer(target / name) as copy:
+            shutil.copyfileobj(original, copy)
 
 
 def merged_model(trained: Backbone, base: MergeBase, dtype: Dtype, device: torch.device) -> Any:
-    """Builds a transformers model without adapter or quantisation that computes what the trained one does.
+    """Builds a transformers model without adapter and quantization that computes the same as the trained model.
 
     Args:
-        trained: base and adapter; without an adapter the model's own weights are rounded.
-        base: trained merges on the weights as they were stored in training (dequantised), 16bit on the original.
-        dtype: of the result; auto is float16 for a float16 base and bfloat16 for all others, which can't overflow.
-        device: where to compute.
+        trained: base and adapter; without an adapter the weights of the model are only rounded.
+        base: ``trained`` merges into the weights that were used in training (dequantized), ``16bit`` into the
+            originals.
+        dtype: of the result; ``auto`` is float16 for a float16 base and otherwise bfloat16, which can't overflow.
+        device: device of the computation.
 
     Raises:
         UserError: the base can't be loaded.
@@ -72,47 +80,48 @@ def merged_model(trained: Backbone, base: MergeBase, dtype: Dtype, device: torch
     return model
 
 
-def load_exported(folder: Path, trained: Backbone, device: torch.device, load_as: LoadAs = "trained") -> Any:
-    """Loads an export as its user will: plain PEFT or plain transformers, in evaluation mode.
+def load_exported(directory: Path, trained: Backbone, device: torch.device, load_as: LoadAs = "trained") -> Any:
+    """Loads an export as its user will, with PEFT or transformers, in evaluation mode.
 
-    A GGUF file is read by transformers too, which tests its weights but not its tokenizer.
+    A GGUF file is loaded with transformers, too, which tests its weights but not its tokenizer.
 
     Args:
-        folder: what was written.
-        trained: names the base of an adapter and how it is stored.
-        device: where the weights go.
-        load_as: of an adapter: beside the base as it was in training, or as sys-scan-graph's agent does it.
+        directory: directory of the export.
+        trained: base of an adapter and its storage type.
+        device: device of the weights.
+        load_as: base of an adapter: ``trained`` is the base as in training, ``agent`` the one of sys-scan-graph's
+            agent (NF4, float16).
     """
-    if (folder / ADAPTER_FILES[0]).is_file():
+    if (directory / ADAPTER_FILES[0]).is_file():
         from peft import PeftModel
 
         base = replace(trained, adapter=None, lora=None)
         if load_as == "agent":
             base = replace(base, quantization="nf4", dtype="float16")
-        return PeftModel.from_pretrained(base.build(device), str(folder)).eval()
+        return PeftModel.from_pretrained(base.build(device), str(directory)).eval()
     from transformers import AutoModelForCausalLM
 
-    if (folder / GGUF_FILE).is_file():
+    if (directory / GGUF_FILE).is_file():
         dtype = torch.float32 if device.type == "cpu" else torch.float16
-        model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=GGUF_FILE, dtype=dtype).to(device)
-        if (folder / GGUF_ADAPTER).is_file():  # only llama.cpp reads it: the same numbers from where they came
+        model = AutoModelForCausalLM.from_pretrained(directory, gguf_file=GGUF_FILE, dtype=dtype).to(device)
+        if (directory / GGUF_ADAPTER).is_file():  # only llama.cpp reads it; the PEFT adapter has the same numbers
             from peft import PeftModel
 
             model = PeftModel.from_pretrained(model, str(trained.adapter))
         return model.eval()
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto", device_map={"": device}, use_safetensors=True)
+    model = AutoModelForCausalLM.from_pretrained(directory, dtype="auto", device_map={"": device}, use_safetensors=True)
     return model.eval()
 
 
 def _target_dtype(dtype: Dtype, stored: torch.dtype) -> torch.dtype:
     if dtype == "auto":
         return torch.float16 if stored == torch.float16 else torch.bfloat16
-    kind: torch.dtype = getattr(torch, dtype)
-    return kind
+    target: torch.dtype = getattr(torch, dtype)
+    return target
 
 
 def _merge_in_float32(model: nn.Module, target: torch.dtype) -> None:
-    """Merges layer by layer, so that only one is in float32 at a time, and only once rounded."""
+    """Merges one layer at a time, so that only one is in float32, and rounds each weight once."""
     from peft.tuners.lora import LoraLayer
 
     for module in model.modules():

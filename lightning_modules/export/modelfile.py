@@ -1,4 +1,4 @@
-"""Ollama's recipe for a GGUF file: the model's chat template in Go's template language; greedy, nothing penalised."""
+"""Ollama's Modelfile for a GGUF file: chat template in Go's template language, greedy decoding, no penalties."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ CONTEXT = 8192  #: tokens of prompt and answer; the longest content has 8,192 ch
 
 
 def modelfile(tokenizer: Any, system: str, positions: int, adapter: bool = False) -> str:
-    """Writes the recipe for the ``model.gguf`` beside it.
+    """Returns the text of a Modelfile for a ``model.gguf`` in the same directory.
 
-    Ollama's defaults sample, and penalise repeated tokens, which breaks JSON; both are turned off, since the model was
-    measured greedy.
+    Ollama samples by default and penalizes repeated tokens, which breaks JSON. Both are disabled, because the model was
+    evaluated with greedy decoding.
 
     Args:
-        tokenizer: with the chat template.
+        tokenizer: tokenizer with the chat template.
         system: text of the system turn.
-        positions: how many the model knows.
-        adapter: whether an ``adapter.gguf`` lies beside it.
+        positions: largest number of positions of the model.
+        adapter: whether there is an ``adapter.gguf`` in the same directory.
 
     Raises:
-        UserError: the chat template writes what Go's template language can't quote.
+        UserError: the chat template contains text that Go's template language can't quote.
     """
     parameters = {"temperature": 0, "repeat_penalty": 1, "num_ctx": min(positions, CONTEXT)}
     files = ["FROM ./model.gguf", *["ADAPTER ./adapter.gguf"] * adapter]
@@ -36,10 +36,13 @@ def modelfile(tokenizer: Any, system: str, positions: int, adapter: bool = False
 
 
 def go_template(tokenizer: Any) -> str:
-    """The chat template of one turn; without the BOS that llama.cpp puts in front itself.
+    """Returns the chat template of one turn in Go's template language, without the BOS that llama.cpp adds.
+
+    Args:
+        tokenizer: tokenizer with the chat template.
 
     Raises:
-        UserError: it writes ``{{`` or a triple quote of its own.
+        UserError: the template contains ``{{`` or a triple quote as text.
     """
     added = json.loads(tokenizer.backend_tokenizer.to_str())["added_tokens"]
     layout = parse_layout(tokenizer, {token["content"]: token for token in added if token["content"].strip()})
@@ -50,11 +53,11 @@ def go_template(tokenizer: Any) -> str:
         return "".join(p if isinstance(p, str) else tokenizer.convert_ids_to_tokens(p) for p in kept)
 
     plain, after = text(layout.before_user, opens=True), text(layout.after_user)
-    if layout.before_system is None:  # as in training: a system text that the template refuses stands before the user's
+    if layout.before_system is None:  # as in training: a system text that the template rejects precedes the user's text
         system, between, opening = plain, "\n\n", plain
     else:
         system, between, opening = text(layout.before_system, opens=True), text(layout.between), plain
     if any("{{" in piece or '"""' in piece for piece in (system, between, opening, after)):
-        raise UserError("--format gguf: the chat template can't be quoted in a Modelfile; use --format merged")
+        raise UserError("--format gguf: the chat template can't be quoted in a Modelfile. Fix: use --format merged")
     turn = f"{{{{ if .System }}}}{system}{{{{ .System }}}}{between}{{{{ else }}}}{opening}{{{{ end }}}}"
     return f"{turn}{{{{ .Prompt }}}}{after}"

@@ -1,8 +1,9 @@
-"""Answers that can't break their schema: a grammar compiled from JSON Schema masks the tokens of each step.
+"""Constrained decoding: a grammar compiled from a JSON Schema masks the logits of each step.
 
-Done by llguidance (Microsoft, MIT licence; ``pip install llguidance``), imported where it is used. An answer that ends
-by itself always validates; one that runs into the token limit is cut and says so (``GenerationOutput.stopped``). The
-cost is some 50 us a row and step on the host, for the mask of a 49,152-word vocabulary; rows are masked in parallel.
+The grammar engine is llguidance (Microsoft, MIT licence; ``pip install llguidance``), imported at first use. An output
+that the model ends is always valid under the schema. An output that reaches the token limit is cut, and
+``GenerationOutput.stopped`` is False. The mask costs about 50 us per row and step on the host for a vocabulary of
+49,152 tokens; the masks of a batch are computed in parallel.
 """
 
 from __future__ import annotations
@@ -22,20 +23,20 @@ if TYPE_CHECKING:
 
 
 class JsonGrammar:
-    """Makes matchers for one schema; a :class:`~lightning_modules.generation.engine.LogitsConstraint`.
+    """Grammar of one JSON schema; a :class:`~lightning_modules.generation.requests.LogitsConstraint`.
 
-    The JSON is compact, its keys stand in the schema's order, numbers have at most two decimals, as in training: a
-    model that drifts can't fill its answer with spaces or digits. A space may stand before it, since a SentencePiece
-    model was taught one there.
+    As in training, the JSON is compact, its keys have the order of the schema, and numbers have at most two decimals. A
+    model that degenerates therefore can't fill its answer with spaces or digits. One space is allowed before the JSON,
+    because a SentencePiece model has learned to write one there.
 
     Args:
         tokenizer: the model's fast Hugging Face tokenizer.
-        eos_id: the token that ends an answer (``ChatFormat.eos_id``).
-        schema: what answers must conform to.
+        eos_id: id of the token that ends an answer (``ChatFormat.eos_id``).
+        schema: JSON Schema of the answers.
 
     Raises:
         UserError: llguidance is not installed.
-        ValueError: the schema uses what the grammar can't express.
+        ValueError: the schema contains something that the grammar can't express.
     """
 
     def __init__(self, tokenizer: Any, eos_id: int, schema: Schema) -> None:
@@ -53,38 +54,38 @@ class JsonGrammar:
             raise ValueError(f"the schema can't be compiled to a grammar: {self._matcher.get_error()}")
 
     def start(self) -> GrammarState:
-        """Makes the matcher of one answer, from the grammar compiled before."""
+        """Returns the state at the start of an answer; the compiled grammar is shared."""
         return GrammarState(self._matcher.deep_copy())
 
     def allowed(self, matchers: Sequence[GrammarState | None]) -> Tensor:
-        """Returns int32 [B, W]: a bit for each token that may come next; all bits where there is no matcher."""
+        """Returns int32 [B, W]: one bit per token that may come next; all bits are set where a matcher is None."""
         words = -(-self._tokenizer.vocab_size // 32)
         bits_BW = torch.full((len(matchers), words), -1, dtype=torch.int32)
-        waiting = [(item.matcher, row) for row, item in enumerate(matchers) if item is not None]
-        self._executor.unsafe_compute_mask_ptr(waiting, bits_BW.data_ptr(), words * 4, len(matchers))
+        rows = [(item.matcher, row) for row, item in enumerate(matchers) if item is not None]
+        self._executor.unsafe_compute_mask_ptr(rows, bits_BW.data_ptr(), words * 4, len(matchers))
         return bits_BW
 
     def accepts(self, tokens: Sequence[int]) -> int:
-        """How many of an answer's first tokens the grammar has."""
+        """Returns how many of an answer's first tokens the grammar allows."""
         count: int = self._matcher.deep_copy().validate_tokens(list(tokens))
         return count
 
 
 class GrammarState:
-    """Follows one answer through the grammar.
+    """Position of one answer within the grammar.
 
     Args:
-        matcher: of llguidance, at the answer's start.
+        matcher: an llguidance matcher at the start of the answer.
     """
 
     def __init__(self, matcher: Any) -> None:
         self.matcher = matcher
 
     def accept(self, token: int) -> None:
-        """Takes the newest token.
+        """Advances the state by the newest token.
 
         Raises:
-            ValueError: it was not among those allowed.
+            ValueError: the grammar does not allow the token here.
         """
         if not self.matcher.consume_token(token):
             raise ValueError(f"token {token} is not allowed here: {self.matcher.get_error()}")
@@ -92,14 +93,14 @@ class GrammarState:
 
 @lru_cache(maxsize=2)
 def _read_tokenizer(tokenizer: Any, eos_id: int) -> Any:
-    """The vocabulary as llguidance wants it: a second's work that all tasks of a model share."""
+    """Returns the vocabulary in llguidance's format. It takes about one second, and all tasks of a model share it."""
     from llguidance.hf import from_tokenizer
 
     return from_tokenizer(tokenizer, eos_token=eos_id)
 
 
 def _two_decimals(schema: Any) -> Any:
-    """A copy of a schema in which every number is a multiple of 0.01."""
+    """Returns a copy of a schema in which every number is a multiple of 0.01."""
     if isinstance(schema, list):
         return [_two_decimals(item) for item in schema]
     if not isinstance(schema, dict):

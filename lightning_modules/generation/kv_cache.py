@@ -1,18 +1,19 @@
-"""Slots of a key-value cache that prompts take in turn, and the step that adds a token to each.
+"""Slots of a key-value cache that prompts take in turn, and the step that adds one token to each slot.
 
-Shapes in names: B slots, P prefix tokens, S tokens of a prompt behind the prefix, L positions that a step looks at,
-H heads of the keys, D head width, V vocabulary, W words of 32 bits that hold a bit for each of V tokens.
+Shapes in names: B slots, P prefix tokens, S tokens of a prompt after the prefix, L positions that a step attends to,
+H heads of the keys, D head width, V vocabulary, W words of 32 bits that hold one bit per token of the vocabulary.
 
-A slot's place in the cache is the token's position, so nothing is padded between prefix, prompt and answer, and a new
-prompt can be put in a slot whose answer has ended while the others go on::
+A token's index in its slot is its position, so there is no padding between prefix, prompt and answer. A new prompt can
+take a slot whose answer has ended while the other slots continue::
 
     slot 0 | prefix | prompt ............ | answer ....
     slot 1 | prefix | prompt .... | answer ........
     slot 2 | prefix | (free)
 
-What a row may see is ``place <= its own position``: whatever lies behind is not seen and is written over. On a GPU the
-shapes of a step come from a short list (slots in halves, positions in multiples of 256), and a step of a shape that is
-met again is recorded as a CUDA graph: a step of a small model is a thousand kernel launches and hardly any arithmetic.
+A row attends to ``index <= its own position``; later entries are masked, and new tokens overwrite them. On a GPU the
+shapes of a step come from a short list (the slots are halved, positions are a multiple of 256), and a step whose shape
+occurs again is recorded as a CUDA graph: a step of a small model is a thousand kernel launches and hardly any
+arithmetic.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -30,59 +32,73 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.cache_utils import Cache, DynamicLayer
 from transformers.masking_utils import sdpa_mask
 
-from lightning_modules.generation.prefix_cache import Prefix
+from datamodules.errors import one_line
+from lightning_modules.generation.prefix_cache import PrefixCache
 from lightning_modules.models.backend import is_divided
 
-PLACES = 256  #: a GPU's steps look at a multiple of so many positions; fewer shapes are fewer graphs to record
-EAGER = 1  #: steps of a shape before its graph is recorded; they warm its kernels up
-FEWEST = 8  #: a step of fewer slots is computed as one of so many
+POSITIONS_MULTIPLE = 256  #: a GPU's steps attend to a multiple of this; fewer shapes are fewer graphs to record
+WARMUP_STEPS = 1  #: steps of a shape that warm up its kernels before its graph is recorded
+MIN_SLOTS = 8  #: a step of fewer slots is computed as one of this many
+
+
+@dataclass(frozen=True)
+class CacheIndex:
+    """The entries of a slot cache that one forward pass writes and reads.
+
+    Attributes:
+        slots_B: slot of each row.
+        positions_BS: position of each new token.
+        rows: slots to attend to, one per row: a slice (a view of the cache) or a tensor (a copy).
+        length: L, number of positions to attend to.
+    """
+
+    slots_B: Tensor
+    positions_BS: Tensor
+    rows: slice | Tensor
+    length: int
 
 
 class SlotKVCache:
-    """A cache of equal rows behind one prefix.
+    """A cache of equal slots that all begin with one prefix.
 
     Args:
-        prefix: model and cached prefix.
-        slots: B.
-        length: positions of a slot, the prefix's among them.
+        prefix: the model and the cached prefix.
+        num_slots: B.
+        length: positions per slot, including the prefix.
     """
 
-    def __init__(self, prefix: Prefix, slots: int, length: int) -> None:
-        self.prefix, self.slots, self.device = prefix, slots, prefix.device
-        # attention kernels want masks of an even width
-        self.length = -(-length // PLACES) * PLACES if self.device.type == "cuda" else length
+    def __init__(self, prefix: PrefixCache, num_slots: int, length: int) -> None:
+        self.prefix, self.num_slots, self.device = prefix, num_slots, prefix.device
+        # attention kernels need masks of an even width
+        multiple = POSITIONS_MULTIPLE if self.device.type == "cuda" else 1
+        self.length = -(-length // multiple) * multiple
         self._start = len(prefix.ids)
-        self._layers = [_Layer(self, layer.keys, layer.values) for layer in prefix.layers]
-        self._cache = Cache(layers=self._layers)
+        self._layers = [_SlotLayer(layer.keys, layer.values, num_slots, self.length) for layer in prefix.layers]
         recorded = self.device.type == "cuda" and not any(map(is_divided, prefix.model.parameters()))
-        self._graphs = _Graphs(self._next) if recorded else None
-        self._put: Callable[[Tensor, Tensor], Tensor] = _nowhere
-        self._additive = prefix.attention == "eager"
+        self._graphs = _StepGraphs(self._step_logits) if recorded else None
+        self._additive_mask = prefix.attention == "eager"
 
     def fill(self, slots: Sequence[int], rests: Sequence[Sequence[int]]) -> None:
-        """Puts prompts into slots.
+        """Computes prompts into slots.
 
         Args:
-            slots: which.
-            rests: for each the prompt's tokens behind the prefix, without its last one: that is the first step's input.
+            slots: the slot of each prompt.
+            rests: the tokens of each prompt after the prefix, without the last one, which is the input of the first
+                step.
         """
         start, width = self._start, max(map(len, rests))
         if not width:
             return
         ids_BS = torch.tensor([[*rest, *[0] * (width - len(rest))] for rest in rests], device=self.device)
-        rows = torch.tensor(list(slots), device=self.device)
-        place = torch.arange(start + width, device=self.device)
-        mask = (place <= place[start:, None]).expand(len(rests), 1, -1, -1)
-
-        def put(buffer: Tensor, new: Tensor) -> Tensor:
-            buffer[rows, :, start : start + width] = new  # a shorter row's padding is seen by nobody
-            return buffer[rows, :, : start + width]
-
-        self._put = put
-        self._model(ids_BS, mask, place[None, start:].expand(len(rests), -1))
+        slots_B = torch.tensor(list(slots), device=self.device)
+        position_L = torch.arange(start + width, device=self.device)
+        mask = (position_L <= position_L[start:, None]).expand(len(rests), 1, -1, -1)
+        # the padding of a shorter prompt is written too; it is masked until new tokens overwrite it
+        positions_BS = position_L[None, start:].expand(len(rests), -1)
+        self._forward(ids_BS, mask, CacheIndex(slots_B, positions_BS, slots_B, start + width))
 
     def move(self, source: int, target: int) -> None:
-        """Copies a slot's tokens to another."""
+        """Copies the tokens of one slot to another."""
         for layer in self._layers:
             layer.move(source, target)
 
@@ -93,95 +109,104 @@ class SlotKVCache:
 
         Args:
             ids: the newest token of each slot.
-            positions: its position. A slot that is free gets any token at position P.
-            allowed: makes int32 [B, W] on the CPU, a bit for each token that may come next, or None, which allows all.
+            positions: the position of that token. A free slot gets any token at position P.
+            allowed: returns int32 [B, W] on the CPU, one bit per token that may come next, or None, which allows all.
                 It is called while a GPU computes.
 
         Returns:
             The most likely token of each slot, and its log-probability.
         """
-        count, seen = len(ids), max(positions) + 1
+        count, length = len(ids), max(positions) + 1
         rows = torch.tensor([ids, positions])
         if self._graphs is None:
-            logits_BV = self._next(rows, seen)
+            logits_BV = self._step_logits(rows, length)
         else:
-            rows = F.pad(rows, (0, _halves(self.slots, count) - count))
+            rows = F.pad(rows, (0, _padded_slots(self.num_slots, count) - count))
             rows[1, count:] = self._start
-            logits_BV = self._graphs(rows, min(-(-seen // PLACES) * PLACES, self.length))[:count]
+            multiple = -(-length // POSITIONS_MULTIPLE) * POSITIONS_MULTIPLE
+            logits_BV = self._graphs(rows, min(multiple, self.length))[:count]
         bits_BW = allowed()
         if bits_BW is not None:
-            logits_BV = logits_BV.masked_fill(~unpacked(bits_BW.to(self.device), logits_BV.shape[1]), float("-inf"))
+            logits_BV = logits_BV.masked_fill(~unpack_bits(bits_BW.to(self.device), logits_BV.shape[1]), float("-inf"))
         logprob_B, tokens_B = logits_BV.log_softmax(-1).max(-1)
-        both = torch.stack([tokens_B.double(), logprob_B.double()]).tolist()  # one wait for the device
+        both = torch.stack([tokens_B.double(), logprob_B.double()]).tolist()  # one synchronization with the device
         return list(map(int, both[0])), both[1]
 
-    def _next(self, rows_2B: Tensor, seen: int) -> Tensor:
-        """float32 logits [B, V] behind a step's tokens; no value of a tensor decides what is computed."""
+    def _step_logits(self, rows_2B: Tensor, length: int) -> Tensor:
+        """Computes float32 logits [B, V] after a step's tokens; control flow depends on shapes only."""
         ids_B, positions_B = rows_2B.to(self.device)
-        slot_B = torch.arange(len(ids_B), device=self.device)
-        place_L = torch.arange(seen, device=self.device)
-        mask = (place_L <= positions_B[:, None])[:, None, None, :]
+        slots_B = torch.arange(len(ids_B), device=self.device)
+        position_L = torch.arange(length, device=self.device)
+        mask = (position_L <= positions_B[:, None])[:, None, None, :]
+        index = CacheIndex(slots_B, positions_B[:, None], slice(len(ids_B)), length)
+        return self._forward(ids_B[:, None], mask, index)
 
-        def put(buffer: Tensor, new: Tensor) -> Tensor:
-            buffer[slot_B, :, positions_B] = new[:, :, 0]
-            return buffer[: len(ids_B), :, :seen]
-
-        self._put = put
-        return self._model(ids_B[:, None], mask, positions_B[:, None])
-
-    def _model(self, ids: Tensor, mask: Tensor, positions: Tensor) -> Tensor:
-        """float32 logits [B, V] of the last position."""
-        if self._additive:
+    def _forward(self, ids_BS: Tensor, mask: Tensor, index: CacheIndex) -> Tensor:
+        """Computes float32 logits [B, V] of the last position, and writes the new keys and values at ``index``."""
+        if self._additive_mask:
             dtype = self._layers[0].dtype
             mask = torch.zeros(mask.shape, dtype=dtype, device=self.device).masked_fill_(~mask, torch.finfo(dtype).min)
-        return self.prefix.logits(ids, mask, positions, self._cache)[:, -1]
+        cache = Cache(layers=[_IndexedLayer(layer, index) for layer in self._layers])
+        return self.prefix.logits(ids_BS, mask, index.positions_BS, cache)[:, -1]
 
 
-class _Layer(DynamicLayer):
-    """One layer's keys and values; where new ones go is the slots' to say."""
+class _SlotLayer:
+    """Keys and values of one layer in all slots, [B, H, length, D] each."""
 
-    def __init__(self, owner: SlotKVCache, keys_1HPD: Tensor, values_1HPD: Tensor) -> None:
-        super().__init__()
-        self.lazy_initialization(keys_1HPD, values_1HPD)
-        self._owner = owner
-        self._buffers = [self._buffer(tensor) for tensor in (keys_1HPD, values_1HPD)]
-
-    def _buffer(self, prefix_1HPD: Tensor) -> Tensor:
-        _, heads, start, width = prefix_1HPD.shape
-        # zeros: what is masked is multiplied by 0, and memory as it is found may hold NaN
-        buffer = prefix_1HPD.new_zeros(self._owner.slots, heads, self._owner.length, width)
-        buffer[:, :, :start] = prefix_1HPD
-        return buffer
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Writes new positions and returns all that the step looks at; signature as in transformers."""
-        put = self._owner._put
-        return put(self._buffers[0], key_states), put(self._buffers[1], value_states)
+    def __init__(self, keys_1HPD: Tensor, values_1HPD: Tensor, num_slots: int, length: int) -> None:
+        self.dtype = keys_1HPD.dtype
+        self.keys, self.values = (_buffer(tensor, num_slots, length) for tensor in (keys_1HPD, values_1HPD))
 
     def move(self, source: int, target: int) -> None:
-        for buffer in self._buffers:
+        for buffer in (self.keys, self.values):
             buffer[target] = buffer[source]
 
 
-class _Graphs:
-    """Records steps that come again, one graph a shape, and replays them.
+def _buffer(prefix_1HPD: Tensor, num_slots: int, length: int) -> Tensor:
+    _, heads, start, width = prefix_1HPD.shape
+    # zeros, since masked values are multiplied by 0 and uninitialized memory may hold NaN
+    buffer = prefix_1HPD.new_zeros(num_slots, heads, length, width)
+    buffer[:, :, :start] = prefix_1HPD
+    return buffer
 
-    A model that can't be recorded (its forward pass waits for a value) goes on step by step, with a warning.
+
+class _IndexedLayer(DynamicLayer):
+    """One layer of the cache for one forward pass, which writes at a given index."""
+
+    def __init__(self, slots: _SlotLayer, index: CacheIndex) -> None:
+        super().__init__()  # no lazy_initialization, which would make two empty tensors per layer and step
+        self._slots, self._index = slots, index
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Writes new positions and returns all that the pass attends to; the signature is that of transformers."""
+        return self._write(self._slots.keys, key_states), self._write(self._slots.values, value_states)
+
+    def _write(self, buffer: Tensor, new_BHSD: Tensor) -> Tensor:
+        index = self._index
+        buffer[index.slots_B[:, None], :, index.positions_BS] = new_BHSD.transpose(1, 2)
+        return buffer[index.rows, :, : index.length]
+
+
+class _StepGraphs:
+    """Records steps whose shape occurs again, one CUDA graph per shape, and replays them.
+
+    A model that can't be recorded, because its forward pass waits for a value, continues without graphs after a
+    warning.
     """
 
     def __init__(self, compute: Callable[[Tensor, int], Tensor]) -> None:
-        self._compute, self._met = compute, Counter[tuple[int, int]]()
+        self._compute, self._seen = compute, Counter[tuple[int, int]]()
         self._graphs: dict[tuple[int, int], tuple[Any, Tensor, Tensor]] = {}
         self._pool: Any = None
         self._possible = True
 
-    def __call__(self, rows_2B: Tensor, seen: int) -> Tensor:
-        key = (rows_2B.shape[1], seen)
-        self._met[key] += 1
-        if key not in self._graphs and self._possible and self._met[key] > EAGER:
+    def __call__(self, rows_2B: Tensor, length: int) -> Tensor:
+        key = (rows_2B.shape[1], length)
+        self._seen[key] += 1
+        if key not in self._graphs and self._possible and self._seen[key] > WARMUP_STEPS:
             self._record(key, rows_2B)
         if key not in self._graphs:
-            return self._compute(rows_2B, seen)
+            return self._compute(rows_2B, length)
         graph, rows, logits_BV = self._graphs[key]
         rows.copy_(rows_2B, non_blocking=True)
         graph.replay()
@@ -193,22 +218,22 @@ class _Graphs:
         graph = torch.cuda.CUDAGraph()
         torch.cuda.synchronize()
         try:
-            # thread_local: a thread that makes batches ahead may go on copying meanwhile
+            # thread_local: a thread that prefetches batches may continue to copy meanwhile
             with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
                 logits_BV = self._compute(rows, key[1])
         except RuntimeError as error:
             self._possible = False
-            rank_zero_warn(f"generation goes on without CUDA graphs, this model can't be recorded: {str(error)[:200]}")
+            rank_zero_warn(f"generation continues without CUDA graphs, this model can't be recorded: {one_line(error)}")
             return
         self._graphs[key] = graph, rows, logits_BV
 
 
 @contextmanager
 def grouped_attention(base: Any) -> Iterator[None]:
-    """Lets a step's queries that share a key's head be one matrix, where the model has SDPA.
+    """Computes the queries of a step that share a key's head as one matrix, for models with SDPA.
 
-    transformers before 5.20 repeats keys and values for every query head instead, where there is a mask: for Mistral
-    four times the cache is then written and read a step.
+    With a mask, transformers before 5.20 repeats keys and values for every query head instead: for Mistral four times
+    the cache is then written and read per step.
     """
     name = "grouped_sdpa"
     sdpa: Any = AttentionInterface()["sdpa"]
@@ -233,19 +258,18 @@ def grouped_attention(base: Any) -> Iterator[None]:
         base.set_attn_implementation("sdpa")
 
 
-def unpacked(bits_BW: Tensor, vocabulary: int) -> Tensor:
-    """Bits as bool [B, V], the lowest first; tokens beyond the last word (an embedding's padding) are not allowed."""
+def unpack_bits(bits_BW: Tensor, vocabulary: int) -> Tensor:
+    """Unpacks bits to bool [B, V], the lowest bit first.
+
+    Tokens after the last word, which an embedding is padded with, are not allowed.
+    """
     shifts = torch.arange(32, dtype=torch.int32, device=bits_BW.device)
     allowed = ((bits_BW[:, :, None] >> shifts) & 1).bool().flatten(1)
     return F.pad(allowed, (0, max(vocabulary - allowed.shape[1], 0)), value=False)[:, :vocabulary]
 
 
-def _halves(slots: int, needed: int) -> int:
-    """The smallest of slots, slots / 2, slots / 4, ... that has room."""
-    while (slots + 1) // 2 >= max(needed, FEWEST):
-        slots = (slots + 1) // 2
-    return slots
-
-
-def _nowhere(buffer: Tensor, new: Tensor) -> Tensor:
-    raise RuntimeError("a cache of slots is written by fill and step alone")
+def _padded_slots(num_slots: int, needed: int) -> int:
+    """Returns the smallest of num_slots, num_slots / 2, num_slots / 4, ... that is at least ``needed``."""
+    while (num_slots + 1) // 2 >= max(needed, MIN_SLOTS):
+        num_slots = (num_slots + 1) // 2
+    return num_slots

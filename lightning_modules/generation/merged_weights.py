@@ -1,11 +1,11 @@
-"""One 16-bit copy of a model's adapted and quantised layers, for the time of a generation.
+"""A 16-bit copy of a model's adapted and quantised layers, used during generation.
 
-A step of generation reads every weight to make one token a row. A layer in NF4 is dequantised at each of them, and an
-adapter adds two small products to each layer: for a model of 135M parameters that is nearly all of the time. Here the
-weight ``W + scale B A`` is computed once (in float32, then rounded to the type that the products have) and an ordinary
-linear layer stands in the layer's place meanwhile. The trained tensors are not touched.
+A step of generation reads every weight to compute one token per row. A layer in NF4 is dequantised in every step, and
+an adapter adds two small products to each layer: for a model of 135M parameters that is nearly all of the time. Here
+the weight ``W + scale B A`` is computed once (in float32, then rounded to the dtype of the products), and an ordinary
+linear layer replaces the adapted or quantised layer meanwhile. The trained tensors do not change.
 
-The copy takes 2 bytes a weight (13 GiB for Mistral-7B). Where the memory is not there the layers stay as they are.
+The copy takes 2 bytes per weight (13 GiB for Mistral-7B). If there is not enough memory, the layers stay as they are.
 """
 
 from __future__ import annotations
@@ -20,55 +20,56 @@ from torch import Tensor, nn
 
 from lightning_modules.models.backend import is_divided
 
-MEMORY_SHARE = 0.6  #: of the free memory that the copy may take; the rest is for keys, values and activations
+MEMORY_SHARE = 0.6  #: fraction of the free memory for the copy; the rest is for keys, values and activations
+DEFAULT_MEMORY = 1 << 33  #: bytes assumed free if the system does not report it: many times the embedded model's need
 
 
 @contextmanager
 def merged(model: nn.Module) -> Iterator[bool]:
-    """Puts merged copies in the place of adapted and 4-bit linear layers, and the layers back at the end.
+    """Replaces adapted and 4-bit linear layers by merged copies, and restores the layers at the end.
 
-    Layers that can't be merged exactly by ``W + scale B A`` stay: DoRA, an adapter that is switched off, 8-bit weights,
-    4-bit ones that bitsandbytes has packed anew for a CPU at their first use. So do those divided over GPUs.
+    Layers that ``W + scale B A`` can't merge exactly stay: DoRA, an adapter that is switched off, 8-bit weights, and
+    4-bit weights that bitsandbytes has repacked for a CPU at their first use. Layers divided over GPUs stay too.
 
     Args:
         model: a transformers model, with or without PEFT adapters.
 
     Yields:
-        Whether copies are in place; False where the memory is short or there is nothing to merge.
+        True if copies are in place; False if there is not enough memory or nothing to merge.
     """
-    places = [(parent, name, child) for parent, name, child in _children(model) if _can_merge(child)]
-    size = sum(_features(child) * _dtype(child).itemsize for _, _, child in places)
-    if not places or size > MEMORY_SHARE * free_memory(_base(places[0][2]).weight.device):
+    layers = [(parent, name, child) for parent, name, child in _linear_layers(model) if _can_merge(child)]
+    size = sum(_num_weights(child) * _dtype(child).itemsize for _, _, child in layers)
+    if not layers or size > MEMORY_SHARE * free_memory(_base(layers[0][2]).weight.device):
         yield False
         return
     try:
-        for parent, name, child in places:
-            parent._modules[name] = _copy(child)
+        for parent, name, child in layers:
+            parent._modules[name] = _merged_copy(child)
         yield True
     finally:
-        for parent, name, child in places:
+        for parent, name, child in layers:
             parent._modules[name] = child
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that can be had on a device: unused ones and those that PyTorch's allocator keeps for later."""
+    """Returns the bytes that can be allocated on a device, including those that PyTorch's allocator caches."""
     if device.type == "cuda":
-        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return torch.cuda.mem_get_info(device)[0] + kept
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + cached
     try:
         lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
         return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
     except (OSError, StopIteration, ValueError):
-        return 1 << 33  # no Linux: as much as the embedded model needs many times over
+        return DEFAULT_MEMORY  # not Linux
 
 
-def _children(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Module]]:
-    """Every linear layer with its parent and name; what is inside an adapted layer is that layer's own."""
+def _linear_layers(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Module]]:
+    """Yields every linear layer with its parent and name, but not the layers inside an adapted layer."""
     for name, child in model.named_children():
         if _is_adapted(child) or isinstance(child, nn.Linear):
             yield model, name, child
         else:
-            yield from _children(child)
+            yield from _linear_layers(child)
 
 
 def _is_adapted(module: nn.Module) -> bool:
@@ -95,7 +96,7 @@ def _is_4bit(base: Any) -> bool:
     return type(base.weight).__name__ == "Params4bit"
 
 
-def _features(module: Any) -> int:
+def _num_weights(module: Any) -> int:
     base = _base(module)
     return int(base.in_features * base.out_features)
 
@@ -107,16 +108,16 @@ def _dtype(module: Any) -> torch.dtype:
 
 
 @torch.no_grad()
-def _copy(module: Any) -> nn.Linear:
+def _merged_copy(module: Any) -> nn.Linear:
     base = _base(module)
     with torch.device("meta"):
         linear = nn.Linear(base.in_features, base.out_features, bias=False)
-    linear.weight = nn.Parameter(_weight(module, base), requires_grad=False)
+    linear.weight = nn.Parameter(_merged_weight(module, base), requires_grad=False)
     linear.bias = base.bias
     return linear.eval()
 
 
-def _weight(module: Any, base: Any) -> Tensor:
+def _merged_weight(module: Any, base: Any) -> Tensor:
     weight: Tensor = base.weight
     if _is_4bit(base):
         from bitsandbytes.functional import dequantize_4bit

@@ -1,7 +1,7 @@
-"""A prompt prefix that is computed once: its keys and values in front of every row of every batch.
+"""Keys and values of a prompt prefix that are computed once and copied to the front of every row of every batch.
 
-Shapes in names: B rows, P prefix tokens, S tokens of the rest of a prompt, L tokens in the cache, H heads, D head
-width, V vocabulary. See :mod:`lightning_modules.generation.engine` for the layout of the cache.
+Shapes in names: B rows, P prefix tokens, S tokens of a prompt after the prefix, L tokens in the cache, H heads, D head
+width, V vocabulary. :mod:`lightning_modules.generation.loglikelihood` has a drawing of the cache's layout.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ if TYPE_CHECKING:
 
 
 @contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Puts a model in evaluation mode, and gives every module its own mode back.
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """Puts a model in evaluation mode, and restores the mode of every module afterwards.
 
-    As in training, a base in half precision computes in it where its adapter is kept in float32. FlexAttention, which
-    would compile a kernel for every length, is replaced by SDPA meanwhile.
+    As in training, a base in half precision computes in half precision even if its adapter is kept in float32.
+    FlexAttention would compile a kernel for every length, so SDPA replaces it meanwhile.
     """
     training = [module for module in model.modules() if module.training]
     base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
@@ -50,14 +50,15 @@ def _autocast(model: nn.Module, adapted: bool) -> AbstractContextManager[Any]:
     weight = model.get_input_embeddings().weight  # type: ignore[operator]
     if not adapted or weight.dtype not in (torch.bfloat16, torch.float16):
         return nullcontext()
-    # the cache of casts holds addresses that a recorded graph would go on reading
+    # no cache of casts: a recorded CUDA graph would continue to read its addresses after they are freed
     return torch.autocast(weight.device.type, dtype=weight.dtype, cache_enabled=False)
 
 
-class _Room(DynamicLayer):
-    """One layer's keys and values in a buffer of full length.
+class StaticCacheLayer(DynamicLayer):
+    """Keys and values of one layer in a buffer that has its full length from the start.
 
-    ``DynamicLayer`` copies the whole cache at every token; here a token costs a token. Rows can be dropped.
+    ``DynamicLayer`` copies the whole cache for every new token; this layer copies the new token only. Rows can be
+    dropped.
     """
 
     def __init__(self, keys_1HPD: Tensor, values_1HPD: Tensor, rows: int, length: int) -> None:
@@ -71,7 +72,7 @@ class _Room(DynamicLayer):
         self._values[:, :, : self.length] = values_1HPD
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Appends new positions and returns views of all; signature as in transformers."""
+        """Appends new positions and returns views of all positions; the signature is that of transformers."""
         start, self.length = self.length, self.length + key_states.shape[2]
         self._keys[:, :, start : self.length] = key_states
         self._values[:, :, start : self.length] = value_states
@@ -82,17 +83,17 @@ class _Room(DynamicLayer):
         return self.length
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        """Keeps some rows."""
+        """Keeps the rows at ``indices``, which may repeat."""
         self._keys, self._values = self._keys[indices], self._values[indices]
 
 
-class Prefix:
-    """A model and the keys and values of the tokens that every prompt starts with.
+class PrefixCache:
+    """A model together with the keys and values of the tokens that every prompt starts with.
 
     Attributes:
-        model: in evaluation mode.
-        ids: the prefix; may be empty.
-        positions: how many positions the model knows and attends to.
+        model: the model, in evaluation mode.
+        ids: token ids of the prefix; may be empty.
+        positions: number of positions that the model knows and attends to.
         layers: keys [1, H, P, D] and values of each layer.
     """
 
@@ -100,10 +101,10 @@ class Prefix:
         self.model, self.ids = model, ids
         self.device = model.get_input_embeddings().weight.device  # type: ignore[operator]
         config: Any = model.config
-        self.positions = known_positions(config)
+        self.positions = max_positions(config)
         self.attention: str = getattr(config, "_attn_implementation", "")
         cache = Cache(layer_class_to_replicate=DynamicLayer)
-        # without a prefix, one token of any kind tells the layers' shapes
+        # if there is no prefix, one arbitrary token shows the shapes of the layers
         model(input_ids=self._tensor([ids or [0]]), past_key_values=cache, use_cache=True, logits_to_keep=1)
         self.layers: list[Any] = cache.layers
         for layer in self.layers:
@@ -111,28 +112,32 @@ class Prefix:
 
     @property
     def bytes_per_position(self) -> int:
-        """Memory of one position's keys and values in all layers."""
+        """Memory of the keys and values of one position in all layers, in bytes."""
         return sum(
             (t.shape[1] * t.shape[3] * t.element_size()) for layer in self.layers for t in (layer.keys, layer.values)
         )
 
-    def cache(self, rows: int, length: int) -> Cache:
-        """A cache for so many rows with the prefix in front and room for ``length`` positions in all."""
-        return Cache(layers=[_Room(layer.keys, layer.values, rows, length) for layer in self.layers])
+    def new_cache(self, rows: int, length: int) -> Cache:
+        """Returns a cache of ``rows`` rows that begin with the prefix and hold up to ``length`` positions each."""
+        return Cache(layers=[StaticCacheLayer(layer.keys, layer.values, rows, length) for layer in self.layers])
 
-    def rest(self, prompts: Sequence[Sequence[int]], room: int) -> tuple[Tensor, Tensor, Tensor, Cache]:
-        """What remains of the prompts, padded on the left.
+    def prepare_batch(self, prompts: Sequence[Sequence[int]], new_tokens: int) -> tuple[Tensor, Tensor, Tensor, Cache]:
+        """Pads the prompts' tokens after the prefix on the left, and makes a cache for them.
+
+        Args:
+            prompts: whole prompts, each longer than the prefix.
+            new_tokens: number of positions that the cache holds after the longest prompt.
 
         Returns:
-            input_ids_BS, attention_mask_BL and position_ids_BS (L = P + S), and a cache with room for more positions.
+            input_ids_BS, attention_mask_BL and position_ids_BS (L = P + S), and the cache.
 
         Raises:
-            UserError: longer than the model's positions.
+            UserError: the prompts and the new tokens are more than the model's positions.
         """
         start, longest = len(self.ids), max(map(len, prompts))
-        if longest + room > self.positions:
+        if longest + new_tokens > self.positions:
             raise UserError(
-                f"a prompt of {longest} tokens and an answer of up to {room} do not fit the model's "
+                f"a prompt of {longest} tokens and an answer of up to {new_tokens} do not fit the model's "
                 f"{self.positions} positions; shorten the input or lower max_new_tokens"
             )
         width = longest - start
@@ -141,10 +146,10 @@ class Prefix:
         mask_BS = self._tensor([[0] * (width - len(rest)) + [1] * len(rest) for rest in rests])
         mask_BL = F.pad(mask_BS, (start, 0), value=1)
         position_BS = (mask_BL.cumsum(1) - 1).clamp_(min=0)[:, start:]
-        return ids_BS, mask_BL, position_BS, self.cache(len(prompts), longest + room)
+        return ids_BS, mask_BL, position_BS, self.new_cache(len(prompts), longest + new_tokens)
 
     def logits(self, ids: Tensor, mask: Tensor, positions: Tensor, cache: Cache, keep: int = 1) -> Tensor:
-        """float32 logits of the last ``keep`` positions, [B, keep, V]."""
+        """Computes float32 logits [B, keep, V] of the last ``keep`` positions."""
         output = self.model(
             input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True,
             logits_to_keep=keep,
@@ -155,19 +160,29 @@ class Prefix:
         return torch.tensor(rows, dtype=torch.long, device=self.device)
 
 
-def bounded_prompts(
-    chat: ChatFormat, task: Task, contents: Sequence[str], limit: int
+def truncate_prompts(
+    chat: ChatFormat, task: Task, contents: Sequence[str], prompts: Sequence[Sequence[int]], limit: int
 ) -> tuple[list[list[int]], list[int]]:
-    """Prompts of at most so many tokens, and for each how many of its content's tokens were cut for it.
+    """Cuts prompts that are longer than a limit.
 
     The cut is in the middle of the content, see
     :meth:`~datamodules.tokenization.chat_format.ChatFormat.truncate_prompt`.
 
+    Args:
+        chat: chat format that encoded the prompts.
+        task: the task of the prompts.
+        contents: the variable part of each prompt.
+        prompts: token ids of each whole prompt.
+        limit: largest number of tokens of a prompt.
+
+    Returns:
+        The prompts, and the number of content tokens that were cut from each.
+
     Raises:
-        UserError: the instruction alone is longer.
+        UserError: the instruction alone is longer than the limit.
     """
-    prompts, cuts = [list(ids) for ids in chat.prompt_ids(task, contents)], [0] * len(contents)
-    shortest = len(chat.prefix_ids(task)) + 8  # of which some are left for the content
+    result, cuts = [list(ids) for ids in prompts], [0] * len(prompts)
+    shortest = len(chat.prefix_ids(task)) + 8  # a few of these tokens are left for the content
     for index, (content, ids) in enumerate(zip(contents, prompts, strict=True)):
         if len(ids) <= limit:
             continue
@@ -176,18 +191,18 @@ def bounded_prompts(
                 f"a prompt of {len(ids)} tokens leaves no room for an answer within the model's positions; "
                 "lower max_new_tokens"
             )
-        prompts[index], cuts[index] = chat.truncate_prompt(task, content, limit)
-    return prompts, cuts
+        result[index], cuts[index] = chat.truncate_prompt(task, content, limit)
+    return result, cuts
 
 
-def known_positions(config: Any) -> int:
-    """How many positions a model knows and attends to, by its config; 2**20 where it does not say."""
+def max_positions(config: Any) -> int:
+    """Returns the number of positions that a model knows and attends to; 2**20 if its config has no limit."""
     known = (getattr(config, name, None) for name in ("max_position_embeddings", "sliding_window"))
     return min((value for value in known if value), default=1 << 20)
 
 
 def common_prefix(prefix: Sequence[int], prompts: Sequence[Sequence[int]]) -> list[int]:
-    """The longest beginning that prefix and prompts share, less what each prompt needs to have a token of its own."""
+    """Returns the longest beginning that prefix and prompts share; every prompt keeps at least one token after it."""
     length = min([len(prefix), *(len(prompt) - 1 for prompt in prompts)])
     while length and any(list(prompt[:length]) != list(prefix[:length]) for prompt in prompts):
         length -= 1
@@ -195,7 +210,10 @@ def common_prefix(prefix: Sequence[int], prompts: Sequence[Sequence[int]]) -> li
 
 
 def batches_by_length(lengths: Sequence[int], size: int) -> Iterator[list[int]]:
-    """Indices in batches, the longest first: if memory is short it shows at once, and time left is not flattered."""
+    """Yields batches of indices, the longest sequences first.
+
+    A lack of memory then shows in the first batch, and an estimate of the remaining time is not too low.
+    """
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     for start in range(0, len(order), size):
         yield order[start : start + size]

@@ -1,4 +1,4 @@
-"""What a model is asked and what it answers, and what may restrict an answer."""
+"""Requests to a generation engine, its outputs, and the protocol of constraints on an output."""
 
 from __future__ import annotations
 
@@ -13,36 +13,37 @@ if TYPE_CHECKING:
 
 
 class ConstraintState(Protocol):
-    """Follows one answer."""
+    """State of a constraint within one output."""
 
     def accept(self, token: int) -> None:
-        """Takes the answer's newest token."""
+        """Advances the state by the newest token of the output."""
 
 
 class LogitsConstraint(Protocol):
-    """Says which tokens may come next, for many answers at once."""
+    """Restricts which tokens may come next, for a batch of outputs at once."""
 
     def start(self) -> ConstraintState:
-        """Makes the matcher of one answer."""
+        """Returns the state at the start of an output."""
 
     def allowed(self, matchers: Sequence[Any]) -> Tensor:
-        """Returns int32 [B, W] on the CPU: a bit for each token that may come; all bits where there is no matcher."""
+        """Returns int32 [B, W] on the CPU: one bit per token that may come next; all bits where a matcher is None."""
 
     def accepts(self, tokens: Sequence[int]) -> int:
-        """How many of an answer's first tokens the grammar has."""
+        """Returns how many of the first tokens of an output the constraint allows."""
 
 
 @dataclass(frozen=True)
 class GenerationRequest:
-    """What one answer is asked for.
+    """A request for one output.
 
     Attributes:
-        task: whose prompt is used.
-        content: the part of the prompt that differs (a finding as JSON, say).
-        max_new_tokens: limit of the answer.
-        constraint: restricts the answer's tokens, for instance to a grammar.
-        forced_prefix: tokens that the answer begins with; the model goes on from there. Their probability is not in
-            ``logprob``.
+        task: the task whose prompt is used.
+        content: the variable part of the prompt, for instance a finding as JSON.
+        max_new_tokens: largest number of tokens of the output.
+        constraint: restricts the tokens of the output, for instance to a grammar.
+        forced_prefix: tokens that the output begins with; the model continues them. Their probability is not part of
+            ``GenerationOutput.logprob``.
+        prompt_ids: token ids of the whole prompt, if the caller has encoded it already. The engine encodes it if None.
     """
 
     task: Task
@@ -50,17 +51,19 @@ class GenerationRequest:
     max_new_tokens: int = 256
     constraint: LogitsConstraint | None = None
     forced_prefix: Sequence[int] = ()
+    prompt_ids: Sequence[int] | None = None
 
 
 @dataclass(frozen=True)
 class GenerationOutput:
-    """What the model wrote after one prompt.
+    """The output that a model generated for one request.
 
     Attributes:
-        text: the answer without control tokens.
-        stopped: whether the model ended it; False: it ran into the token limit (or ``max_preamble_tokens``) and is cut.
-        token_ids: as generated, the end-of-sequence token left out.
-        logprob: natural logarithm of the answer's probability, its end-of-sequence token included.
+        text: the output without control tokens.
+        stopped: True if the model ended the output; False if it was cut at the token limit (or at
+            ``max_preamble_tokens``).
+        token_ids: the generated tokens, without the end-of-sequence token.
+        logprob: natural logarithm of the output's probability, including its end-of-sequence token.
         prompt_tokens_cut: tokens of the content that did not fit the model's positions.
     """
 

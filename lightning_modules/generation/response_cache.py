@@ -1,7 +1,7 @@
-"""Questions to a model, task by task: constrained, cut to the context by rule, and kept so that none is asked twice.
+"""Generates a model's responses for several tasks, and caches them so that no prompt is answered twice.
 
-Answers go to a journal (JSON Lines) as they come, each under a digest of the model, the task, the settings and the
-content. After an interrupt the same questions are read from there.
+Responses are appended to a cache file (JSON Lines) as they are generated. The key of each is a digest of the model, the
+task, the settings and the content. After an interrupt, the responses to the same prompts are read from the file.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ MAX_NEW_TOKENS = {"risk": 256, "correlation": 512, "summary": 512, "triage": 102
 
 @dataclass(frozen=True)
 class Response:
-    """What the model wrote to one question.
+    """A model's response to one prompt.
 
     Attributes:
-        text: the answer.
-        complete: whether the model ended it; False: it ran into the token limit.
+        text: the response.
+        complete: True if the model ended it; False if it was cut at the token limit.
         prompt_tokens_cut: tokens of the content that did not fit the model's context.
     """
 
@@ -43,19 +43,20 @@ class Response:
 
 
 class CachedGenerator:
-    """Asks one model.
+    """Generates responses with one model and caches them.
 
     Args:
         model: as in :func:`lightning_modules.generation.engine.generate_requests`.
-        chat: of its tokenizer.
-        identity: digest of the model, for the journal.
-        batch_size: questions at once.
-        constrained: whether a grammar keeps answers to the task's schema.
-        max_new_tokens: limit of an answer for each task.
-        journal: file of answers; None keeps none.
+        chat: chat format of the model's tokenizer.
+        identity: digest of the model, part of each cache key.
+        batch_size: prompts per step.
+        constrained: True constrains responses to the task's schema by a grammar.
+        max_new_tokens: largest number of tokens of a response, per task.
+        cache_file: the response cache file; None caches in memory only.
 
     Attributes:
-        reused: answers that were taken from the journal.
+        responses: all cached responses by key.
+        reused: number of responses that were taken from the cache.
     """
 
     def __init__(
@@ -67,35 +68,36 @@ class CachedGenerator:
         batch_size: int = 16,
         constrained: bool = True,
         max_new_tokens: Mapping[str, int] = MAX_NEW_TOKENS,
-        journal: Path | None = None,
+        cache_file: Path | None = None,
     ) -> None:
         self.model, self.chat, self.identity = model, chat, identity
         self.batch_size, self.constrained, self.limits = batch_size, constrained, max_new_tokens
-        self._journal, self._kept = journal, _read_journal(journal)
+        self._cache_file = cache_file
+        self.responses = _read_responses(cache_file)
         self.reused = 0
 
     def __call__(
         self, questions: Sequence[tuple[Task, str]], progress: Progress = lambda share: None
     ) -> list[Response]:
-        """Answers questions of any tasks together, equal ones once.
+        """Returns the responses to prompts of any tasks, generated together; equal prompts are answered once.
 
         Args:
-            questions: task and content of each.
-            progress: called with the share of what had to be asked.
+            questions: task and content of each prompt.
+            progress: called with the fraction of the missing responses that are done.
         """
         keys = [self._key(task, content) for task, content in questions]
-        missing = {key: question for key, question in zip(keys, questions, strict=True) if key not in self._kept}
+        missing = {key: question for key, question in zip(keys, questions, strict=True) if key not in self.responses}
         self.reused += len(set(keys)) - len(missing)
         if missing:
-            self._ask(list(missing), list(missing.values()), progress)
-        return [self._kept[key] for key in keys]
+            self._generate(list(missing), list(missing.values()), progress)
+        return [self.responses[key] for key in keys]
 
-    def _ask(self, keys: list[str], questions: list[tuple[Task, str]], progress: Progress) -> None:
+    def _generate(self, keys: list[str], questions: list[tuple[Task, str]], progress: Progress) -> None:
         tasks = {id(task): task for task, _ in questions}
         constraints = {key: self._constraint(task) for key, task in tasks.items()}
 
-        def keep(index: int, written: GenerationOutput) -> None:
-            self._keep(keys[index], Response(written.text, written.stopped, written.prompt_tokens_cut))
+        def store(index: int, output: GenerationOutput) -> None:
+            self._store(keys[index], Response(output.text, output.stopped, output.prompt_tokens_cut))
 
         generate_requests(
             self.model,
@@ -106,7 +108,7 @@ class CachedGenerator:
             ],
             batch_size=self.batch_size,
             progress=progress,
-            on_answer=keep,
+            on_answer=store,
         )
 
     def _constraint(self, task: Task) -> LogitsConstraint | None:
@@ -121,28 +123,30 @@ class CachedGenerator:
         text = json.dumps([*settings, self.limits[task.name], content])
         return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
 
-    def _keep(self, key: str, reply: Response) -> None:
-        self._kept[key] = reply
-        if self._journal is None:
+    def _store(self, key: str, response: Response) -> None:
+        self.responses[key] = response
+        if self._cache_file is None:
             return
         try:
-            with self._journal.open("a", encoding="utf-8") as file:
-                # the newline comes first: a line that was cut short ends there
-                file.write("\n" + json.dumps({"key": key, **asdict(reply)}))
+            with self._cache_file.open("a", encoding="utf-8") as file:
+                # the newline is first: it ends a line that an interrupt has cut short
+                file.write("\n" + json.dumps({"key": key, **asdict(response)}))
         except OSError as error:
-            raise UserError(f"{self._journal}: {error.strerror or error}; choose another place for --output") from error
+            raise UserError(
+                f"{self._cache_file}: {error.strerror or error}; choose another place for --output"
+            ) from error
 
 
-def _read_journal(journal: Path | None) -> dict[str, Response]:
-    """Reads what is there; a line that an interrupt cut short is left out and asked again."""
-    kept: dict[str, Response] = {}
-    if journal is None or not journal.is_file():
-        return kept
-    for line in journal.read_text(encoding="utf-8", errors="replace").splitlines():
+def _read_responses(cache_file: Path | None) -> dict[str, Response]:
+    """Reads the responses of a file; skips lines that an interrupt has cut short, which are generated again."""
+    responses: dict[str, Response] = {}
+    if cache_file is None or not cache_file.is_file():
+        return responses
+    for line in cache_file.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             record = json.loads(line)
             key = record.pop("key")
-            kept[key] = Response(**record)
+            responses[key] = Response(**record)
         except (ValueError, TypeError, KeyError, AttributeError):
             continue
-    return kept
+    return responses

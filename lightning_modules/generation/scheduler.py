@@ -1,7 +1,7 @@
-"""Prompts that wait for a slot of the cache, answers on their way, and the steps between.
+"""Continuous-batching scheduler: assigns waiting prompts to free slots of the cache and runs the steps.
 
-See :mod:`lightning_modules.generation.engine`, which asks, and :mod:`lightning_modules.generation.kv_cache`, which
-computes.
+:mod:`lightning_modules.generation.engine` makes the sequences, and :mod:`lightning_modules.generation.kv_cache`
+computes the steps.
 """
 
 from __future__ import annotations
@@ -17,26 +17,28 @@ from torch import Tensor
 from lightning_modules.generation.kv_cache import SlotKVCache
 from lightning_modules.generation.requests import ConstraintState, GenerationRequest
 
-Progress = Callable[[float], None]  #: called with the share of the work done, 0..1, never falling
-FILL_TOKENS = 1 << 14  #: tokens of prompts that go through the model at once: more gain no speed and cost memory
+Progress = Callable[[float], None]  #: called with the fraction of the work that is done, 0..1, never decreasing
+FILL_TOKENS = 1 << 14  #: prompt tokens per forward pass: more tokens are not faster and take memory
 
 
 @dataclass
 class RunningSequence:
-    """An answer on its way.
+    """A prompt and its output so far.
 
     Attributes:
-        index: of the question.
-        question: that is answered.
-        prompt: all tokens that are known at the start, of the answer too.
-        tokens: of the answer so far.
-        logprob: of the tokens that were generated.
-        ended: whether the model ended it.
-        matcher: follows it, where there is a constraint.
+        index: index of the request.
+        request: the request that is answered.
+        prompt: all tokens that are known at the start, including the forced prefix of the output.
+        tokens: the output so far.
+        logprob: log-probability of the generated tokens.
+        ended: True if the model has ended the output.
+        matcher: state of the request's constraint, if it has one.
+        newest: the newest token, the input of the next step.
+        position: position of the newest token.
     """
 
     index: int
-    question: GenerationRequest
+    request: GenerationRequest
     prompt: list[int]
     tokens: list[int]
     logprob: float = 0.0
@@ -47,124 +49,140 @@ class RunningSequence:
 
     def __post_init__(self) -> None:
         self.newest, self.position = self.prompt[-1], len(self.prompt) - 1
-        constraint = self.question.constraint
+        constraint = self.request.constraint
         self.matcher = constraint.start() if constraint is not None else None
         for token in self.tokens if self.matcher is not None else ():
             self.matcher.accept(token)  # type: ignore[union-attr]
 
     @property
     def full(self) -> bool:
-        """Whether the answer has all tokens that it may have."""
-        return len(self.tokens) >= self.question.max_new_tokens
+        """True if the output has as many tokens as the request allows."""
+        return len(self.tokens) >= self.request.max_new_tokens
 
 
 class Scheduler:
-    """Prompts that wait, those in slots, and the steps between."""
+    """Runs sequences in the slots of a cache until all have ended.
+
+    Args:
+        cache: the slots.
+        sequences: the sequences to run, in any order.
+        eos_id: id of the token that ends an output.
+        max_preamble_tokens: called after every step with the tokens of an output; True ends it as the token limit does.
+    """
 
     def __init__(
         self,
-        slots: SlotKVCache,
-        rows: Sequence[RunningSequence],
+        cache: SlotKVCache,
+        sequences: Sequence[RunningSequence],
         eos_id: int,
         max_preamble_tokens: Callable[[list[int]], bool] | None,
     ) -> None:
-        self.slots, self.eos_id, self.max_preamble_tokens = slots, eos_id, max_preamble_tokens
-        # the longest first: if memory is short it shows at once, and neighbours need little padding
-        self.waiting = sorted(rows, key=lambda row: (len(row.prompt), -row.index))
-        self.rows: list[RunningSequence | None] = [None] * slots.slots
-        # a prompt alone keeps a GPU idle, while a free slot costs a CPU a row's arithmetic
-        self.patience = max(1, slots.slots // 8) if slots.device.type == "cuda" else 1
+        self.cache, self.eos_id, self.max_preamble_tokens = cache, eos_id, max_preamble_tokens
+        # the longest first: a lack of memory shows at once, and prompts filled together need little padding
+        self.waiting = sorted(sequences, key=lambda sequence: (len(sequence.prompt), -sequence.index))
+        self.running: list[RunningSequence | None] = [None] * cache.num_slots
+        # a single prompt does not fill a GPU; on a CPU every free slot costs the arithmetic of a row
+        self.min_free_slots = max(1, cache.num_slots // 8) if cache.device.type == "cuda" else 1
 
-    def run(self, share: ProgressTracker) -> Iterator[RunningSequence]:
-        """Yields rows as they end."""
-        done = [row for row in self.waiting if row.full]
-        self.waiting = [row for row in self.waiting if not row.full]
-        yield from done
-        share.ended(done)
-        while self.waiting or any(self.rows):
-            self._fill()
+    def run(self, tracker: ProgressTracker) -> Iterator[RunningSequence]:
+        """Yields sequences as they end."""
+        full = [sequence for sequence in self.waiting if sequence.full]
+        self.waiting = [sequence for sequence in self.waiting if not sequence.full]
+        yield from full
+        tracker.add_finished(full)
+        while self.waiting or any(self.running):
+            self._fill_slots()
             ended = list(self._step())
             yield from ended
-            share.ended(ended)
-            share([row for row in self.rows if row is not None])
+            tracker.add_finished(ended)
+            tracker.report([sequence for sequence in self.running if sequence is not None])
 
-    def _fill(self) -> None:
-        """Puts waiting prompts into free slots; where none waits, moves the last rows into them."""
-        free = [slot for slot, row in enumerate(self.rows) if row is None]
-        if self.waiting and (len(free) >= self.patience or len(free) == len(self.rows)):
-            taken = [(slot, self.waiting.pop()) for slot in free[: len(self.waiting)]]
-            for slot, row in taken:
-                self.rows[slot] = row
-            start = len(self.slots.prefix.ids)
-            for part in _parts(taken, start):
-                self.slots.fill([slot for slot, _ in part], [row.prompt[start:-1] for _, row in part])
+    def _fill_slots(self) -> None:
+        """Assigns waiting prompts to free slots; if none is waiting, moves the last sequences into the free slots."""
+        free = [slot for slot, sequence in enumerate(self.running) if sequence is None]
+        if self.waiting and (len(free) >= self.min_free_slots or len(free) == len(self.running)):
+            assigned = [(slot, self.waiting.pop()) for slot in free[: len(self.waiting)]]
+            for slot, sequence in assigned:
+                self.running[slot] = sequence
+            start = len(self.cache.prefix.ids)
+            for batch in _fill_batches(assigned, start):
+                self.cache.fill([slot for slot, _ in batch], [sequence.prompt[start:-1] for _, sequence in batch])
         elif not self.waiting:
-            for hole in free:
-                last = max((slot for slot, row in enumerate(self.rows) if row is not None), default=-1)
-                if last > hole:
-                    self.slots.move(last, hole)
-                    self.rows[hole], self.rows[last] = self.rows[last], None
+            for slot in free:
+                last = max((index for index, sequence in enumerate(self.running) if sequence is not None), default=-1)
+                if last > slot:
+                    self.cache.move(last, slot)
+                    self.running[slot], self.running[last] = self.running[last], None
 
     def _step(self) -> Iterator[RunningSequence]:
-        count = 1 + max(slot for slot, row in enumerate(self.rows) if row is not None)
-        rows, start = self.rows[:count], len(self.slots.prefix.ids)
+        """Generates one token for every running sequence; yields those that end with it."""
+        count = 1 + max(slot for slot, sequence in enumerate(self.running) if sequence is not None)
+        rows, start = self.running[:count], len(self.cache.prefix.ids)
         ids = [row.newest if row is not None else 0 for row in rows]
         positions = [row.position if row is not None else start for row in rows]
-        tokens, logprobs = self.slots.step(ids, positions, partial(_allowed, rows))
+        tokens, logprobs = self.cache.step(ids, positions, partial(_allowed, rows))
         for slot, (row, token, logprob) in enumerate(zip(rows, tokens, logprobs, strict=True)):
-            if row is not None and self._advance(row, token, logprob):
-                self.rows[slot] = None
+            if row is not None and self._append(row, token, logprob):
+                self.running[slot] = None
                 yield row
 
-    def _advance(self, row: RunningSequence, token: int, logprob: float) -> bool:
-        """Books a token; returns whether the answer is over."""
-        row.logprob += logprob
-        row.ended = token == self.eos_id
-        if row.ended:
+    def _append(self, sequence: RunningSequence, token: int, logprob: float) -> bool:
+        """Appends a generated token; returns True if the output has ended or is cut."""
+        sequence.logprob += logprob
+        sequence.ended = token == self.eos_id
+        if sequence.ended:
             return True
-        row.tokens.append(token)
-        if row.matcher is not None:
-            row.matcher.accept(token)
-        row.newest, row.position = token, row.position + 1
-        return row.full or (self.max_preamble_tokens is not None and self.max_preamble_tokens(row.tokens))
+        sequence.tokens.append(token)
+        if sequence.matcher is not None:
+            sequence.matcher.accept(token)
+        sequence.newest, sequence.position = token, sequence.position + 1
+        return sequence.full or (self.max_preamble_tokens is not None and self.max_preamble_tokens(sequence.tokens))
 
 
 def _allowed(rows: Sequence[RunningSequence | None]) -> Tensor | None:
-    """A bit for each token that may come next; see :class:`LogitsConstraint`."""
-    constraints = {id(row.question.constraint): row.question.constraint for row in rows if row is not None}
+    """Returns one bit per token that may come next in each row, None if no row has a constraint."""
+    constraints = {id(row.request.constraint): row.request.constraint for row in rows if row is not None}
     bits = [
-        constraint.allowed([row.matcher if row and row.question.constraint is constraint else None for row in rows])
+        constraint.allowed([row.matcher if row and row.request.constraint is constraint else None for row in rows])
         for constraint in constraints.values()
         if constraint is not None
     ]
     return reduce(torch.bitwise_and, bits) if bits else None
 
 
-def _parts(taken: list[tuple[int, RunningSequence]], start: int) -> Iterator[list[tuple[int, RunningSequence]]]:
-    """Parts of a few prompts each, the longest first, so that a part is no more than :data:`FILL_TOKENS`."""
-    while taken:
-        most = max(1, FILL_TOKENS // max(len(taken[0][1].prompt) - start, 1))
-        yield taken[:most]
-        taken = taken[most:]
+def _fill_batches(
+    assigned: list[tuple[int, RunningSequence]], start: int
+) -> Iterator[list[tuple[int, RunningSequence]]]:
+    """Yields batches of prompts, the longest first, each of at most :data:`FILL_TOKENS` tokens or one prompt."""
+    while assigned:
+        size = max(1, FILL_TOKENS // max(len(assigned[0][1].prompt) - start, 1))
+        yield assigned[:size]
+        assigned = assigned[size:]
 
 
 class ProgressTracker:
-    """Turns steps into the share of all work done, for a progress bar."""
+    """Converts steps into the fraction of all work that is done, for a progress bar.
 
-    def __init__(self, answers: int, limit: int, progress: Progress | None) -> None:
-        self.answers, self.limit, self.progress = answers, limit, progress
-        self.finished, self.steps, self.share = 0, 0, 0.0
+    Args:
+        num_outputs: number of outputs to generate.
+        token_limit: largest number of tokens per output.
+        progress: called with the fraction; None reports nothing.
+    """
 
-    def ended(self, rows: Sequence[RunningSequence]) -> None:
-        """Counts answers that are over."""
-        self.finished += len(rows)
-        self.steps += sum(len(row.tokens) + row.ended for row in rows)
+    def __init__(self, num_outputs: int, token_limit: int, progress: Progress | None) -> None:
+        self.num_outputs, self.token_limit, self.progress = num_outputs, token_limit, progress
+        self.finished, self.steps, self.fraction = 0, 0, 0.0
 
-    def __call__(self, rows: Sequence[Any]) -> None:
-        """Reports the share done, answers on their way included by their expected length."""
+    def add_finished(self, sequences: Sequence[RunningSequence]) -> None:
+        """Counts sequences that have ended."""
+        self.finished += len(sequences)
+        self.steps += sum(len(sequence.tokens) + sequence.ended for sequence in sequences)
+
+    def report(self, running: Sequence[Any]) -> None:
+        """Reports the fraction done; a running sequence counts by its tokens over the mean length so far."""
         if self.progress is None:
             return
-        expected = max(self.steps / self.finished if self.finished else self.limit, 1)  # steps of an answer
-        forced_prefix = sum(min(len(row.tokens) / expected, 0.99) for row in rows)
-        self.share = max(self.share, min((self.finished + forced_prefix) / self.answers, 1.0))
-        self.progress(self.share)
+        expected = max(self.steps / self.finished if self.finished else self.token_limit, 1)  # steps per output
+        partial_outputs = sum(min(len(sequence.tokens) / expected, 0.99) for sequence in running)
+        self.fraction = max(self.fraction, min((self.finished + partial_outputs) / self.num_outputs, 1.0))
+        self.progress(self.fraction)

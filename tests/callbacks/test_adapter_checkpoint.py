@@ -1,3 +1,5 @@
+"""Tests of AdapterCheckpoint: last and best adapters, resume, failed writes and trial runs."""
+
 import pytest
 import torch
 
@@ -19,8 +21,8 @@ def assert_equal(state, expected):
     assert all(torch.equal(state[name], expected[name]) for name in expected)
 
 
-class WorseAndWorse(TinyModule):
-    """Its validation loss is the lowest at the second of four validations."""
+class BestAtSecondValidation(TinyModule):
+    """Logs a validation loss that is lowest at the second of four validations."""
 
     losses = (3.0, 1.0, 2.0, 4.0)
     validations = 0
@@ -32,9 +34,9 @@ class WorseAndWorse(TinyModule):
         self.log("val/loss", self.now, batch_size=2)
 
 
-def test_last_and_best_are_those_of_the_checkpoints(tmp_path):
+def test_adapters_equal_the_weights_of_the_checkpoints(tmp_path):
     trainer = make_trainer(tmp_path, [AdapterCheckpoint(), best_and_last()], val_check_interval=3)
-    module = WorseAndWorse()
+    module = BestAtSecondValidation()
     trainer.fit(module, TinyData())
     run = tmp_path / "version_0"
     assert torch.load(run / "checkpoints/best.ckpt", weights_only=True)["global_step"] == 6
@@ -46,7 +48,7 @@ def test_last_and_best_are_those_of_the_checkpoints(tmp_path):
     assert {folder.name for folder in (run / "adapter").iterdir()} == {"best", "last"}
 
 
-def test_the_end_of_training_is_written_without_a_checkpoint(tmp_path):
+def test_the_final_adapter_is_written_without_a_checkpoint(tmp_path):
     trainer = make_trainer(tmp_path, [AdapterCheckpoint()], enable_checkpointing=False)
     module = TinyModule()
     trainer.fit(module, TinyData())
@@ -56,11 +58,11 @@ def test_the_end_of_training_is_written_without_a_checkpoint(tmp_path):
 
 def test_a_resumed_run_keeps_the_better_adapter(tmp_path):
     trainer = make_trainer(tmp_path, [AdapterCheckpoint(), best_and_last()], val_check_interval=6)
-    trainer.fit(WorseAndWorse(), TinyData())
+    trainer.fit(BestAtSecondValidation(), TinyData())
     run = tmp_path / "version_0"
     before = weights(run, "best")
     trainer = make_trainer(tmp_path, [AdapterCheckpoint(), best_and_last()], val_check_interval=6, max_epochs=2)
-    module = WorseAndWorse()
+    module = BestAtSecondValidation()
     module.validations = 2
     trainer.fit(module, TinyData(), ckpt_path="last", weights_only=True)
     assert trainer.global_step == 24
@@ -68,7 +70,7 @@ def test_a_resumed_run_keeps_the_better_adapter(tmp_path):
     assert_equal(weights(run, "last"), dict(module.model.state_dict()))
 
 
-def test_a_failed_write_leaves_the_old_adapter(tmp_path):
+def test_a_failed_write_keeps_the_previous_adapter(tmp_path):
     run = tmp_path / "version_0"
     make_trainer(tmp_path, [AdapterCheckpoint(), best_and_last()]).fit(TinyModule(), TinyData())
     before = weights(run, "last")
@@ -83,7 +85,7 @@ def test_a_failed_write_leaves_the_old_adapter(tmp_path):
     assert_equal(weights(run, "last"), before)
 
 
-def test_a_datamodule_without_chat_is_enough(tmp_path, monkeypatch):
+def test_a_data_module_without_chat_format_is_supported(tmp_path, monkeypatch):
     monkeypatch.delattr(TinyData, "chat")
     make_trainer(tmp_path, [AdapterCheckpoint()], enable_checkpointing=False).fit(TinyModule(), TinyData())
     assert [file.name for file in (tmp_path / "version_0/adapter/last").iterdir()] == ["adapter.pt"]

@@ -1,3 +1,5 @@
+"""Tests of Preemption: signals in training and validation, exact resume, handlers, processes and ranks."""
+
 import json
 import os
 import signal
@@ -17,7 +19,7 @@ SCRIPT = Path(__file__).parents[1] / "helpers/tiny_run.py"
 
 
 def send(signum, stage, index, times=1):
-    """A step function that sends this process a signal once, from within a step."""
+    """Returns a step function that sends a signal to this process, once, inside a step."""
     left = [times]
 
     def on_step(here, batch_idx):
@@ -95,7 +97,7 @@ def test_validation_inside_a_window_does_not_stop_it(tmp_path):
     assert interrupted and trainer.global_step == 2
 
 
-def test_a_signal_in_the_last_validation_stops_before_what_comes_after_training(tmp_path):
+def test_a_signal_in_the_last_validation_stops_before_later_work(tmp_path):
     seen = []
 
     def on_step(stage, index):
@@ -113,7 +115,7 @@ def test_an_evaluation_after_training_is_stopped_at_once(tmp_path, signum):
     class Evaluation(Callback):
         def on_train_end(self, trainer, pl_module):
             os.kill(os.getpid(), signum)
-            pytest.fail("goes on")
+            pytest.fail("the evaluation was not stopped")
 
     trainer = make_trainer(tmp_path, [Preemption(), Evaluation(), best_and_last()])
     with pytest.raises(Interrupted) as stop:
@@ -122,7 +124,7 @@ def test_an_evaluation_after_training_is_stopped_at_once(tmp_path, signum):
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
 
 
-def test_previous_handlers_come_back(tmp_path):
+def test_previous_handlers_are_restored(tmp_path):
     signals = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
     before = [signal.getsignal(signum) for signum in signals]
     fit(tmp_path / "whole")
@@ -138,23 +140,23 @@ def test_a_second_ctrl_c_stops_at_once_and_saves_nothing(tmp_path):
     assert not (tmp_path / "version_0/checkpoints").exists()
 
 
-def test_a_second_sigterm_changes_nothing(tmp_path):
+def test_a_second_sigterm_has_no_effect(tmp_path):
     trainer, _, _, interrupted = fit(tmp_path, send(signal.SIGTERM, "train", 1, times=3))
     assert interrupted.code == 143 and trainer.global_step == 1
 
 
-def test_a_foreign_sigusr1_handler_stays(tmp_path):
-    """Lightning's own requeues the job under SLURM."""
+def test_an_existing_sigusr1_handler_is_kept(tmp_path):
+    """Under SLURM it is Lightning's handler, which requeues the job."""
     got = []
-    before = signal.signal(signal.SIGUSR1, lambda *_: got.append("theirs"))
+    before = signal.signal(signal.SIGUSR1, lambda *_: got.append("previous handler"))
     try:
         _, _, _, interrupted = fit(tmp_path, send(signal.SIGUSR1, "train", 1))
     finally:
         signal.signal(signal.SIGUSR1, before)
-    assert got == ["theirs"] and interrupted is None
+    assert got == ["previous handler"] and interrupted is None
 
 
-def test_a_linked_last_checkpoint_is_not_written_through(tmp_path):
+def test_the_target_of_a_linked_last_checkpoint_is_not_overwritten(tmp_path):
     def checkpoints():
         return [ModelCheckpoint(filename="step{step}", every_n_train_steps=1, save_top_k=-1, save_last="link")]
 
@@ -165,7 +167,7 @@ def test_a_linked_last_checkpoint_is_not_written_through(tmp_path):
     assert steps == {"stepstep=1.ckpt": 1, "last.ckpt": 2}
 
 
-def test_the_resumed_run_goes_on_with_the_same_file(tmp_path):
+def test_the_resumed_run_writes_the_same_files(tmp_path):
     fit(tmp_path, send(signal.SIGTERM, "train", 1))
     fit(tmp_path, ckpt_path="last")
     names = {file.name for file in (tmp_path / "version_0/checkpoints").iterdir()}
@@ -181,7 +183,7 @@ def test_the_adapter_is_that_of_the_checkpoint(tmp_path):
     assert_equal({f"model.{name}": value for name, value in adapter.items()}, saved)
 
 
-def test_outside_the_main_thread_it_leaves_signals_alone(tmp_path):
+def test_outside_the_main_thread_no_handler_is_installed(tmp_path):
     before = signal.getsignal(signal.SIGTERM)
     result = []
     thread = threading.Thread(target=lambda: result.append(fit(tmp_path, max_epochs=1)))
@@ -190,20 +192,20 @@ def test_outside_the_main_thread_it_leaves_signals_alone(tmp_path):
     assert result[0][0].global_step == 4 and signal.getsignal(signal.SIGTERM) == before
 
 
-def test_without_checkpointing_the_run_folder_is_used(tmp_path):
+def test_without_checkpointing_the_run_directory_is_used(tmp_path):
     trainer = make_trainer(tmp_path, [Preemption()], enable_checkpointing=False)
     with pytest.raises(Interrupted):
         trainer.fit(TinyModule(send(signal.SIGTERM, "train", 4)), TinyData())
     assert (tmp_path / "version_0/checkpoints/last.ckpt").is_file()
 
 
-def test_bad_argument_is_refused():
-    with pytest.raises(ValueError, match="agree_every_n_steps 0"):
+def test_an_invalid_argument_is_an_error():
+    with pytest.raises(ValueError, match="agree_every_n_steps=0: must be at least 1"):
         Preemption(agree_every_n_steps=0)
 
 
 def start_and_send(folder, signum, *options):
-    """Runs the script in a process of its own and sends it a signal in its second batch."""
+    """Runs the script in a separate process and sends it a signal in its second batch."""
     command = [sys.executable, str(SCRIPT), str(folder), *options]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     for line in process.stdout:
@@ -220,7 +222,7 @@ def read_record(folder):
 
 
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
-def test_a_process_of_its_own(tmp_path, signum):
+def test_a_separate_process_is_stopped_and_resumed(tmp_path, signum):
     status, output, errors = start_and_send(tmp_path, signum)
     assert status == 128 + signum
     assert "--ckpt_path last" in errors
@@ -237,7 +239,7 @@ def test_a_process_of_its_own(tmp_path, signum):
 
 @pytest.mark.slow
 def test_all_ranks_stop_at_the_same_step(tmp_path):
-    """The signal reaches rank zero only."""
+    """Only rank zero receives the signal."""
     status, _, errors = start_and_send(tmp_path, signal.SIGTERM, "--devices", "2")
     assert status == 143, errors
     saved = torch.load(tmp_path / "version_0/checkpoints/last.ckpt", weights_only=True)

@@ -1,3 +1,5 @@
+"""Tests of ConsoleProgress: plain lines, bars, resumed runs and other stages; few reads from the device."""
+
 import io
 import re
 
@@ -5,8 +7,9 @@ import pytest
 from rich.console import Console
 
 from callbacks import ConsoleProgress, progress, throughput
-from tests.callbacks.test_throughput import Clock, CountReads
-from tests.helpers.tiny_run import TinyData, TinyModule, make_batch, make_trainer
+from tests.helpers.device_reads import CountDeviceReads
+from tests.helpers.fake_clock import FakeClock, slow_step
+from tests.helpers.tiny_run import TinyData, TinyModule, make_batch, make_trainer, set_global_step
 
 
 def make(terminal, **options):
@@ -21,7 +24,7 @@ def fit(tmp_path, callback, **options):
     return trainer, callback.console.file.getvalue()
 
 
-def test_plain_lines_say_step_loss_speed_rate_and_time_left(tmp_path):
+def test_plain_lines_show_step_loss_speed_learning_rate_and_remaining_time(tmp_path):
     trainer, text = fit(tmp_path, make(False, log_interval_seconds=0.0), accumulate_grad_batches=2)
     lines = [line for line in text.splitlines() if line.startswith("fit ")]
     assert [line.split()[1] for line in lines] == [f"{step}/6" for step in range(1, 7)]
@@ -33,18 +36,12 @@ def test_plain_lines_say_step_loss_speed_rate_and_time_left(tmp_path):
     assert "\x1b" not in text
 
 
-def test_plain_lines_come_no_more_often_than_asked(tmp_path, monkeypatch):
-    """A step of 1 s and a line every 5 s: the first step, then each fifth, then the last."""
-    clock = Clock()
+def test_plain_lines_are_printed_once_per_interval(tmp_path, monkeypatch):
+    """With steps of 1 s and an interval of 5 s: the first step, then every fifth, then the last."""
+    clock = FakeClock()
     monkeypatch.setattr(progress, "time", clock)
     monkeypatch.setattr(throughput, "time", clock)
-    original = TinyModule.training_step
-
-    def step(self, batch, batch_idx):
-        clock.now += 1
-        return original(self, batch, batch_idx)
-
-    monkeypatch.setattr(TinyModule, "training_step", step)
+    monkeypatch.setattr(TinyModule, "training_step", slow_step(clock, TinyModule.training_step, 1))
     _, text = fit(tmp_path, make(False, log_interval_seconds=5.0), limit_val_batches=0)
     lines = [line for line in text.splitlines() if line.startswith("fit ")]
     assert [line.split()[1] for line in lines] == ["1/12", "6/12", "11/12", "12/12"]
@@ -82,16 +79,14 @@ def test_validate_and_test_and_the_sanity_check(tmp_path, terminal, monkeypatch)
     assert "sanity check" in text and "2/2" in text
 
 
-def test_the_device_is_read_only_when_it_is_time(tmp_path):
+def test_the_device_is_read_once_per_interval(tmp_path):
     callback, batch, module = make(True, refresh_seconds=3600.0), make_batch(0), TinyModule()
     trainer, _ = fit(tmp_path, callback)
     callback.on_train_start(trainer, module)
-    progress_of_steps = trainer.fit_loop.epoch_loop.automatic_optimization.optim_progress.optimizer.step.total
-    trainer.max_steps_seen = progress_of_steps.completed
     callback._fit.total = 100
-    with CountReads() as counter:
+    with CountDeviceReads() as counter:
         for index in range(10):
-            progress_of_steps.completed += 1
+            set_global_step(trainer, trainer.global_step + 1)
             callback.on_train_batch_end(trainer, module, None, batch, index)
             if index == 0:
                 first = counter.reads
@@ -99,7 +94,7 @@ def test_the_device_is_read_only_when_it_is_time(tmp_path):
     assert first > 0 and counter.reads == first
 
 
-def test_disabled_it_says_nothing(tmp_path):
+def test_nothing_is_printed_while_disabled(tmp_path):
     callback = make(False, log_interval_seconds=0.0)
     callback.disable()
     assert fit(tmp_path, callback)[1] == ""
@@ -107,7 +102,7 @@ def test_disabled_it_says_nothing(tmp_path):
     assert fit(tmp_path, callback)[1] != ""
 
 
-def test_an_exception_frees_the_terminal(tmp_path):
+def test_an_exception_stops_the_display(tmp_path):
     callback = make(True)
     trainer = make_trainer(tmp_path, [callback], enable_checkpointing=False)
 
@@ -120,5 +115,5 @@ def test_an_exception_frees_the_terminal(tmp_path):
 
 
 @pytest.mark.parametrize(("seconds", "text"), [(0, "0:00"), (59.6, "1:00"), (65, "1:05"), (3725, "1:02:05")])
-def test_clock(seconds, text):
-    assert progress.clock(seconds) == text
+def test_durations_are_formatted(seconds, text):
+    assert progress.format_duration(seconds) == text

@@ -1,3 +1,5 @@
+"""Tests of RunRecord: run.json of finished, failed and resumed runs, the summary, git and device names."""
+
 import json
 import shutil
 import subprocess
@@ -29,17 +31,17 @@ def test_a_finished_run(tmp_path, capsys, monkeypatch):
     assert set(record["metrics"]) >= {"train/loss", "val/loss"}
     assert record["counts"] == {"records": 12, "duplicates": 2}
     assert record["devices"] and record["python"] and record["platform"]
-    words = capsys.readouterr().out
+    summary = capsys.readouterr().out
     run = tmp_path / "version_0"
-    assert f"finished at step 12: {run}" in words
-    assert f"adapter   {run}/adapter/best" in words
-    assert f"validate --config {run}/config.yaml --ckpt_path {run}" in words
-    assert f"analyze --model {run} --report" in words
-    assert f"export --run {run} --output" in words
-    assert "go on" not in words
+    assert f"finished at step 12: {run}" in summary
+    assert f"adapter   {run}/adapter/best" in summary
+    assert f"validate --config {run}/config.yaml --ckpt_path {run}" in summary
+    assert f"analyze --model {run} --report" in summary
+    assert f"export --run {run} --output" in summary
+    assert "  resume  " not in summary
 
 
-def test_while_it_runs_it_says_so(tmp_path):
+def test_the_state_is_running_during_the_fit(tmp_path):
     seen = []
     file = tmp_path / "version_0/run.json"
     fit(tmp_path, TinyModule(lambda stage, index: seen.append(json.loads(file.read_text())["state"])))
@@ -47,7 +49,7 @@ def test_while_it_runs_it_says_so(tmp_path):
     assert {path.name for path in file.parent.iterdir() if "json" in path.name} == {"run.json"}
 
 
-def test_a_failed_run_says_why_and_the_next_one_keeps_it(tmp_path, capsys):
+def test_a_failed_run_records_its_error_and_the_next_run_keeps_the_record(tmp_path, capsys):
     def fail(stage, index):
         if index == 3:
             raise RuntimeError("broken at three")
@@ -65,7 +67,7 @@ def test_a_failed_run_says_why_and_the_next_one_keeps_it(tmp_path, capsys):
     assert all("previous" not in run for run in record["previous"])
 
 
-def test_a_resumed_run_with_nothing_left_to_do_knows_its_step(tmp_path, capsys):
+def test_a_run_resumed_after_its_last_step_records_the_step(tmp_path, capsys):
     fit(tmp_path, callbacks=[best_and_last()])
     (last,) = tmp_path.rglob("last.ckpt")
     make_trainer(tmp_path, [RunRecord()]).fit(TinyModule(), TinyData(), ckpt_path=last)
@@ -74,26 +76,29 @@ def test_a_resumed_run_with_nothing_left_to_do_knows_its_step(tmp_path, capsys):
     assert capsys.readouterr().out.count("finished at step 12") == 2
 
 
-def test_a_broken_record_of_before_is_no_hindrance(tmp_path):
+def test_a_damaged_earlier_record_is_ignored(tmp_path):
     (tmp_path / "version_0").mkdir()
     (tmp_path / "version_0/run.json").write_text("{")
     assert fit(tmp_path)["previous"] == []
 
 
-def test_validate_and_a_trial_run_leave_no_record(tmp_path):
+def test_validate_and_a_trial_run_write_no_record(tmp_path):
     make_trainer(tmp_path, [RunRecord()]).validate(TinyModule(), TinyData())
     trainer = make_trainer(tmp_path, [RunRecord()], fast_dev_run=True, default_root_dir=tmp_path)
     trainer.fit(TinyModule(), TinyData())
     assert not list(tmp_path.rglob("run.json*"))
 
 
-def test_an_interrupted_run_says_how_to_go_on(tmp_path):
+def test_the_summary_of_an_interrupted_run_has_the_command_that_resumes_it(tmp_path):
     (tmp_path / "checkpoints").mkdir()
     (tmp_path / "checkpoints/last.ckpt").touch()
-    words = format_summary(tmp_path, tmp_path / "checkpoints", "config.yaml", {"state": "interrupted", "step": 7})
-    assert words.startswith(f"interrupted at step 7: {tmp_path}\n")
-    assert f"fit --config {tmp_path}/config.yaml --ckpt_path {tmp_path}/checkpoints/last.ckpt" in words
-    assert "adapter  " not in words
+    summary = format_summary(tmp_path, tmp_path / "checkpoints", "config.yaml", {"state": "interrupted", "step": 7})
+    assert summary.startswith(f"interrupted at step 7: {tmp_path}\n")
+    assert (
+        f"  resume    python main.py fit --config {tmp_path}/config.yaml --ckpt_path {tmp_path}/checkpoints/last.ckpt"
+        in summary
+    )
+    assert "adapter  " not in summary
 
 
 def test_git_state(tmp_path):

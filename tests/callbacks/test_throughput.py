@@ -1,41 +1,35 @@
+"""Tests of Throughput: counts, logged rates, pauses, FLOP and peak memory; no reads from the device."""
+
 import pytest
 import torch
 from lightning.pytorch.loggers import CSVLogger
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from callbacks import Throughput, throughput
-from callbacks.throughput import Meter, flop_per_token, peak_memory
-from tests.helpers.tiny_run import FINDINGS, PADDED, ROW, SUPERVISED, TinyData, TinyModule, make_batch, make_trainer
-
-
-class Clock:
-    """Stands in for the time module; moves when told."""
-
-    now = 100.0
-
-    def monotonic(self):
-        return self.now
+from callbacks.throughput import ThroughputMeter, flop_per_token, peak_memory
+from tests.helpers.device_reads import CountDeviceReads
+from tests.helpers.fake_clock import FakeClock, slow_step
+from tests.helpers.tiny_run import (
+    FINDINGS,
+    PADDED,
+    ROW,
+    SUPERVISED,
+    TinyData,
+    TinyModule,
+    make_batch,
+    make_trainer,
+    set_global_step,
+)
 
 
 @pytest.fixture
 def clock(monkeypatch):
-    monkeypatch.setattr(throughput, "time", Clock())
+    monkeypatch.setattr(throughput, "time", FakeClock())
     return throughput.time
 
 
-class CountReads(TorchDispatchMode):
-    """Counts the reads of a tensor's value by the host, each of which would wait for an accelerator."""
-
-    reads = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.reads += func is torch.ops.aten._local_scalar_dense.default
-        return func(*args, **(kwargs or {}))
-
-
-def test_meter_counts_what_the_batches_hold(clock):
-    meter = Meter()
+def test_meter_counts_tokens_and_findings_of_batches(clock):
+    meter = ThroughputMeter()
     for index in range(4):
         meter.count(make_batch(index))
     clock.now += 2
@@ -48,28 +42,28 @@ def test_meter_counts_what_the_batches_hold(clock):
     assert meter.empty and meter.read().tokens == 0
 
 
-def test_meter_leaves_pauses_out(clock):
-    meter = Meter()
+def test_meter_excludes_pauses(clock):
+    meter = ThroughputMeter()
     clock.now += 1
     meter.pause()
     clock.now += 10
     assert meter.read().seconds == 1
     meter.resume()
     clock.now += 2
-    meter.resume()  # without a pause: nothing happens
+    meter.resume()  # without a pause it has no effect
     assert meter.read().seconds == 3
 
 
-def test_meter_passes_over_other_batches():
-    meter = Meter()
+def test_meter_ignores_other_types_of_batches():
+    meter = ThroughputMeter()
     meter.count(torch.ones(3))
     assert meter.empty
 
 
 def test_meter_never_reads_the_device():
-    meter = Meter()
+    meter = ThroughputMeter()
     batch = make_batch(0)
-    with CountReads() as counter:
+    with CountDeviceReads() as counter:
         for _ in range(5):
             meter.count(batch)
         meter.read()
@@ -86,15 +80,9 @@ def logged(tmp_path, callback, **options):
     return trainer, [(step, m) for step, m in values if any(name.startswith("throughput/") for name in m)]
 
 
-def test_logs_every_interval_and_the_rest(tmp_path, clock, monkeypatch):
-    """12 batches in windows of 2 are 6 steps: one window of 4 steps (8 batches), then the 4 batches that are left."""
-    original = TinyModule.training_step
-
-    def step(self, batch, batch_idx):
-        clock.now += 0.5
-        return original(self, batch, batch_idx)
-
-    monkeypatch.setattr(TinyModule, "training_step", step)
+def test_logs_every_interval_and_the_remainder(tmp_path, clock, monkeypatch):
+    """12 batches with an accumulation of 2 are 6 steps: an interval of 4 steps (8 batches), then the last 4 batches."""
+    monkeypatch.setattr(TinyModule, "training_step", slow_step(clock, TinyModule.training_step, 0.5))
     trainer, windows = logged(tmp_path, Throughput(), accumulate_grad_batches=2, log_every_n_steps=4)
     assert [step for step, _ in windows] == [3, 6]
     for _, metrics in windows:
@@ -107,46 +95,31 @@ def test_logs_every_interval_and_the_rest(tmp_path, clock, monkeypatch):
     assert trainer.callback_metrics["throughput/findings_per_second"] == 2 * 2 * FINDINGS
 
 
-def test_validation_time_is_left_out(tmp_path, clock, monkeypatch):
-    train, validate = TinyModule.training_step, TinyModule.validation_step
-
-    def slow(step, seconds):
-        def wrapped(self, batch, batch_idx):
-            clock.now += seconds
-            return step(self, batch, batch_idx)
-
-        return wrapped
-
-    monkeypatch.setattr(TinyModule, "training_step", slow(train, 0.5))
-    monkeypatch.setattr(TinyModule, "validation_step", slow(validate, 60))
+def test_validation_time_is_excluded(tmp_path, clock, monkeypatch):
+    monkeypatch.setattr(TinyModule, "training_step", slow_step(clock, TinyModule.training_step, 0.5))
+    monkeypatch.setattr(TinyModule, "validation_step", slow_step(clock, TinyModule.validation_step, 60))
     _, windows = logged(tmp_path, Throughput(), val_check_interval=3, log_every_n_steps=12)
     assert windows[0][1]["throughput/findings_per_second"] == 2 * 2 * FINDINGS
 
 
-def test_no_read_between_logs(tmp_path):
+def test_the_device_is_not_read_between_logs(tmp_path):
     callback, batch = Throughput(), make_batch(0)
     trainer = make_trainer(tmp_path, [callback], enable_checkpointing=False, log_every_n_steps=1000)
     module = TinyModule()
     callback.on_train_start(trainer, module)
-    with CountReads() as counter:
+    with CountDeviceReads() as counter:
         for index in range(10):
-            trainer.fit_loop.epoch_loop.automatic_optimization.optim_progress.optimizer.step.total.completed = index + 1
+            set_global_step(trainer, index + 1)
             callback.on_train_batch_end(trainer, module, None, batch, index)
     assert counter.reads == 0
 
 
-def test_model_flop_use(tmp_path, clock, monkeypatch):
-    original = TinyModule.training_step
-
-    def step(self, batch, batch_idx):
-        clock.now += 1
-        return original(self, batch, batch_idx)
-
-    monkeypatch.setattr(TinyModule, "training_step", step)
+def test_model_flop_utilization(tmp_path, clock, monkeypatch):
+    monkeypatch.setattr(TinyModule, "training_step", slow_step(clock, TinyModule.training_step, 1))
     _, windows = logged(tmp_path, Throughput(peak_tflops=1e-9), log_every_n_steps=12)
-    # the tiny model's only linear layer is its trainable lm_head of 8 x 11, which supervised tokens alone need
+    # the only linear layer of the tiny model is its trainable lm_head of 8 x 11, which only supervised tokens use
     assert windows[0][1]["throughput/mfu"] == pytest.approx(6 * 8 * 11 * 2 * SUPERVISED / 1e3)
-    with pytest.raises(ValueError, match="peak_tflops 0"):
+    with pytest.raises(ValueError, match="peak_tflops=0: must be positive"):
         Throughput(peak_tflops=0)
 
 

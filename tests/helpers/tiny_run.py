@@ -1,4 +1,4 @@
-"""A training run of a few milliseconds a step, for the callbacks' tests; also a script that can be sent signals."""
+"""A training run with steps of a few milliseconds, for tests of callbacks; also a script for tests of signals."""
 
 import argparse
 import os
@@ -21,7 +21,7 @@ ROW, PADDED, SUPERVISED, FINDINGS, VOCABULARY = 16, 3, 5, 2, 11
 
 
 def make_batch(index):
-    """Two rows of 16 positions, each with 3 of padding, 5 labels and 2 examples."""
+    """Returns two rows of 16 positions, each with 3 padding positions, 5 labels and 2 examples."""
     generator = torch.Generator().manual_seed(index)
     ids_BT = torch.randint(VOCABULARY, (2, ROW), generator=generator)
     segments_BT = torch.ones(2, ROW, dtype=torch.int64)
@@ -35,7 +35,7 @@ def make_batch(index):
 
 
 class Rows:
-    """A loader with a length that remembers which row it gave last."""
+    """Loader with a length and the position of the last yielded row."""
 
     def __init__(self, length, start=0):
         self.length, self.start, self.position = length, start, start
@@ -60,9 +60,10 @@ class Chat:
 
 
 class TinyData(LightningDataModule):
-    """Keeps the cursor itself, which Lightning restores before any loader is made.
+    """Data module with a cursor, which Lightning restores before any loader is created.
 
-    A loader's own state would come too late: ``estimated_stepping_batches`` in ``configure_optimizers`` iterates first.
+    The state of a loader would be restored too late: ``estimated_stepping_batches`` in ``configure_optimizers``
+    iterates first.
     """
 
     chat = Chat()
@@ -89,7 +90,7 @@ class TinyData(LightningDataModule):
 
 
 class TinyModule(LightningModule):
-    """Predicts the next token from this one; calls ``on_step(stage, batch_idx)`` in each step."""
+    """Predicts the next token from the current one; calls ``on_step(stage, batch_idx)`` in each step."""
 
     def __init__(self, on_step=lambda stage, index: None):
         super().__init__()
@@ -126,7 +127,13 @@ class TinyModule(LightningModule):
             torch.save(self.model.state_dict(), path / "adapter.pt")
 
 
+def set_global_step(trainer, step):
+    """Sets ``trainer.global_step``, which has no setter, to the given number of optimizer steps."""
+    trainer.fit_loop.epoch_loop.automatic_optimization.optim_progress.optimizer.step.total.completed = step
+
+
 def make_trainer(folder, callbacks, **options):
+    """Returns a trainer on CPU that logs to ``<folder>/version_0``."""
     logger = TensorBoardLogger(folder, name="", version="version_0")
     options = {"max_epochs": 1, "log_every_n_steps": 1, "num_sanity_val_steps": 0, "devices": 1} | options
     if not any(hasattr(callback, "refresh_seconds") for callback in callbacks):
@@ -135,6 +142,7 @@ def make_trainer(folder, callbacks, **options):
 
 
 def best_and_last(**options):
+    """Returns a checkpoint callback that writes ``best.ckpt`` and ``last.ckpt``."""
     return ModelCheckpoint(filename="best", monitor="val/loss", save_last=True, **options)
 
 
@@ -144,7 +152,7 @@ if __name__ == "__main__":
     parser.add_argument("--devices", type=int, default=1)
     arguments = parser.parse_args()
 
-    def tell(stage, index):
+    def print_batch(stage, index):
         if stage == "train":
             os.write(1, f"batch {index}\n".encode())
             time.sleep(0.3)
@@ -152,4 +160,4 @@ if __name__ == "__main__":
     callbacks = [RunRecord(), Preemption(agree_every_n_steps=1), AdapterCheckpoint(), best_and_last()]
     strategy = "ddp" if arguments.devices > 1 else "auto"
     options = {"accumulate_grad_batches": 3, "devices": arguments.devices, "strategy": strategy}
-    make_trainer(arguments.folder, callbacks, **options).fit(TinyModule(tell), TinyData())
+    make_trainer(arguments.folder, callbacks, **options).fit(TinyModule(print_batch), TinyData())

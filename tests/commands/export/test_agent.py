@@ -37,7 +37,7 @@ def nf4_run(tmp_path_factory, tiny_llama, chatml_tokenizer):
 
 
 def test_the_agent_loads_the_folder_and_gets_the_trained_model(nf4_run, tiny_llama, tmp_path):
-    assert export(nf4_run, tmp_path / "out", "--golden", "0")[0] == 0
+    assert export(nf4_run, tmp_path / "out", "--num_reference", "0")[0] == 0
     model, tokenizer = load_as_the_agent_does(tiny_llama, tmp_path / "out")
     ids = tokenizer("Analyze the following security scan results", return_tensors="pt")["input_ids"]
     trained = Backbone(str(tiny_llama), "nf4", "float32", adapter=str(nf4_run / "adapter" / "best")).build()
@@ -50,9 +50,9 @@ def test_the_agent_loads_the_folder_and_gets_the_trained_model(nf4_run, tiny_lla
 
 
 def test_the_certificate_measures_what_the_agent_loads(nf4_run, tmp_path):
-    status, certificate = export(nf4_run, tmp_path / "out", "--golden", "3", "--load_as", "agent")
+    status, certificate = export(nf4_run, tmp_path / "out", "--num_reference", "3", "--load_as", "agent")
     assert (status, certificate["state"], certificate["load_as"]) == (0, "passed", "agent")
-    assert 0 < certificate["golden"]["kl_mean"] < 1e-3
+    assert 0 < certificate["reference"]["kl_mean"] < 1e-3
 
 
 def test_the_agents_parser_finds_every_answer(shared_data):

@@ -44,7 +44,7 @@ def trained_model(run, tiny_llama):
 
 
 def test_an_adapter_loads_with_plain_peft(run, tiny_llama, chatml_tokenizer, tmp_path):
-    status, certificate = export(run, tmp_path / "out", "--format", "adapter", "--golden", "4")
+    status, certificate = export(run, tmp_path / "out", "--format", "adapter", "--num_reference", "4")
     assert (status, certificate["state"]) == (0, "passed")
     base = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32)
     loaded = PeftModel.from_pretrained(base, tmp_path / "out")
@@ -52,18 +52,18 @@ def test_an_adapter_loads_with_plain_peft(run, tiny_llama, chatml_tokenizer, tmp
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
     turn = [{"role": "user", "content": "a"}]
     assert tokenizer.apply_chat_template(turn) == chatml_tokenizer.apply_chat_template(turn)
-    assert certificate["golden"]["kl_mean"] < 1e-9
-    assert certificate["golden"]["same_answers"] == 1
-    assert certificate["golden"]["origin"] == "evaluation.json (val)"
-    assert certificate["golden"]["trained"] == certificate["golden"]["exported"]
+    assert certificate["reference"]["kl_mean"] < 1e-9
+    assert certificate["reference"]["same_answers"] == 1
+    assert certificate["reference"]["origin"] == "evaluation.json (val)"
+    assert certificate["reference"]["trained"] == certificate["reference"]["exported"]
 
 
 @pytest.mark.parametrize("dtype", ["auto", "float16"])
 def test_a_merged_model_is_base_and_adapter_in_16_bits(run, tiny_llama, tmp_path, dtype):
-    options = ("--format", "merged", "--golden", "4", "--dtype", dtype)
+    options = ("--format", "merged", "--num_reference", "4", "--dtype", dtype)
     status, certificate = export(run, tmp_path / "out", *options)
     assert (status, certificate["state"]) == (0, "passed")
-    assert 0 < certificate["golden"]["kl_mean"] < 1e-3
+    assert 0 < certificate["reference"]["kl_mean"] < 1e-3
     stored = torch.float16 if dtype == "float16" else torch.bfloat16
     base, adapter = (
         load_file(tiny_llama / "model.safetensors"),
@@ -87,7 +87,7 @@ def test_an_nf4_base_is_dequantised_for_the_merge(tmp_path, tiny_llama, chatml_t
     functional = pytest.importorskip("bitsandbytes").functional
     run = make_run(tmp_path / "version_0", tiny_llama, chatml_tokenizer, quantization="nf4", dtype="float32")
     write_evaluation(run)
-    status, certificate = export(run, tmp_path / "out", "--format", "merged", "--golden", "4", "--device", "cpu")
+    status, certificate = export(run, tmp_path / "out", "--format", "merged", "--num_reference", "4", "--device", "cpu")
     assert (status, certificate["state"]) == (0, "passed")
     name = "model.layers.0.mlp.gate_proj.weight"  # no adapter here: the dequantised base itself
     weight = load_file(tiny_llama / "model.safetensors")[name]
@@ -96,8 +96,8 @@ def test_an_nf4_base_is_dequantised_for_the_merge(tmp_path, tiny_llama, chatml_t
     merged = load_file(tmp_path / "out" / "model.safetensors")[name]
     assert torch.equal(merged, expected)
     assert "quantization_config" not in json.loads((tmp_path / "out" / "config.json").read_text())
-    other = export(run, tmp_path / "other", "--format", "merged", "--merge_base", "16bit", "--golden", "4")[1]
-    assert other["golden"]["kl_mean"] > 10 * certificate["golden"]["kl_mean"]
+    other = export(run, tmp_path / "other", "--format", "merged", "--merge_base", "16bit", "--num_reference", "4")[1]
+    assert other["reference"]["kl_mean"] > 10 * certificate["reference"]["kl_mean"]
     assert torch.equal(load_file(tmp_path / "other" / "model.safetensors")[name], weight.to(torch.bfloat16))
 
 
@@ -107,14 +107,16 @@ def test_a_gguf_file_holds_the_merged_model(tmp_path, tiny_mistral, mistral_toke
     config = json.loads((base / "config.json").read_text())
     (base / "config.json").write_text(json.dumps(config | {"sliding_window": None}))  # as Mistral v0.3
     run = write_evaluation(make_run(tmp_path / "version_0", base, mistral_tokenizer))
-    status, certificate = export(run, tmp_path / "out", "--format", "gguf", "--golden", "4")
+    status, certificate = export(run, tmp_path / "out", "--format", "gguf", "--num_reference", "4")
     assert (status, certificate["state"]) == (0, "passed")
-    assert certificate["golden"]["kl_mean"] < 1e-4
+    assert certificate["reference"]["kl_mean"] < 1e-4
     assert {"model.gguf", "Modelfile", "README.md"} <= certificate["files"].keys()
     assert "ollama create" in capsys.readouterr().out
-    few = export(run, tmp_path / "few", "--format", "gguf", "--gguf-type", "q4_1", "--golden", "4", "--max_kl", "0.5")
+    few = export(
+        run, tmp_path / "few", "--format", "gguf", "--gguf-type", "q4_1", "--num_reference", "4", "--max_kl", "0.5"
+    )
     assert (few[0], few[1]["gguf_type"]) == (0, "q4_1")
-    assert few[1]["golden"]["kl_mean"] > 10 * certificate["golden"]["kl_mean"]
+    assert few[1]["reference"]["kl_mean"] > 10 * certificate["reference"]["kl_mean"]
     # the base alone is in 4 bits: what llama.cpp adds is the trained adapter, its rows in llama.cpp's order
     base = load_file(base / "model.safetensors")["model.layers.0.mlp.up_proj.weight"]
     reader = GGUFReader(tmp_path / "few" / "model.gguf")
@@ -137,7 +139,7 @@ def test_a_gguf_file_holds_the_merged_model(tmp_path, tiny_mistral, mistral_toke
 
 
 def test_the_certificate_holds_what_it_says(run, tmp_path):
-    _, certificate = export(run, tmp_path / "out", "--golden", "2")
+    _, certificate = export(run, tmp_path / "out", "--num_reference", "2")
     files = {path.name for path in (tmp_path / "out").iterdir()} - {"certificate.json"}
     assert certificate["files"].keys() == files
     for name, entry in certificate["files"].items():
@@ -152,15 +154,17 @@ def test_the_certificate_holds_what_it_says(run, tmp_path):
         4,
         Path(backbone["model_name_or_path"]).name,
     )  # no folder of this host
-    assert certificate["golden"]["n"] == 2
+    assert certificate["reference"]["n"] == 2
 
 
 def test_an_export_that_is_too_far_fails_with_the_numbers(run, tmp_path, capsys):
-    status, certificate = export(run, tmp_path / "out", "--format", "merged", "--golden", "4", "--max_kl", "1e-12")
+    status, certificate = export(
+        run, tmp_path / "out", "--format", "merged", "--num_reference", "4", "--max_kl", "1e-12"
+    )
     assert (status, certificate["state"]) == (1, "failed")
-    assert certificate["golden"]["max_kl"] == 1e-12
+    assert certificate["reference"]["max_kl"] == 1e-12
     assert (tmp_path / "out" / "model.safetensors").exists()
-    printed, kl = capsys.readouterr().out, certificate["golden"]["kl_mean"]
+    printed, kl = capsys.readouterr().out, certificate["reference"]["kl_mean"]
     assert f"FAILED: divergence {kl:.2g} nats" in printed
     assert f"{kl:.3g} nats a token is {kl - 1e-12:.3g} above --max_kl 1e-12" in printed
     assert "certificate: failed" in (tmp_path / "out" / "README.md").read_text()
@@ -196,21 +200,21 @@ def test_a_damaged_adapter_is_found_out(run, tmp_path, monkeypatch):
         negated = {name: -tensor if "lora_B" in name else tensor for name, tensor in tensors.items()}
         save_file(negated, target / "adapter_model.safetensors")
 
-    assert export(run, tmp_path / "good", "--golden", "4", "--max_kl", "1e-6")[0] == 0
+    assert export(run, tmp_path / "good", "--num_reference", "4", "--max_kl", "1e-6")[0] == 0
     monkeypatch.setattr(command, "copy_adapter", damaged)
-    status, certificate = export(run, tmp_path / "bad", "--golden", "4", "--max_kl", "1e-6")
+    status, certificate = export(run, tmp_path / "bad", "--num_reference", "4", "--max_kl", "1e-6")
     assert (status, certificate["state"]) == (1, "failed")
 
 
-def test_without_golden_findings_the_certificate_says_so(run, tmp_path, capsys):
-    status, certificate = export(run, tmp_path / "out", "--golden", "0")
+def test_without_reference_findings_the_certificate_says_so(run, tmp_path, capsys):
+    status, certificate = export(run, tmp_path / "out", "--num_reference", "0")
     assert (status, certificate["state"]) == (0, "not measured")
     assert "not measured" in capsys.readouterr().out
     assert "not measured" in (tmp_path / "out" / "README.md").read_text()
 
 
 def test_the_card_is_filled_from_the_run(run, tmp_path):
-    export(run, tmp_path / "out", "--golden", "2")
+    export(run, tmp_path / "out", "--num_reference", "2")
     card = (tmp_path / "out" / "README.md").read_text()
     matter = yaml.safe_load(card.split("---")[1])
     assert matter["library_name"] == "peft"
@@ -223,15 +227,15 @@ def test_the_card_is_filled_from_the_run(run, tmp_path):
     assert str(run) not in card
 
 
-def test_golden_findings_come_from_the_data_where_nothing_was_evaluated(tmp_path, tiny_llama, chatml_tokenizer):
+def test_reference_findings_come_from_the_data_where_nothing_was_evaluated(tmp_path, tiny_llama, chatml_tokenizer):
     run = make_run(tmp_path / "version_0", tiny_llama, chatml_tokenizer, tasks=("risk",))
-    status, certificate = export(run, tmp_path / "out", "--golden", "3")
-    assert (status, certificate["golden"]["origin"], certificate["golden"]["n"]) == (0, "data (val)", 3)
+    status, certificate = export(run, tmp_path / "out", "--num_reference", "3")
+    assert (status, certificate["reference"]["origin"], certificate["reference"]["n"]) == (0, "data (val)", 3)
 
 
 @pytest.mark.parametrize("kind", ["adapter", "merged"])
 def test_analyze_reads_an_export_without_the_run(run, tmp_path, kind):
-    assert export(run, tmp_path / "out", "--format", kind, "--golden", "2")[0] == 0
+    assert export(run, tmp_path / "out", "--format", kind, "--num_reference", "2")[0] == 0
     status, document = analyze(tmp_path / "out", REPORT, tmp_path / "e.json", *short())
     assert status == 0
     assert document["enrichment_results"]["model_report"]["tasks"] == [
@@ -241,11 +245,11 @@ def test_analyze_reads_an_export_without_the_run(run, tmp_path, kind):
 
 def test_overwrite_replaces_an_export_and_nothing_else(run, tmp_path, capsys):
     output = tmp_path / "out"
-    assert export(run, output, "--golden", "0", "--format", "merged")[0] == 0
+    assert export(run, output, "--num_reference", "0", "--format", "merged")[0] == 0
     (output / "notes.txt").write_text("mine")
-    assert export(run, output, "--golden", "0")[0] == 2
+    assert export(run, output, "--num_reference", "0")[0] == 2
     assert "is not empty: add --overwrite" in capsys.readouterr().err
-    assert export(run, output, "--golden", "0", "--overwrite")[0] == 0
+    assert export(run, output, "--num_reference", "0", "--overwrite")[0] == 0
     names = {path.name for path in output.iterdir()}
     assert {"notes.txt", "adapter_config.json"} <= names
     assert not {"config.json", "model.safetensors"} & names
@@ -256,10 +260,13 @@ MISTAKES = {
     "an export as run": ({"--run": "adapter"}, "--run adapter: a run folder has config.yaml"),
     "no such format": ({"--format": "onnx"}, "format"),
     "an agent that loads a merged model": ({"--format": "merged", "--load_as": "agent"}, "the agent loads adapters"),
-    "negative golden": ({"--golden": "-1"}, "--golden -1"),
+    "a negative number of reference findings": ({"--num_reference": "-1"}, "--num_reference -1"),
     "a folder of something else": ({"--output": "full", "--overwrite": "true"}, "holds no earlier export"),
     "a file": ({"--output": "file"}, "--output file is a file"),
-    "more golden findings than there are data": ({"--run": "dataless", "--golden": "3"}, "give --golden 0"),
+    "more reference findings than there are data": (
+        {"--run": "dataless", "--num_reference": "3"},
+        "give --num_reference 0",
+    ),
 }
 
 
@@ -273,7 +280,7 @@ def test_a_mistake_is_one_line_and_exit_status_2(
     (tmp_path / "file").write_text("")
     (tmp_path / "adapter").symlink_to(run / "adapter" / "best")
     make_run(tmp_path / "dataless", tiny_llama, chatml_tokenizer, sources=("gone.tar.gz",))
-    given = {"--run": str(run), "--output": "out", "--golden": "0"} | options
+    given = {"--run": str(run), "--output": "out", "--num_reference": "0"} | options
     assert main(["export", *(part for pair in given.items() for part in pair)]) == 2
     error = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert len(error) == 1

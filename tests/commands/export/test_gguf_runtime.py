@@ -64,7 +64,7 @@ def test_llama_cpp_answers_as_the_exported_model_does(tmp_path, embedded_model, 
     findings = read_report(next(iter_documents(QUESTIONS, seed=3))).document.findings
     contents = [task.content(finding) for finding in findings]
     run = make_run(tmp_path / "version_0", embedded_model, tokenizer)
-    status, _ = export(run, tmp_path / "out", "--format", "gguf", "--gguf_type", kind, "--golden", "0")
+    status, _ = export(run, tmp_path / "out", "--format", "gguf", "--gguf_type", kind, "--num_reference", "0")
     assert status == 0
     prompts = chat.prompt_ids(task, contents)
     whole = go_template(tokenizer)

@@ -1,4 +1,4 @@
-"""Majority class and title look-up by hand, through the same metrics as a model."""
+"""Majority class and title look-up by hand, and with the metrics that measure a model."""
 
 import json
 
@@ -8,7 +8,7 @@ from datamodules.records import Document, Finding
 from datamodules.tasks import RiskTask
 from datamodules.tasks.base import Pair
 from lightning_modules.evaluation.answer_parsing import parse_answer
-from lightning_modules.evaluation.baselines import MajorityClass, TitleLookup, typical
+from lightning_modules.evaluation.baselines import MajorityClass, TitleLookup, input_determined_categories, typical
 from lightning_modules.evaluation.metrics import AnswerMetrics
 
 TASK = RiskTask()
@@ -48,7 +48,7 @@ def test_typical_answer_of_nested_values():
     }  # fmt: skip
 
 
-def test_answers_are_of_the_schema_and_pass_through_the_metrics():
+def test_answers_conform_to_the_schema_and_are_measured_as_those_of_a_model():
     findings = [
         Finding(str(i), f"title {i % 3}", "", "network", ("low", "high", "low")[i % 3], 30.0 + i, 30.0,
                 tags=["t"], risk_subscores={"impact": 0.25}, probability_actionable=0.5)
@@ -61,6 +61,15 @@ def test_answers_are_of_the_schema_and_pass_through_the_metrics():
         figures = metrics.results()
         assert figures["schema_valid"] == figures["exact_keys"] == 1
         assert figures["severity_accuracy"] == pytest.approx(accuracy)
+
+
+def test_input_determined_categories_are_those_whose_equal_findings_agree():
+    def pairs(category, severities):
+        return [Pair("risk", f'{{"n":{i}}}', "{}", s, category, 1) for i, s in enumerate(severities)]
+
+    agreeing, disagreeing = pairs("ioc", ["low"] * 12), pairs("mac", ["low"] * 6 + ["high"] * 6)
+    assert input_determined_categories([*agreeing, *disagreeing, *pairs("suid", ["low"] * 3)]) == {"ioc"}
+    assert input_determined_categories([]) == set()
 
 
 def test_no_training_pairs():

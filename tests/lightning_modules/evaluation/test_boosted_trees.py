@@ -1,4 +1,4 @@
-"""The tree finds a rule that no title tells, fills every key, and answers what it has not seen."""
+"""The trees learn a rule that titles do not show, fill every key, and answer contents that they have not seen."""
 
 import json
 import random
@@ -9,9 +9,9 @@ import pytest
 from datamodules.errors import UserError
 from datamodules.tasks import RiskTask
 from datamodules.tasks.base import Pair, compact_json
-from lightning_modules.evaluation.baselines import TitleLookup, input_determined_categories
+from lightning_modules.evaluation.baselines import TitleLookup
 from lightning_modules.evaluation.boosted_trees import BoostedTrees, features_of
-from lightning_modules.evaluation.evaluate import PredictionResult, score
+from lightning_modules.evaluation.evaluate import PredictionResult, score_predictions
 
 
 def make_pairs(count, seed):
@@ -30,12 +30,12 @@ def make_pairs(count, seed):
         yield Pair("risk", compact_json(content), compact_json(answer), severity, "network", 1)
 
 
-def test_tree_learns_what_a_look_up_can_not():
+def test_trees_learn_a_rule_that_a_look_up_can_not():
     training, held_out = list(make_pairs(400, 0)), list(make_pairs(60, 1))
     figures = {}
     for kind in (TitleLookup, BoostedTrees):
         baseline = kind(training)
-        figures[kind] = score(
+        figures[kind] = score_predictions(
             RiskTask(), held_out, [PredictionResult(baseline(pair.content)) for pair in held_out]
         ).figures
     tree, table = figures[BoostedTrees], figures[TitleLookup]
@@ -61,16 +61,7 @@ def test_features_by_hand():
     }  # fmt: skip
 
 
-def test_without_scikit_learn_the_way_out_is_said(monkeypatch):
+def test_without_scikit_learn_the_error_names_the_package(monkeypatch):
     monkeypatch.setitem(sys.modules, "sklearn.ensemble", None)
     with pytest.raises(UserError, match="pip install scikit-learn"):
         BoostedTrees([])
-
-
-def test_told_categories_are_those_where_like_findings_agree():
-    def pairs(category, severities):
-        return [Pair("risk", f'{{"n":{i}}}', "{}", s, category, 1) for i, s in enumerate(severities)]
-
-    clear, torn = pairs("ioc", ["low"] * 12), pairs("mac", ["low"] * 6 + ["high"] * 6)
-    assert input_determined_categories([*clear, *torn, *pairs("suid", ["low"] * 3)]) == {"ioc"}
-    assert input_determined_categories([]) == set()

