@@ -82,7 +82,8 @@ def test_no_command_uses_the_network(tmp_path, tiny_llama, cache_root):
         ["validate", *training],
         ["analyze", "--model", str(run), "--report", str(report), "--output", str(tmp_path / "e.json"), *short],
         ["export", "--run", str(run), "--output", str(tmp_path / "adapter"), "--num_reference", "2"],
-        ["export", "--run", str(run), "--output", str(tmp_path / "merged"), "--num_reference", "2", "--format", "merged"],
+        ["export", "--run",
+        str(run), "--output", str(tmp_path / "merged"), "--num_reference", "2", "--format", "merged"],
         ["analyze", "--model", str(tmp_path / "merged"), "--report", str(report), "--output", str(tmp_path / "m.md"),
          "--format", "markdown", *short],
     ]  # fmt: skip
