@@ -106,10 +106,10 @@ def _fill(lengths: np.ndarray, capacity: int) -> list[list[int]]:
     Subset sums need many examples per row; best-fit decreasing is the better method for few.
     """
     needs = lengths.tolist()
-    return min(_subset_sums(needs, capacity), _best_fit_decreasing(needs, capacity), key=len)
+    return min(subset_sums(needs, capacity), best_fit_decreasing(needs, capacity), key=len)
 
 
-def _subset_sums(lengths: list[int], capacity: int) -> list[list[int]]:
+def subset_sums(lengths: list[int], capacity: int) -> list[list[int]]:
     """Fills row by row: the longest remaining example, and those of the next few that fill the rest best.
 
     The bits of one integer are the sums that a set of lengths can have: adding a length is a shift and an or (Bellman's
@@ -142,7 +142,7 @@ def _subset_sums(lengths: list[int], capacity: int) -> list[list[int]]:
     return rows
 
 
-def _best_fit_decreasing(lengths: list[int], capacity: int) -> list[list[int]]:
+def best_fit_decreasing(lengths: list[int], capacity: int) -> list[list[int]]:
     """Puts every example, from the longest on, into the row with the least sufficient free space (Johnson 1974)."""
     rows: list[list[int]] = []
     free_rows: list[tuple[int, int]] = []  # (free tokens, row) of rows that the smallest example fits, sorted
