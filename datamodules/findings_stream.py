@@ -33,6 +33,11 @@ if TYPE_CHECKING:
 
 FIRST_TRAIN_BLOCK_EXAMPLES = 512  #: examples of the first training block: they take a quarter of a second
 FIRST_EVAL_BLOCK_EXAMPLES = 128  #: held-out examples are few, and the sanity check waits for the first block
+#: options that the sequence of training examples depends on
+ORDER_OPTIONS = (
+    "task_weights", "sequence_length", "packing", "val_fraction", "test_fraction", "seed", "severity_balance",
+    "balance_by", "conflicts", "block_findings",
+)  # fmt: skip
 
 
 class FindingsStream:
@@ -103,8 +108,8 @@ class FindingsStream:
         self.task_weights = dict(task_weights) if task_weights is not None else {"risk": 1.0}
         self.sequence_length, self.batch_size = sequence_length, batch_size
         self.packing, self.val_packing = packing, val_packing
-        self.seed, self.severity_balance, self.balance_by = seed, severity_balance, balance_by
-        self.conflicts = conflicts
+        self.seed, self.conflicts = seed, conflicts
+        self.severity_balance, self.balance_by = severity_balance, balance_by
         self.val_fraction, self.test_fraction, self.val_rows = val_fraction, test_fraction, val_rows
         self.num_workers, self.block_findings, self.prefetch_batches = num_workers, block_findings, prefetch_batches
         self.max_quarantine, self.quarantine_path, self.cache_dir = max_quarantine, quarantine_path, cache_dir
@@ -136,11 +141,7 @@ class FindingsStream:
 
     def settings(self) -> dict[str, Any]:
         """Returns the options that the sequence of examples depends on, in addition to the data."""
-        names = (
-            "task_weights", "sequence_length", "packing", "val_fraction", "test_fraction", "seed", "severity_balance",
-            "balance_by", "conflicts", "block_findings",
-        )  # fmt: skip
-        return {name: getattr(self, name) for name in names}
+        return {name: getattr(self, name) for name in ORDER_OPTIONS}
 
     def fingerprint(self) -> str:
         """Returns a digest of the sources and of all options that affect the batches."""
@@ -149,12 +150,7 @@ class FindingsStream:
         return hashlib.blake2b(orjson.dumps(content), digest_size=16).hexdigest()
 
     def block_config(self, packing: Packing, *, training: bool = True) -> BlockConfig:
-        """Returns the settings of this module's blocks.
-
-        Args:
-            packing: packing mode of the blocks.
-            training: whether they are for training.
-        """
+        """Returns the settings of the blocks in a packing mode, for training or for evaluation."""
         first_block = FIRST_TRAIN_BLOCK_EXAMPLES if training else FIRST_EVAL_BLOCK_EXAMPLES
         return BlockConfig(
             tasks=self.task_weights, sequence_length=self.sequence_length, packing=packing,
@@ -207,6 +203,10 @@ class FindingsStream:
 
         The last batch may have rows of padding, so that every rank has the same number of batches.
 
+        Args:
+            split: ``val`` or ``test``.
+            shard: rank and number of ranks; None is one rank.
+
         Raises:
             UserError: the split is empty.
         """
@@ -224,7 +224,12 @@ class FindingsStream:
             raise empty_split_error(split, getattr(self, f"{split}_fraction"))
 
     def read_rows(self, split: Split, epoch: int = 0, *, ranks: int = 1) -> Iterator[tuple[list[Row], int]]:
-        """Yields the rows of one epoch (of a held-out split: of its evaluation), one block at a time.
+        """Reads the rows of one epoch, or of one evaluation of a held-out split, one block at a time.
+
+        Args:
+            split: the split to read.
+            epoch: number of the epoch, from 0.
+            ranks: number of ranks that share the rows.
 
         Yields:
             A block's rows, and how many of them are used in this block; the next block contains the others again.
@@ -242,13 +247,13 @@ class FindingsStream:
 
         Args:
             split: the split to read.
-            task: one of this module's tasks.
+            task: one of the configured tasks.
             limit: largest number of pairs.
             balanced: return equal numbers of each severity as far as the data has them; pairs of other severities
                 replace missing ones. Reads at most 50 pairs per requested one.
 
         Raises:
-            UserError: the module does not have this task.
+            UserError: the task is not configured.
         """
         if task not in self.tasks:
             raise UserError(
@@ -259,9 +264,9 @@ class FindingsStream:
     def _open_batches(
         self, split: Split, start: Cursor, shard: DataShard, counters: PipelineCounters
     ) -> Iterator[tuple[list[Row], Cursor]]:
-        """Starts the reading processes at once, and returns a rank's batches as rows with cursors."""
-        made = self._open_blocks(split, start, counters, rows_multiple=self.batch_size * shard.ranks)
-        return shard_batches(made, start, shard, batch_size=self.batch_size, limit=self.max_rows(split))
+        """Starts the reading processes before it returns; yields a rank's batches as rows and cursors."""
+        opened = self._open_blocks(split, start, counters, rows_multiple=self.batch_size * shard.ranks)
+        return shard_batches(opened, start, shard, batch_size=self.batch_size, limit=self.max_rows(split))
 
     def _open_blocks(
         self, split: Split, start: Cursor, counters: PipelineCounters, *, rows_multiple: int

@@ -31,9 +31,8 @@ if TYPE_CHECKING:
     from datamodules.stream.preprocessing import DocumentProcessor
     from datamodules.stream.splits import Split
 
-VERSION = (
-    3  #: version of the layout and of the steps from bytes to ids; after a change of either, old files are not used
-)
+#: Version of the layout and of the steps from bytes to ids; after a change of either, old files are not used
+VERSION = 3
 _DIGEST = 16
 
 
@@ -160,26 +159,26 @@ def _to_table(document: PreparedDocument) -> Any:
     arrays |= {
         name: pa.array(codes) for name, codes in zip(("task", "severity", "category"), columns.texts, strict=True)
     }
-    document_facts = {
+    metadata = {
         "names": columns.names,
         "records": document.records,
         "counts": dict(document.counts),
         "quarantined": [asdict(record) for record in document.quarantined],
     }
-    return pa.table(arrays).replace_schema_metadata({"document": orjson.dumps(document_facts)})
+    return pa.table(arrays).replace_schema_metadata({"document": orjson.dumps(metadata)})
 
 
 def _from_table(table: Any, place: Place) -> PreparedDocument:
     table = table.combine_chunks()
-    facts = orjson.loads(table.schema.metadata[b"document"])
+    metadata = orjson.loads(table.schema.metadata[b"document"])
     names = ("prompts", "completions", "prefixes", "keys", "inputs", "findings")
     arrays = {name: table[name].to_numpy() for name in names}
     chunks = table["ids"].chunks
     tokens = np.concatenate([chunk.flatten().to_numpy() for chunk in chunks]) if chunks else np.empty(0)
     texts = np.stack([table[name].to_numpy() for name in ("task", "severity", "category")])
-    columns = Columns(tokens=tokens.astype(np.int32), **arrays, texts=texts, names=facts["names"])
-    quarantined = [Quarantined(**record) for record in facts["quarantined"]]
-    return PreparedDocument(place, columns, facts["records"], Counter(facts["counts"]), quarantined)
+    columns = Columns(tokens=tokens.astype(np.int32), **arrays, texts=texts, names=metadata["names"])
+    quarantined = [Quarantined(**record) for record in metadata["quarantined"]]
+    return PreparedDocument(place, columns, metadata["records"], Counter(metadata["counts"]), quarantined)
 
 
 def _digest(data: bytes) -> bytes:
