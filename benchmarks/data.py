@@ -1,11 +1,11 @@
-"""How fast are findings made, read, gated, turned into pairs, tokenised and packed, and in how much memory?
+"""Measures speed and peak memory of generating, reading, validating, tokenizing and packing findings.
 
     python benchmarks/data.py [--findings 10000 100000 2500000] [--measurements read first_batch] [--output table.json]
 
-For each size an archive in the scanner's wire format is generated (and kept where ``--folder`` names a place), then
-each figure is taken in a process of its own. Rates are findings a second of processor time, in a process that is bound
-to one core; ``first_batch`` is wall time with one reading process beside. Where TRL is installed (it is no dependency),
-its own preparation of the same pairs, by the constructor of its ``SFTTrainer``, stands beside.
+For each size an archive in the scanner's wire format is generated (and kept if ``--folder`` is given). Each figure is
+then measured in a separate process. Rates are findings per second of processor time, in a process that is bound to one
+core; ``first_batch`` is wall time with one additional reading process. If TRL is installed (it is no dependency), its
+preparation of the same pairs, by the constructor of its ``SFTTrainer``, is measured for comparison.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ if TYPE_CHECKING:
     from datamodules import FindingsDataModule
     from datamodules.tasks import Pair
 
-ROW_TOKENS = 8192
-TRL_FINDINGS = 20_000  #: it prepares a data set as a whole, at the same rate whatever the size
+SEQUENCE_LENGTH = 8192
+TRL_FINDINGS = 20_000  #: TRL prepares a data set as a whole, at the same rate for every size
 
 
 def one_core() -> None:
@@ -41,7 +41,7 @@ def one_core() -> None:
 
 
 def read(archive: Path, model: str) -> dict[str, float]:
-    """Archive to (prompt, completion) pairs: read, repaired or quarantined, dealt to splits, made into texts."""
+    """Measures archive to (prompt, completion) pairs: reading, validation, splitting and formatting."""
     one_core()
     start, count = time.process_time(), 0
     for pairs in _pairs(archive):
@@ -50,7 +50,7 @@ def read(archive: Path, model: str) -> dict[str, float]:
 
 
 def train(archive: Path, model: str) -> dict[str, float]:
-    """Archive to training batches of one epoch: also tokenised, without duplicates, shuffled, packed, laid out."""
+    """Measures archive to training batches of one epoch: also tokenization, deduplication, shuffling and packing."""
     one_core()
     data = _data(archive, model, num_workers=0, prefetch_batches=0)
     start, findings, used, rows = time.process_time(), 0, 0, 0
@@ -60,12 +60,12 @@ def train(archive: Path, model: str) -> dict[str, float]:
         findings += batch.findings
         used += int((batch.segment_ids_BT >= 0).sum())
     seconds = time.process_time() - start
-    return {"train_per_second": findings / seconds, "trained": findings, "row_fill": used / rows / ROW_TOKENS}
+    return {"train_per_second": findings / seconds, "trained": findings, "row_fill": used / rows / SEQUENCE_LENGTH}
 
 
 def first_batch(archive: Path, model: str) -> dict[str, float]:
-    """Seconds from an untouched data module to its first training batch, one reading process."""
-    archive.touch()  # an index that another measurement left is that of another file now
+    """Measures the seconds from a new data module to its first training batch, with one reading process."""
+    archive.touch()  # an index that another measurement wrote is invalid for a changed file
     data = _data(archive, model)
     start = time.monotonic()
     data.setup("fit")
@@ -75,7 +75,7 @@ def first_batch(archive: Path, model: str) -> dict[str, float]:
 
 
 def trl(archive: Path, model: str) -> dict[str, float]:
-    """TRL's own road from the same pairs: ``datasets.map`` with the tokenizer, then packing; nothing without TRL."""
+    """Measures TRL on the same pairs: ``datasets.map`` with the tokenizer, then packing; no figures without TRL."""
     try:
         from trl import SFTConfig, SFTTrainer
     except ImportError:
@@ -100,12 +100,12 @@ def trl(archive: Path, model: str) -> dict[str, float]:
     smallest = LlamaForCausalLM(LlamaConfig(**sizes, vocab_size=len(tokenizer)))
     with tempfile.TemporaryDirectory() as folder:
         quiet = {"output_dir": folder, "report_to": [], "disable_tqdm": True, "use_cpu": True, "bf16": False}
-        config, dataset = SFTConfig(**quiet, packing=True, max_length=ROW_TOKENS), Dataset.from_list(records)
+        config, dataset = SFTConfig(**quiet, packing=True, max_length=SEQUENCE_LENGTH), Dataset.from_list(records)
         start = time.process_time()
         trainer = SFTTrainer(smallest, args=config, train_dataset=dataset, processing_class=tokenizer)
         seconds = time.process_time() - start
         used = sum(map(len, trainer.train_dataset["input_ids"]))
-    fill = used / len(trainer.train_dataset) / ROW_TOKENS
+    fill = used / len(trainer.train_dataset) / SEQUENCE_LENGTH
     return {"trl_per_second": len(records) / seconds, "trl_row_fill": fill}
 
 
@@ -113,7 +113,7 @@ MEASUREMENTS = {function.__name__: function for function in (read, train, first_
 
 
 def _pairs(archive: Path) -> Iterator[list[Pair]]:
-    """The pairs of each document and split."""
+    """Yields the pairs of each document and split."""
     from datamodules.sources import open_source, parse
     from datamodules.stream.splits import split_document
     from datamodules.tasks import build_tasks
@@ -127,17 +127,17 @@ def _pairs(archive: Path) -> Iterator[list[Pair]]:
 def _data(archive: Path, model: str, **options: Any) -> FindingsDataModule:
     from datamodules import FindingsDataModule
 
-    rows: dict[str, Any] = {"sequence_length": ROW_TOKENS, "packing": "shared_prefix"}
+    rows: dict[str, Any] = {"sequence_length": SEQUENCE_LENGTH, "packing": "shared_prefix"}
     return FindingsDataModule([str(archive)], model, val_fraction=0.01, test_fraction=0.01, **rows, **options)
 
 
 def main() -> None:
-    """Reads the command line, runs every measurement and prints a line of figures for each size."""
+    """Reads the command line, runs every measurement and prints one line of figures per size."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--findings", type=int, nargs="+", default=[10_000, 100_000])
-    parser.add_argument("--model", default="embedded:smollm2-135m-instruct", help="whose tokenizer")
+    parser.add_argument("--model", default="embedded:smollm2-135m-instruct", help="model whose tokenizer is used")
     parser.add_argument("--measurements", nargs="*", choices=MEASUREMENTS, default=list(MEASUREMENTS))
-    parser.add_argument("--folder", type=Path, help="where archives are kept for another call")
+    parser.add_argument("--folder", type=Path, help="folder that keeps the archives for later calls")
     parser.add_argument("--output", type=Path, help="JSON file")
     parser.add_argument("--child", nargs=2, metavar=("MEASUREMENT", "ARCHIVE"), help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -155,7 +155,7 @@ def main() -> None:
 
 
 def _report(name: str, archive: Path, model: str) -> None:
-    """Takes one figure in this process, and its peak memory and that of its reading process."""
+    """Measures one figure in this process, and the peak memory of it and of its reading process."""
     figures = MEASUREMENTS[name](archive, model)
     peaks = {f"{name}_peak_gib": resource.RUSAGE_SELF, f"{name}_reader_peak_gib": resource.RUSAGE_CHILDREN}
     for peak, who in peaks.items():

@@ -249,11 +249,11 @@ class CacheWriter:
         One block more than it ends in: with other ranks some rows are dealt a block later.
         """
         training = split == "train"
-        limit = self.rows if training else self.data.limit(split)
+        limit = self.rows if training else self.data.max_rows(split)
         epochs = self.epochs if training and not self.exhaustive else 1
         dealt = 0
         for epoch in range(epochs):
-            for rows, emit in self.data.first_uses(split, epoch, ranks=self.plan.devices):
+            for rows, emit in self.data.read_rows(split, epoch, ranks=self.plan.devices):
                 yield rows, dealt / limit if limit else None
                 if limit is not None and dealt >= limit:
                     return

@@ -1,4 +1,4 @@
-"""From files to batches; imports nothing of ours."""
+"""Data pipeline from files to batches. It imports none of the project's other packages."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ if TYPE_CHECKING:
 
 __all__ = ["Batch", "FindingsDataModule"]
 
-_HOMES = {"Batch": "datamodules.batch", "FindingsDataModule": "datamodules.findings"}
+_MODULES = {"Batch": "datamodules.batch", "FindingsDataModule": "datamodules.findings"}
 
 
 def __getattr__(name: str) -> Any:
-    """Imports when first used (PEP 562): the generator and the parsers need no torch, which takes seconds to import."""
-    if name not in _HOMES:
+    """Imports a class at its first use (PEP 562): generator and parsers need no torch, whose import takes seconds."""
+    if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(_HOMES[name]), name)
+    return getattr(import_module(_MODULES[name]), name)

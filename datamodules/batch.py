@@ -42,7 +42,7 @@ class Batch:
         padding: how many positions are padding.
         extras: what an objective or a kernel wants beside it: cached teacher targets, host-built block masks.
         plan: what a model's attention kernel wants to know of the segments, made on the host by the module that trains.
-        cursor: where in the data this batch ends (:class:`datamodules.stream.loading.Cursor`); the data module reads
+        cursor: where in the data this batch ends (:class:`datamodules.stream.resume.Cursor`); the data module reads
             it to know what was consumed, everybody else passes it on.
     """
 

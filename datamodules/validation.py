@@ -1,68 +1,112 @@
-"""What a data module is asked for and can't do, said before or as soon as it shows."""
+"""Checks of the data module's options, and errors about data that can't be used."""
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from datamodules.errors import UserError
+from datamodules.stream.splits import check_fractions
 
 if TYPE_CHECKING:
-    from collections import Counter
-
-    from datamodules.findings import FindingsDataModule
-    from datamodules.stream.loading import DataShard
+    from datamodules.tasks import Task
+    from datamodules.tokenization.chat_format import ChatFormat
 
 
-def check_options(data: FindingsDataModule) -> None:
-    """Checks what can be checked without reading.
+def check_options(
+    *,
+    sequence_length: int,
+    batch_size: int,
+    task_weights: Mapping[str, float],
+    severity_balance: float,
+    val_fraction: float,
+    test_fraction: float,
+) -> None:
+    """Checks options that can be checked without reading the data.
 
-    Raises:
-        UserError: an option can't be served.
-    """
-    for option, value, low in (("sequence_length", data.sequence_length, 2), ("batch_size", data.batch_size, 1)):
-        if value < low:
-            raise UserError(f"data.init_args.{option}: {value} is too small; set it to {low} or more")
-    for task, share in data.task_weights.items():
-        if share < 0:
-            raise UserError(f"data.init_args.task_weights: the share of {task} is {share}; set it to 0 or more")
-    if not any(data.task_weights.values()):
-        raise UserError(
-            f"data.init_args.task_weights: {data.task_weights} uses no example; give a task a share above 0"
-        )
-    if not 0 <= data.severity_balance <= 1:
-        raise UserError(f"data.init_args.severity_balance: {data.severity_balance} is not in 0..1")
-    if data.val_fraction < 0 or data.test_fraction < 0 or data.val_fraction + data.test_fraction >= 1:
-        raise UserError(
-            f"data.init_args: val_fraction={data.val_fraction} and test_fraction={data.test_fraction} must be "
-            "shares >= 0 with a sum below 1"
-        )
-
-
-def check_prefixes(data: FindingsDataModule) -> None:
-    """Checks that rows hold more than a task's instruction.
+    Args:
+        sequence_length: tokens per row.
+        batch_size: rows per batch.
+        task_weights: weight of each task.
+        severity_balance: strength of the balance, 0..1.
+        val_fraction: fraction of findings for validation.
+        test_fraction: fraction of findings for test.
 
     Raises:
-        UserError: one does not fit.
+        UserError: an option has an unsupported value.
     """
-    for name, built in data.tasks.items():
-        prefix = len(data.chat.prefix_ids(built))
-        if prefix >= data.sequence_length:
+    for option, value, smallest in (("sequence_length", sequence_length, 2), ("batch_size", batch_size, 1)):
+        if value < smallest:
+            raise UserError(f"data.init_args.{option}={value}: too small. Fix: set it to {smallest} or more")
+    for task, weight in task_weights.items():
+        if weight < 0:
             raise UserError(
-                f"data.init_args.sequence_length: {data.sequence_length} is less than the instruction of task {name} "
-                f"alone, {prefix} tokens; set it to some hundred more"
+                f"data.init_args.task_weights={dict(task_weights)}: the weight of {task} is negative. "
+                "Fix: set it to 0 or more"
+            )
+    if not any(task_weights.values()):
+        raise UserError(
+            f"data.init_args.task_weights={dict(task_weights)}: no example is used. Fix: give a task a weight above 0"
+        )
+    if not 0 <= severity_balance <= 1:
+        raise UserError(f"data.init_args.severity_balance={severity_balance}: outside 0..1. Fix: set it to 0..1")
+    check_fractions(val_fraction, test_fraction)
+
+
+def check_prefixes(chat: ChatFormat, tasks: Mapping[str, Task], sequence_length: int) -> None:
+    """Checks that a row is longer than the instruction of each task.
+
+    Args:
+        chat: chat format of the tokenizer.
+        tasks: tasks by name.
+        sequence_length: tokens per row.
+
+    Raises:
+        UserError: an instruction does not fit.
+    """
+    for name, task in tasks.items():
+        prefix = len(chat.prefix_ids(task))
+        if prefix >= sequence_length:
+            raise UserError(
+                f"data.init_args.sequence_length={sequence_length}: not longer than the instruction of task {name} "
+                f"({prefix} tokens). Fix: set it to some hundred tokens more than that"
             )
 
 
-def nothing_to_train(data: FindingsDataModule, share: DataShard, counts: Counter[str]) -> UserError:
-    """Says why an epoch has no batch."""
+def empty_epoch_error(
+    sources: Sequence[str], tasks: Sequence[str], counts: Counter[str], *, batch_size: int, ranks: int
+) -> UserError:
+    """Returns the error for an epoch without a batch.
+
+    Args:
+        sources: specifications of the sources.
+        tasks: names of the tasks.
+        counts: counters of the epoch; see :class:`datamodules.stream.counters.PipelineCounters`.
+        batch_size: rows per batch and rank.
+        ranks: number of ranks.
+    """
     examples = sum(n for name, n in counts.items() if name.startswith("examples."))
     if not examples:
         return UserError(
-            f"data.init_args.sources: {data.document_processor.specs} hold no training example of tasks "
-            f"{list(data.task_weights)} "
-            f"({counts['records']} records, {counts['quarantined']} unusable, {counts['overflow']} too long)"
+            f"data.init_args.sources={list(sources)}: no training example of tasks {list(tasks)} "
+            f"({counts['records']} records, {counts['quarantined']} invalid, {counts['overflow']} examples too long). "
+            "Fix: check sources, task_weights and sequence_length"
         )
     return UserError(
-        f"data.init_args.batch_size: {examples} training examples make less than the "
-        f"{data.batch_size * share.ranks} rows that {share.ranks} ranks need; lower batch_size or sequence_length"
+        f"data.init_args.batch_size={batch_size}: {examples} training examples fill fewer than the "
+        f"{batch_size * ranks} rows that {ranks} ranks need. Fix: lower batch_size or sequence_length"
+    )
+
+
+def empty_split_error(split: str, fraction: float) -> UserError:
+    """Returns the error for a held-out split without an example.
+
+    Args:
+        split: name of the split.
+        fraction: its configured fraction.
+    """
+    return UserError(
+        f"data.init_args.{split}_fraction={fraction}: leaves no {split} example in this data. "
+        "Fix: raise it, or set it to 0 for a run without this split"
     )

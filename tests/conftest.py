@@ -1,16 +1,12 @@
-"""Shared fixtures: toy tokenizers with known ids, tiny models, the real Mistral tokenizer, a seed, and no network.
-
-The toy tokenizers have no merges, so that the ids of any text can be written down (:func:`mistral_ids`,
-:func:`chatml_ids`); each has the control tokens, the pre-tokenizer and the chat template of its family.
-"""
+"""Shared fixtures: toy tokenizers, tiny models, the real Mistral tokenizer, a random seed, and no network."""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
 
-# Before torch, tokenizers and huggingface_hub are imported: they read these once. One thread a process, because
-# pytest-xdist runs one process a core; no network, because tests download nothing.
+# Set before torch, tokenizers and huggingface_hub are imported, because they read these variables once. One thread per
+# process, because pytest-xdist runs one process per core; no network, because tests download nothing.
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -23,75 +19,13 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # kernels run in Triton's interpreter; read when triton is imported
 
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 from transformers import PreTrainedTokenizerFast as FastTokenizer
 
+from tests.helpers.tokenizers import build_chatml_tokenizer, build_mistral_tokenizer
+
 REPOSITORY = Path(__file__).parents[1]
 SHARED_DATA = (REPOSITORY / "../shared/data").resolve()
-
-MISTRAL_CONTROL = ("<unk>", "<s>", "</s>", "[INST]", "[/INST]")  #: ids 0..4; byte b is 5 + b, a space is 261
-CHATML_CONTROL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")  #: ids 0..2; byte b is 3 + b
-MISTRAL_SPACE = len(MISTRAL_CONTROL) + 256
-
-# Mistral v0.3: the system text opens the last user turn; roles must alternate.
-MISTRAL_TEMPLATE = """\
-{%- if messages[0].role == "system" %}{%- set system = messages[0].content + "\n\n" %}{%- set turns = messages[1:] %}
-{%- else %}{%- set system = "" %}{%- set turns = messages %}{%- endif %}
-{{- bos_token }}
-{%- for turn in turns %}
-    {%- if (turn.role == "user") != (loop.index0 % 2 == 0) %}{{- raise_exception("roles must alternate") }}{%- endif %}
-    {%- if turn.role == "user" %}
-        {{- "[INST] " + (system if loop.index0 >= turns | length - 2 else "") + turn.content + "[/INST]" }}
-    {%- else %}{{- " " + turn.content | trim + eos_token }}{%- endif %}
-{%- endfor %}"""
-CHATML_TEMPLATE = """\
-{%- for turn in messages %}{{- "<|im_start|>" + turn.role + "\n" + turn.content + "<|im_end|>\n" }}{%- endfor %}
-{%- if add_generation_prompt %}{{- "<|im_start|>assistant\n" }}{%- endif %}"""
-
-
-def mistral_ids(text: str) -> list[int]:
-    """Ids of a text in the toy Mistral tokenizer, where no dummy space is put before it."""
-    return [MISTRAL_SPACE if byte == ord(" ") else len(MISTRAL_CONTROL) + byte for byte in text.encode()]
-
-
-def chatml_ids(text: str) -> list[int]:
-    """Ids of a text in the toy ChatML tokenizer."""
-    return [len(CHATML_CONTROL) + byte for byte in text.encode()]
-
-
-def build_mistral_tokenizer() -> FastTokenizer:
-    """SentencePiece-like: a dummy space before the text, spaces as U+2581, every other character as its bytes."""
-    pieces = [*MISTRAL_CONTROL, *(f"<0x{byte:02X}>" for byte in range(256)), "▁"]
-    vocabulary = {piece: index for index, piece in enumerate(pieces)}
-    tokenizer = Tokenizer(models.BPE(vocabulary, [], unk_token="<unk>", fuse_unk=True, byte_fallback=True))
-    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
-    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
-    tokenizer.decoder = decoders.Sequence(steps)
-    tokenizer.add_special_tokens([AddedToken(text, special=True, normalized=False) for text in MISTRAL_CONTROL])
-    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
-    roles = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "</s>"}
-    return FastTokenizer(tokenizer_object=tokenizer, chat_template=MISTRAL_TEMPLATE, model_max_length=4096, **roles)
-
-
-def build_chatml_tokenizer() -> FastTokenizer:
-    """GPT-2-like bytes, with SmolLM2's roles: ``<|im_start|>`` is also BOS, ``<|im_end|>`` EOS and padding."""
-    alphabet = _byte_alphabet()
-    vocabulary = {piece: index for index, piece in enumerate([*CHATML_CONTROL, *alphabet])}
-    tokenizer = Tokenizer(models.BPE(vocabulary, []))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens([AddedToken(text, special=True, normalized=False) for text in CHATML_CONTROL])
-    roles = {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>", "unk_token": "<|endoftext|>"}
-    roles["pad_token"] = "<|im_end|>"
-    return FastTokenizer(tokenizer_object=tokenizer, chat_template=CHATML_TEMPLATE, model_max_length=4096, **roles)
-
-
-def _byte_alphabet() -> list[str]:
-    """GPT-2's printable stand-in for each byte: itself where Latin-1 prints it, else the next unused from U+0100."""
-    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
-    unused = iter(range(0x100, 0x200))
-    return [chr(byte if byte in printable else next(unused)) for byte in range(256)]
 
 
 @pytest.fixture(scope="session")
@@ -104,6 +38,14 @@ def mistral_tokenizer() -> FastTokenizer:
 def chatml_tokenizer() -> FastTokenizer:
     """Toy tokenizer of the ChatML family: ``<|im_start|>`` 1, ``<|im_end|>`` 2; 259 ids."""
     return build_chatml_tokenizer()
+
+
+@pytest.fixture(scope="session")
+def mistral_tokenizer_folder(tmp_path_factory, mistral_tokenizer) -> str:
+    """Folder of the toy Mistral tokenizer."""
+    folder = tmp_path_factory.mktemp("mistral-tokenizer")
+    mistral_tokenizer.save_pretrained(folder)
+    return str(folder)
 
 
 def _save_tiny(model_class, config_class, tokenizer, folder: Path) -> Path:
@@ -134,7 +76,7 @@ def tiny_llama(tmp_path_factory, chatml_tokenizer) -> Path:
 
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
-    """Folder of real inputs beside the repository; the test is skipped where it is absent."""
+    """Folder of real inputs next to the repository; without it, the test is skipped."""
     if not SHARED_DATA.is_dir():
         pytest.skip("needs the real inputs in ../shared/data, which are absent here")
     return SHARED_DATA
@@ -148,7 +90,7 @@ def real_mistral_tokenizer(shared_data) -> FastTokenizer:
 
 @pytest.fixture(scope="session", autouse=True)
 def cache_root(tmp_path_factory) -> Path:
-    """A cache of the test session's own, so that no test reads or writes the user's; shared by xdist's workers."""
+    """Cache folder of the test session instead of the user's one; xdist's workers share it."""
     base = tmp_path_factory.getbasetemp()
     root = (base.parent if os.environ.get("PYTEST_XDIST_WORKER") else base) / "sys-scan-cache"
     os.environ["SYS_SCAN_CACHE"] = str(root)
@@ -157,7 +99,7 @@ def cache_root(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def embedded_model(cache_root) -> Path:
-    """SmolLM2-135M-Instruct, converted once a session (some 15 s); skipped where its package is not installed."""
+    """SmolLM2-135M-Instruct, converted once per session (some 15 s); without its package, the test is skipped."""
     from importlib.metadata import PackageNotFoundError, distribution
 
     from datamodules.pretrained.locate import resolve

@@ -1,8 +1,8 @@
-"""Near duplicates of findings, and what of them would leak from train to validation or test.
+"""Near duplicates of findings, and those of them that leak from train to validation or test.
 
-Two findings are near when their texts share a great part of their 5-grams of bytes (Jaccard index), estimated by
-MinHash with locality-sensitive hashing (Broder 1997; ``datasketch``). Findings are gathered greedily: each joins the
-first finding of its split that it is near to, and only those are kept, so a family of ten thousand costs one entry.
+Two findings are near duplicates if the Jaccard index of their 5-grams of bytes is high. It is estimated by MinHash with
+locality-sensitive hashing (Broder 1997; ``datasketch``). Findings are clustered greedily: each joins the first finding
+of its split that it is near to. Only these first findings are kept, so a cluster of ten thousand needs one entry.
 """
 
 from __future__ import annotations
@@ -15,21 +15,21 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from datamodules.stream.splits import Split
 
-THRESHOLD = 0.9  #: Jaccard index from which two texts are near
+THRESHOLD = 0.9  #: Jaccard index from which two texts are near duplicates
 PERMUTATIONS = 64  #: the estimate's standard error at the threshold is sqrt(0.9 * 0.1 / 64) = 0.04
-GRAM = 5  #: bytes
-SCHEME = "affine32"  #: permutations of 32-bit hashes
+GRAM = 5  #: length of a gram in bytes
+SCHEME = "affine32"  #: name in datasketch of permutations of 32-bit hashes
 
 
 class NearDuplicates:
     """Counts near duplicates among distinct texts, in memory bounded by ``limit``.
 
     Args:
-        limit: texts to look at; those that come later are not counted.
+        limit: largest number of texts to compare; later ones are not counted.
 
     Attributes:
-        looked_at: texts compared.
-        near: of them, how many are near to an earlier one of their own split.
+        looked_at: number of texts compared.
+        near: number of them that are near to an earlier one of their own split.
     """
 
     def __init__(self, limit: int) -> None:
@@ -37,8 +37,8 @@ class NearDuplicates:
 
         self.limit, self.looked_at, self.near = limit, 0, 0
         self._index = MinHashLSH(threshold=THRESHOLD, num_perm=PERMUTATIONS)
-        self._kept: list[tuple[Split, Any]] = []
-        self._members: Counter[int] = Counter()
+        self._first: list[tuple[Split, Any]] = []
+        self._cluster_sizes: Counter[int] = Counter()
         self._leaking: set[int] = set()
 
     @property
@@ -48,34 +48,34 @@ class NearDuplicates:
 
     @property
     def leaked(self) -> dict[str, int]:
-        """Held-out texts, by split, that are near to a training text."""
+        """Number of held-out texts that are near to a training text, by split."""
         counts: Counter[str] = Counter()
         for index in self._leaking:
-            counts[self._kept[index][0]] += self._members[index]
+            counts[self._first[index][0]] += self._cluster_sizes[index]
         return {"val": counts["val"], "test": counts["test"]}
 
     def add(self, text: str, split: Split) -> None:
-        """Compares a text with those before it; it must not be equal to one of them."""
+        """Compares a text with the earlier ones; it must differ from all of them."""
         if self.full:
             return
         self.looked_at += 1
         sketch = _sketch(text)
-        near = [i for i in self._index.query(sketch) if sketch.jaccard(self._kept[i][1]) >= THRESHOLD]
-        own = next((i for i in sorted(near) if self._kept[i][0] == split), None)
+        near = [i for i in self._index.query(sketch) if sketch.jaccard(self._first[i][1]) >= THRESHOLD]
+        own = next((i for i in sorted(near) if self._first[i][0] == split), None)
         self.near += own is not None
         if own is None:
-            own = len(self._kept)
-            self._kept.append((split, sketch))
+            own = len(self._first)
+            self._first.append((split, sketch))
             self._index.insert(own, sketch, check_duplication=False)
-        self._members[own] += 1
+        self._cluster_sizes[own] += 1
         for other in near:
-            if split == "train" and self._kept[other][0] != "train":
+            if split == "train" and self._first[other][0] != "train":
                 self._leaking.add(other)
-            elif split != "train" and self._kept[other][0] == "train":
+            elif split != "train" and self._first[other][0] == "train":
                 self._leaking.add(own)
 
     def summary(self) -> dict[str, Any]:
-        """The figures, for a report."""
+        """Returns the counts, for a report."""
         return {
             "looked_at": self.looked_at, "near": self.near, "threshold": THRESHOLD, "leaked": self.leaked,
             "complete": not self.full,
@@ -86,9 +86,8 @@ class NearDuplicates:
 def _permutations() -> Any:
     from datasketch import MinHash
 
-    return MinHash(
-        num_perm=PERMUTATIONS, scheme=SCHEME
-    ).permutations  # shared by all sketches: making them costs more than using them
+    # shared by all sketches: computing the permutations takes longer than using them
+    return MinHash(num_perm=PERMUTATIONS, scheme=SCHEME).permutations
 
 
 def _sketch(text: str) -> Any:

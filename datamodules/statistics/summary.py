@@ -1,4 +1,4 @@
-"""What a survey of the data found: counters, lengths, packing; and the report of them."""
+"""Results of a scan of the data: counters, lengths and packing, and their report."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ PERCENTILES = (50, 90, 95, 99)
 
 
 class Histogram:
-    """Counts of small whole numbers."""
+    """Histogram of small non-negative integers."""
 
     def __init__(self) -> None:
         self.counts = np.zeros(1, np.int64)
 
     def add(self, values: np.ndarray) -> None:
-        """Adds numbers >= 0."""
+        """Adds integers >= 0."""
         new = np.bincount(values)
         if len(new) > len(self.counts):
             self.counts = np.pad(self.counts, (0, len(new) - len(self.counts)))
         self.counts[: len(new)] += new
 
     def summary(self) -> dict[str, int | float]:
-        """Mean, percentiles (the smallest value that so many do not exceed) and maximum; zeros where empty."""
+        """Returns mean, percentiles (inverted CDF) and maximum; zeros for an empty histogram."""
         total = int(self.counts.sum())
         if not total:
             return {"mean": 0.0} | {f"p{p}": 0 for p in PERCENTILES} | {"max": 0}
@@ -47,66 +47,70 @@ class Histogram:
 
 
 @dataclass
-class Packed:
+class PackingStatistics:
     """Sums over the rows of one packing mode.
 
     Attributes:
-        rows: rows of the epoch, without its tail.
-        used: tokens of the rows that are no padding: what is computed.
-        apart: tokens that their examples have one by one.
-        supervised: tokens that carry a label.
+        sequence_length: tokens per row.
+        rows: number of rows of the epoch, without its tail.
+        used_tokens: tokens of the rows without padding; they are computed.
+        unpacked_tokens: total length of the examples, each with its own prefix.
+        supervised: number of tokens with a label.
+        examples: number of examples.
+        findings: number of findings that the examples are about.
     """
 
     sequence_length: int
     rows: int = 0
-    used: int = 0
-    apart: int = 0
+    used_tokens: int = 0
+    unpacked_tokens: int = 0
     supervised: int = 0
     examples: int = 0
     findings: int = 0
 
     def add(self, rows: Iterable[Row]) -> None:
-        """Adds rows up."""
+        """Adds rows to the sums."""
         for row in rows:
             self.rows += 1
-            self.used += row.tokens
+            self.used_tokens += row.tokens
             self.examples += len(row.examples)
             for example in row.examples:
-                self.apart += length(example)
+                self.unpacked_tokens += length(example)
                 self.supervised += len(example.completion_ids)
                 self.findings += example.findings
 
     def summary(self) -> dict[str, int | float]:
-        """Counts, and shares of the rows' tokens."""
+        """Returns the counts, and the shares of all tokens of the rows."""
         tokens = max(self.rows * self.sequence_length, 1)
         return {
-            "rows": self.rows, "tokens": self.rows * self.sequence_length, "efficiency": self.used / tokens,
-            "padding": 1 - self.used / tokens if self.rows else 0.0, "supervised": self.supervised / tokens,
-            "prefix_saved": self.apart - self.used, "prefix_saved_share": 1 - self.used / max(self.apart, 1),
+            "rows": self.rows, "tokens": self.rows * self.sequence_length, "efficiency": self.used_tokens / tokens,
+            "padding": 1 - self.used_tokens / tokens if self.rows else 0.0, "supervised": self.supervised / tokens,
+            "prefix_saved": self.unpacked_tokens - self.used_tokens,
+            "prefix_saved_share": 1 - self.used_tokens / max(self.unpacked_tokens, 1),
         }  # fmt: skip
 
 
 @dataclass
 class DatasetSummary:
-    """What ``scan_dataset`` found. Counters by task: distinct examples of all splits that fit a row.
+    """Results of ``scan_dataset``. Counters by task count distinct examples of all splits that fit a row.
 
     Attributes:
         counts: ``documents``, ``records``, ``findings``, ``correlations``, ``duplicates``, ``conflicts``, ``merged``,
             ``unsupervised``.
         repairs: repaired records by kind.
         quarantine: records that can't be used, by reason.
-        skipped: records without an example, by reason.
+        skipped: records without an example, by task and reason.
         examples: by task.
-        trained: those of them that are in train, by task.
+        trained: the number of them in the train split, by task.
         severities: by task, then severity.
         categories: by task, then category.
         overflow: examples that are longer than a row, by task.
         splits: by split: ``findings``, ``correlations``, ``examples``.
         lengths: by task: ``prompt``, ``completion``, ``total``.
-        packed: by packing mode, over the training epoch.
-        near: near duplicates of findings, where they were asked for.
+        packed: statistics of the training epoch's rows, by packing mode.
+        near: near duplicates of findings, or None if they were not requested.
         sample: a training example.
-        complete: every record was read.
+        complete: whether every record was read.
     """
 
     counts: Counter[str] = field(default_factory=Counter)
@@ -122,45 +126,51 @@ class DatasetSummary:
     lengths: dict[str, dict[str, Histogram]] = field(
         default_factory=lambda: defaultdict(lambda: {part: Histogram() for part in ("prompt", "completion", "total")})
     )
-    packed: dict[Packing, Packed] = field(default_factory=dict)
+    packed: dict[Packing, PackingStatistics] = field(default_factory=dict)
     near: NearDuplicates | None = None
     sample: Example | None = None
     complete: bool = True
 
 
-def report_counts(found: DatasetSummary, data: FindingsDataModule) -> dict[str, Any]:
-    """The survey as one JSON-ready object."""
-    configured, shared = found.packed[data.packing], found.packed["shared_prefix"]
+def report_counts(summary: DatasetSummary, data: FindingsDataModule) -> dict[str, Any]:
+    """Returns the results as one object for JSON.
+
+    Args:
+        summary: results of the scan.
+        data: data module that was scanned.
+    """
+    configured, shared = summary.packed[data.packing], summary.packed["shared_prefix"]
     return {
         "records": {
-            "total": found.counts["records"], "documents": found.counts["documents"],
-            "findings": found.counts["findings"], "correlations": found.counts["correlations"],
-            "skipped": dict(found.skipped), "complete": found.complete,
+            "total": summary.counts["records"], "documents": summary.counts["documents"],
+            "findings": summary.counts["findings"], "correlations": summary.counts["correlations"],
+            "skipped": dict(summary.skipped), "complete": summary.complete,
         },
-        "quarantined": found.quarantine.total(), "quarantine": dict(found.quarantine.most_common()),
-        "repaired": found.repairs.total(), "repairs": dict(found.repairs.most_common()),
-        "duplicates": found.counts["duplicates"], "conflicts": found.counts["conflicts"],
-        "merged": found.counts["merged"], "near_duplicates": found.near.summary() if found.near else None,
-        "examples": {task: found.examples[task] for task in data.tasks},
-        "severities": {task: dict(counts.most_common()) for task, counts in found.severities.items()},
-        "categories": {task: dict(counts.most_common()) for task, counts in found.categories.items()},
-        "overflow": {task: found.overflow[task] for task in data.tasks},
-        "unsupervised_examples": found.counts["unsupervised"],
+        "quarantined": summary.quarantine.total(), "quarantine": dict(summary.quarantine.most_common()),
+        "repaired": summary.repairs.total(), "repairs": dict(summary.repairs.most_common()),
+        "duplicates": summary.counts["duplicates"], "conflicts": summary.counts["conflicts"],
+        "merged": summary.counts["merged"], "near_duplicates": summary.near.summary() if summary.near else None,
+        "examples": {task: summary.examples[task] for task in data.tasks},
+        "severities": {task: dict(counts.most_common()) for task, counts in summary.severities.items()},
+        "categories": {task: dict(counts.most_common()) for task, counts in summary.categories.items()},
+        "overflow": {task: summary.overflow[task] for task in data.tasks},
+        "unsupervised_examples": summary.counts["unsupervised"],
         "splits": {
             split: {name: counts[name] for name in ("findings", "correlations", "examples")}
-            for split, counts in found.splits.items()
+            for split, counts in summary.splits.items()
         },
         "lengths": {
             task: {part: histogram.summary() for part, histogram in parts.items()}
-            for task, parts in found.lengths.items()
+            for task, parts in summary.lengths.items()
         },
         "tokens": {
-            "total": configured.apart, "supervised": configured.supervised,
-            "prompt": configured.apart - configured.supervised, "prefix_saved": shared.apart - shared.used,
+            "total": configured.unpacked_tokens, "supervised": configured.supervised,
+            "prompt": configured.unpacked_tokens - configured.supervised,
+            "prefix_saved": shared.unpacked_tokens - shared.used_tokens,
         },
         "packing": {
             "mode": data.packing, "sequence_length": data.sequence_length,
             "efficiency": configured.summary()["efficiency"],
-            "modes": {mode: packed.summary() for mode, packed in found.packed.items()},
+            "modes": {mode: statistics.summary() for mode, statistics in summary.packed.items()},
         },
     }  # fmt: skip

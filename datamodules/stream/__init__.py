@@ -1,5 +1,6 @@
-"""Documents to batches: split, de-duplicated, mixed, shuffled, packed and dealt to ranks, resumable at any row.
+"""Streaming pipeline from documents to batches; it can be resumed at any row.
 
-``order`` plans an epoch, ``prepare`` is the work of a reading process, ``cache`` keeps what it made, ``blocks`` turns
-documents into rows, ``loading`` deals rows to batches and holds the cursor.
+``epoch_order`` plans the order of an epoch. ``workers`` runs ``preprocessing`` in reading processes and keeps the
+results in the ``token_cache``. ``blocks`` packs documents into rows. ``batching`` distributes rows over ranks.
+``resume`` holds the position that a checkpoint stores.
 """

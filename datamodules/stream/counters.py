@@ -1,4 +1,4 @@
-"""What was counted on the way, what was refused, and when that is too much."""
+"""Counters of the data pipeline, the quarantine file, and the limit on invalid records."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from datamodules.errors import UserError
 if TYPE_CHECKING:
     from datamodules.stream.preprocessing import PreparedDocument
 
-MIN_RECORDS = 200  #: before this many a share says nothing
+MIN_RECORDS_TO_CHECK = 200  #: the quarantined share of fewer records is not a reliable estimate
 
 
 class PipelineCounters:
@@ -23,9 +23,9 @@ class PipelineCounters:
     ``examples.<task>``, ``duplicates``, ``conflicts``, ``overflow``, ``tail``.
 
     Args:
-        max_quarantine: greatest share of quarantined records.
+        max_quarantine: largest allowed share of quarantined (invalid) records.
         path: quarantine file (JSON Lines), or None to count only.
-        state: of :meth:`state`, to go on from there.
+        state: result of :meth:`state`, from which counting continues.
     """
 
     def __init__(
@@ -37,45 +37,48 @@ class PipelineCounters:
         self._file: BinaryIO | None = None
 
     def state(self) -> dict[str, Any]:
-        """Counters and the size of the file, which resuming cuts back to: what is read again is not written twice."""
+        """Returns the counters and the size of the quarantine file.
+
+        Resuming truncates the file to this size, so that records that are read again are not written twice.
+        """
         return {"counts": dict(self.counts), "quarantine_bytes": self._bytes}
 
     def add(self, document: PreparedDocument) -> None:
-        """Counts a document and writes what it lost.
+        """Counts a document and writes its invalid records to the quarantine file.
 
         Raises:
-            UserError: too much is quarantined.
+            UserError: too many records are quarantined.
         """
         self.counts["records"] += document.records
         self.counts.update(document.counts)
-        for lost in document.quarantined:
+        for record in document.quarantined:
             self.counts["quarantined"] += 1
-            self.counts[f"quarantined.{lost.reason}"] += 1
+            self.counts[f"quarantined.{record.reason}"] += 1
         if self.path:
             self._write(self.path, document)
-        if self.counts["records"] >= MIN_RECORDS:
+        if self.counts["records"] >= MIN_RECORDS_TO_CHECK:
             self.check()
 
     def check(self) -> None:
-        """Stops a run whose data is mostly not what it takes it for.
+        """Checks the share of quarantined records: too many of them mean that the source is probably a wrong one.
 
         Raises:
             UserError: the share is above ``max_quarantine``.
         """
-        records, lost = self.counts["records"], self.counts["quarantined"]
-        if not lost or lost <= self.max_quarantine * records:
+        records, quarantined = self.counts["records"], self.counts["quarantined"]
+        if not quarantined or quarantined <= self.max_quarantine * records:
             return
         prefix = "quarantined."
         reasons = Counter({name[len(prefix) :]: n for name, n in self.counts.items() if name.startswith(prefix)})
         top = ", ".join(f"{reason} ({n})" for reason, n in reasons.most_common(3))
-        where = f"see {self.path}" if self.path else "set data.init_args.quarantine_path to see them"
+        look = f"see {self.path}" if self.path else "set data.init_args.quarantine_path to see them"
         raise UserError(
-            f"data.init_args.max_quarantine: {self.max_quarantine}: {lost} of {records} records can't be used: {top}; "
-            f"{where}, mend the source or raise the limit"
+            f"data.init_args.max_quarantine={self.max_quarantine}: {quarantined} of {records} records can't be used: "
+            f"{top}. Fix: {look}, correct the source, or raise the limit"
         )
 
     def summary(self) -> str:
-        """What was read, in one line; names of counters that are zero are left out."""
+        """Returns the counters on one line, without those that are zero."""
         kinds: dict[str, list[str]] = {}
         for name, count in self.counts.most_common():
             kind, _, detail = name.partition(".")
@@ -96,8 +99,8 @@ class PipelineCounters:
             self._file = path.open("r+b" if self._bytes else "wb")
             self._file.truncate(self._bytes)
             self._file.seek(self._bytes)
-        for lost in document.quarantined:
+        for record in document.quarantined:
             names = ("source", "member", "position", "reason", "record")
-            line = orjson.dumps({name: getattr(lost, name) for name in names}, option=orjson.OPT_APPEND_NEWLINE)
+            line = orjson.dumps({name: getattr(record, name) for name in names}, option=orjson.OPT_APPEND_NEWLINE)
             self._bytes += self._file.write(line)
         self._file.flush()

@@ -1,22 +1,22 @@
-"""In which order an epoch reads its documents, and where one is: a plan over members, not over records.
+"""Order in which an epoch reads its documents, and positions in that order.
 
-Members are permuted anew in every epoch; a block of some thousand findings is shuffled after that. A sequential archive
-(a tar stream) goes in file order in epoch 0, so that the first batch does not wait for an index, and in permuted order
-from epoch 1 on, when reading it once has left the index.
+The order is a permutation of members (files, or members of an archive), not of records. Members are permuted again in
+every epoch, and a block of some thousand findings is shuffled after that. A sequential archive (a tar stream) is read
+in file order in epoch 0, so that the first batch does not wait for an index, and in permuted order from epoch 1 on,
+because the first pass has written the index.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
 if TYPE_CHECKING:
     from datamodules.sources import RawDocument, Source
-    from datamodules.stream.token_cache import TokenCache
 
-WHOLE = -1  #: member of a unit that is a whole source in file order
+WHOLE = -1  #: member index of a unit that is a whole source in file order
 
 
 class Unit(NamedTuple):
@@ -27,7 +27,7 @@ class Unit(NamedTuple):
 
 
 class Place(NamedTuple):
-    """Where a document begins.
+    """Start of a document in an epoch's order.
 
     Attributes:
         unit: index in the epoch's order.
@@ -40,13 +40,17 @@ class Place(NamedTuple):
     position: int
 
 
+#: Returns member and position of each document of a unit, or None if some are unknown
+KnownDocuments = Callable[[Unit], Sequence[tuple[int, int]] | None]
+
+
 def epoch_order(sources: Sequence[Source], *, epoch: int, seed: int) -> list[Unit]:
-    """Units of an epoch, permuted by seed and epoch; the same in every process.
+    """Returns the units of an epoch, permuted by seed and epoch; the same in every process.
 
     Args:
         sources: opened sources.
         epoch: from 0.
-        seed: of the run.
+        seed: seed of the run.
     """
     units = []
     for index, source in enumerate(sources):
@@ -59,23 +63,26 @@ def epoch_order(sources: Sequence[Source], *, epoch: int, seed: int) -> list[Uni
 
 
 def walk(
-    sources: Sequence[Source], order: Sequence[Unit], start: Place | None = None, cache: TokenCache | None = None
+    sources: Sequence[Source],
+    order: Sequence[Unit],
+    start: Place | None = None,
+    known_documents: KnownDocuments | None = None,
 ) -> Iterator[tuple[Place, Unit, RawDocument | None]]:
-    """Passes over an epoch's documents without parsing them.
+    """Iterates over an epoch's documents without parsing them.
 
     Args:
         sources: opened sources.
-        order: of :func:`epoch_order`.
-        start: where to begin; the epoch's beginning where None. Seeking reads no member before it.
-        cache: where a unit's documents are all known to it, their source is not touched.
+        order: result of :func:`epoch_order`.
+        start: first document; None starts at the beginning of the epoch. No member before it is read.
+        known_documents: lists the documents of units that a cache holds; their source is not read.
 
     Yields:
-        Place, unit and raw document; None instead of the raw document where only the cache was asked.
+        Place, unit and raw document; None instead of the raw document if its unit is a known one.
     """
     start = start or Place(0, 0, 0)
     for index in range(start.unit, len(order)):
         unit, resumed = order[index], index == start.unit
-        known = cache.documents(unit) if cache else None
+        known = known_documents(unit) if known_documents else None
         if known is not None:
             for member, position in known:
                 if not resumed or (member, position) >= (start.member, start.position):
@@ -83,8 +90,8 @@ def walk(
             continue
         source = sources[unit.source]
         if unit.member == WHOLE:
-            raws = source.raw_documents((start.member, start.position) if resumed else (0, 0))
+            raw_documents = source.raw_documents((start.member, start.position) if resumed else (0, 0))
         else:
-            raws = source.read_member(unit.member, start.position if resumed else 0)
-        for raw in raws:
+            raw_documents = source.read_member(unit.member, start.position if resumed else 0)
+        for raw in raw_documents:
             yield Place(index, raw.member_index, raw.position), Unit(unit.source, raw.member_index), raw

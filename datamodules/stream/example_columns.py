@@ -1,4 +1,4 @@
-"""Examples as columns: what crosses a process border, lies in the token cache and in a checkpoint.
+"""Examples as columns: the form in which processes, the token cache and checkpoints exchange examples.
 
 Five thousand small arrays take 100 ms to send between processes, seven large ones 1 ms.
 """
@@ -23,15 +23,15 @@ class Columns:
     """N examples, column by column.
 
     Attributes:
-        tokens: int32, prompt and completion of one example after the other, all joined.
-        prompts: int32 [N], tokens of each prompt.
-        completions: int32 [N], tokens of each completion.
-        prefixes: int32 [N], tokens of each shared prefix.
+        tokens: int32, prompt and completion of all examples, concatenated.
+        prompts: int32 [N], number of tokens of each prompt.
+        completions: int32 [N], number of tokens of each completion.
+        prefixes: int32 [N], number of tokens of each shared prefix.
         keys: uint64 [N], digests of task, content and completion.
         inputs: uint64 [N], digests of task and content.
-        findings: int32 [N], findings that each example is about.
+        findings: int32 [N], number of findings that each example is about.
         texts: int32 [3, N], task, severity and category as indices into ``names``.
-        names: the distinct texts.
+        names: the distinct strings.
     """
 
     tokens: NDArray[np.int32]
@@ -49,12 +49,12 @@ class Columns:
 
     @property
     def lengths(self) -> NDArray[np.int32]:
-        """int32 [N], tokens of each example."""
+        """Number of tokens of each example, int32 [N]."""
         return self.prompts + self.completions
 
     @classmethod
     def of(cls, examples: Sequence[Example]) -> Self:
-        """Lays examples out as columns."""
+        """Builds columns from examples."""
         codes: dict[str, int] = {}
         texts = [[codes.setdefault(getattr(e, name), len(codes)) for e in examples] for name in _TEXTS]
         ids = [part for e in examples for part in (e.prompt_ids, e.completion_ids)]
@@ -72,7 +72,11 @@ class Columns:
 
     @classmethod
     def join(cls, parts: Sequence[Self]) -> Self:
-        """The examples of several, one after the other."""
+        """Concatenates columns.
+
+        Args:
+            parts: at least one.
+        """
         if len(parts) == 1:
             return parts[0]
         codes: dict[str, int] = {}
@@ -84,7 +88,7 @@ class Columns:
         return cls(**arrays, texts=np.concatenate(texts, axis=1), names=list(codes))
 
     def select(self, indices: Sequence[int] | np.ndarray) -> list[Example]:
-        """Chosen examples as objects; their ids are views into ``tokens``."""
+        """Returns the examples at some indices; their ids are views into ``tokens``."""
         ends = np.cumsum(self.lengths, dtype=np.int64)
         examples: dict[int, Example] = {}
         for i in map(int, indices):
@@ -107,13 +111,13 @@ class Columns:
         return [examples[int(i)] for i in indices]
 
     def state_dict(self) -> dict[str, Any]:
-        """Tensors and texts, which ``torch.load(weights_only=True)`` reads."""
+        """Returns tensors and strings, which ``torch.load(weights_only=True)`` reads."""
         state: dict[str, Any] = {name: to_tensor(getattr(self, name)) for name in _ARRAYS}
         return state | {"names": list(self.names)}
 
     @classmethod
     def from_state_dict(cls, state: dict[str, Any]) -> Self:
-        """The inverse of :meth:`state_dict`."""
+        """Returns the columns that :meth:`state_dict` was called on."""
         arrays = {name: state[name].numpy() for name in _ARRAYS}
         for name in ("keys", "inputs"):
             arrays[name] = arrays[name].view(np.uint64)
@@ -124,5 +128,5 @@ _ARRAYS = tuple(field.name for field in fields(Columns) if field.name != "names"
 
 
 def to_tensor(array: np.ndarray) -> torch.Tensor:
-    """A tensor of its own memory; unsigned keys become int64 of the same bits, which every torch version loads."""
+    """Copies an array to a tensor; unsigned keys become int64 of the same bits, which every torch version loads."""
     return torch.from_numpy(np.array(array.view(np.int64) if array.dtype == np.uint64 else array))

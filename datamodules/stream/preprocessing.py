@@ -1,23 +1,25 @@
-"""Raw document -> prepared document: parse, split, pairs, ids. The work of a reading process.
+"""Raw documents to prepared documents: parsing, splitting, pairs and token ids. A reading process runs this.
 
-A prepared document is a function of the document and the settings alone: not of the epoch, the worker or the rank.
-So any worker may make it, and it may come from the token cache.
+A prepared document depends only on the document and the settings, not on the epoch, the worker or the rank. So any
+worker can prepare it, and the token cache can store it.
 """
 
 from __future__ import annotations
 
 import os
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from hashlib import blake2b
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from datamodules.errors import UserError
 from datamodules.pretrained.locate import cache_root
+from datamodules.records import SEVERITIES
 from datamodules.sources import Quarantined, Source, open_source, parse
-from datamodules.stream.conflicts import merge_conflicts
-from datamodules.stream.epoch_order import Place, Unit
+from datamodules.stream.dedup import merge_conflicts
+from datamodules.stream.epoch_order import Place, Unit, epoch_order, walk
 from datamodules.stream.example_columns import Columns
 from datamodules.stream.splits import Split, split_document
 from datamodules.tasks import Pair, Task, build_tasks
@@ -29,17 +31,19 @@ if TYPE_CHECKING:
 
 Conflicts = Literal["keep", "drop", "merge"]
 
+MAX_PAIRS_READ = 50  #: pairs that :func:`first_pairs` reads per requested pair, if a severity is rarer than that
+
 
 @dataclass(slots=True)
 class PreparedDocument:
-    """What the main process needs of a document.
+    """Examples of a document, and its counters.
 
     Attributes:
-        place: where it begins in the epoch's order.
-        columns: its examples of one split, all tasks.
-        records: how many records it held, quarantined ones too, of all splits.
-        counts: how often what was repaired, merged or left out (``repaired.<kind>``, ``merged``, ``skipped.<reason>``).
-        quarantined: records that could not be used.
+        place: start of the document in the epoch's order.
+        columns: its examples of one split, of all tasks.
+        records: number of its records of all splits, with the quarantined ones.
+        counts: number of repaired, merged and skipped records (``repaired.<kind>``, ``merged``, ``skipped.<reason>``).
+        quarantined: records that can't be used.
     """
 
     place: Place
@@ -50,19 +54,19 @@ class PreparedDocument:
 
 
 class DocumentProcessor:
-    """Settings of the way from bytes to ids; sources and tokenizer are opened when first used, in each process anew.
+    """Turns documents into token ids. Sources and tokenizer are opened at their first use, in each process separately.
 
     Args:
-        sources: as the user named them.
-        tokenizer: name or path.
-        tasks: their names.
-        val_fraction: share of validation.
-        test_fraction: share of test.
-        seed: of the split.
+        sources: specifications of the sources.
+        tokenizer: name or path of the tokenizer.
+        tasks: names of the tasks.
+        val_fraction: fraction of findings for validation.
+        test_fraction: fraction of findings for test.
+        seed: seed of the split.
         conflicts: ``merge`` gives equal inputs of a document one answer.
         agent_templates: folder of the agent's prompt templates, or None.
-        storage_options: for remote sources.
-        cache_dir: where sources keep their index; in the user's cache where None, so that resuming never reads an
+        storage_options: options of fsspec for remote sources.
+        cache_dir: folder for the indexes of sources. None uses the user's cache folder, so that resuming never reads an
             archive from its start.
     """
 
@@ -113,12 +117,14 @@ class DocumentProcessor:
         """Opened sources.
 
         Raises:
-            UserError: none was given, or one is not there, empty or of the wrong kind.
+            UserError: there is no source, or one is missing, empty or of an unsupported kind.
         """
         if self._process != os.getpid():  # a forked worker shares open files, and their offsets, with its parent
             self._sources, self._process = None, os.getpid()
         if not self.specs:
-            raise UserError("data.init_args.sources: none given; name an archive, a folder or a file of findings")
+            raise UserError(
+                "data.init_args.sources=[]: no source. Fix: name an archive, a folder or a file of findings"
+            )
         if self._sources is None:
             cache_dir = Path(self.cache_dir) if self.cache_dir else cache_root()
             options = self.storage_options
@@ -126,7 +132,7 @@ class DocumentProcessor:
         return self._sources
 
     def prepare(self, place: Place, raw: RawDocument, split: Split) -> PreparedDocument:
-        """Makes the examples of one split."""
+        """Returns the examples of one split."""
         parsed = parse(raw)
         document, merged = self._part(parsed.document, split)
         counts = Counter({f"repaired.{kind}": n for kind, n in parsed.repairs.items()})
@@ -136,28 +142,64 @@ class DocumentProcessor:
         for task in self.tasks.values():
             if pairs := list(task.pairs(document)):
                 examples += self.chat.encode(task, pairs)
-            counts.update(_skipped(task))
+            counts.update({f"skipped.{reason}": n for reason, n in take_skipped(task).items()})
         return PreparedDocument(place, Columns.of(examples), parsed.records, counts, parsed.quarantined)
 
     def pairs(self, raw: RawDocument, task: str, split: Split) -> list[Pair]:
-        """Makes the pairs of one split and task, not encoded."""
+        """Returns the pairs of one split and task, not encoded."""
         return list(self.tasks[task].pairs(self._part(parse(raw).document, split)[0]))
 
     def _part(self, document: Document, split: Split) -> tuple[Document, int]:
-        # equal inputs are on the same side, so merging after the split is the same as before it, and less work
+        # equal inputs are in the same split, so merging after the split gives the same result with less work
         part = split_document(
             document, val_fraction=self.val_fraction, test_fraction=self.test_fraction, seed=self.seed
         )[split]
         return merge_conflicts(part) if self.conflicts == "merge" else (part, 0)
 
     def read_again(self, unit: Unit, position: int) -> RawDocument:
-        """One document by its place, for a cache shard that has to be rebuilt."""
+        """Reads one document again, to rebuild a file of the token cache."""
         return next(self.sources[unit.source].read_member(unit.member, position))
 
 
-def _skipped(task: Task) -> dict[str, int]:
-    """What a task found nothing to ask about in the last document, for tasks that count it; their count is reset."""
+def take_skipped(task: Task) -> dict[str, int]:
+    """Returns and resets the number of records that a task skipped in the last document, by reason."""
     skipped: Counter[str] = getattr(task, "skipped", None) or Counter()
-    counts = {f"skipped.{reason}": n for reason, n in skipped.items()}
+    counts = dict(skipped)
     skipped.clear()
     return counts
+
+
+def first_pairs(
+    processor: DocumentProcessor, split: Split, task: str, limit: int, *, balanced: bool, seed: int
+) -> list[Pair]:
+    """Returns distinct pairs from the first documents of a split, in the order of epoch 0, without token ids.
+
+    The pairs of these documents are sampled at random with the given seed: a document's findings are sorted by
+    category, and the first fifty of a large document all have the same one.
+
+    Args:
+        processor: opens sources and tasks.
+        split: the split to read.
+        task: name of the task.
+        limit: largest number of pairs.
+        balanced: return equal numbers of each severity, as far as the first :data:`MAX_PAIRS_READ` times ``limit``
+            pairs contain them; pairs of other severities replace missing ones.
+        seed: seed of order and sample.
+    """
+    chosen: dict[str, list[Pair]] = defaultdict(list)
+    seen: set[str] = set()
+    quota = -(-limit // len(SEVERITIES)) if balanced else limit
+    for _, _, raw in walk(processor.sources, epoch_order(processor.sources, epoch=0, seed=seed)):
+        assert raw is not None  # no cache is used
+        for pair in processor.pairs(raw, task, split):
+            if pair.content not in seen:
+                seen.add(pair.content)
+                chosen[pair.severity if balanced else ""].append(pair)
+        available = sum(min(len(pairs), quota) for pairs in chosen.values())
+        if available >= limit or len(seen) >= MAX_PAIRS_READ * limit:
+            break
+    for pairs in chosen.values():
+        pairs.sort(key=lambda pair: blake2b(f"{seed} {pair.content}".encode(), digest_size=8).digest())
+    first = [pair for pairs in chosen.values() for pair in pairs[:quota]]
+    rest = [pair for pairs in chosen.values() for pair in pairs[quota:]]
+    return (first + rest)[:limit]

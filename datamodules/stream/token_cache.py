@@ -1,18 +1,17 @@
 """Token cache: prepared documents as Arrow files, written by the first epoch, read by later epochs and runs.
 
-One file per document, named by source, member and position, in a folder named by everything that its content depends
-on: tokenizer and template, tasks with their instructions, split settings, source, and the version of this code. A file
-is written under another name and renamed, so it is there whole or not at all; the digest at its end notices what a disk
-or a hand did to it later, and the document is then prepared anew. Ids are uint16 where the vocabulary allows it.
+There is one file per document, named by member and position. Its folder's name is a digest of everything that the
+content depends on: tokenizer and template, tasks with their instructions, split settings, source, and the version of
+this code. Files are written atomically. The digest at the end of a file detects later damage, and the document is then
+prepared again. Ids are uint16 if they are small enough.
 
-Beside the documents lies, for each member that was read to its end, the list of its documents' positions, and, when
-all were, the order of the members: then the source itself is not touched any more.
+For each member that was read to its end, a JSON file lists the positions of its documents. When all members were read,
+another one lists their order; the source itself is not read from then on.
 """
 
 from __future__ import annotations
 
 import hashlib
-import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
@@ -22,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import orjson
 
+from datamodules.files import atomic_write
 from datamodules.sources import Quarantined
 from datamodules.stream.epoch_order import WHOLE, Place, Unit
 from datamodules.stream.example_columns import Columns
@@ -31,7 +31,8 @@ if TYPE_CHECKING:
     from datamodules.stream.preprocessing import DocumentProcessor
     from datamodules.stream.splits import Split
 
-VERSION = 3  #: of the layout and of everything between bytes and ids; a change of either makes old files unused
+#: Version of the layout and of the steps from bytes to ids; after a change of either, old files are not used
+VERSION = 3
 _DIGEST = 16
 
 
@@ -39,9 +40,9 @@ class TokenCache:
     """Prepared documents of one split on disk.
 
     Args:
-        folder: where; shared by all runs.
-        processor: what the content depends on.
-        split: which.
+        folder: folder of the cache, shared by all runs.
+        processor: prepares the documents; its settings select the sub-folder.
+        split: split of the documents.
     """
 
     def __init__(self, folder: str | Path, processor: DocumentProcessor, split: Split) -> None:
@@ -62,20 +63,20 @@ class TokenCache:
         self._members: dict[Unit, list[int] | None] = {}
 
     def documents(self, unit: Unit) -> list[tuple[int, int]] | None:
-        """Member and position of each document of a unit, or None where they are not all known."""
+        """Returns member and position of each document of a unit, or None if some are unknown."""
         if unit.member != WHOLE:
             positions = self._positions(unit)
             return None if positions is None else [(unit.member, position) for position in positions]
         order = _read_json(self._folders[unit.source] / "members.json")
         if order is None:
             return None
-        known = [(member, self._positions(Unit(unit.source, member))) for member in order]
-        if any(positions is None for _, positions in known):
+        by_member = [(member, self._positions(Unit(unit.source, member))) for member in order]
+        if any(positions is None for _, positions in by_member):
             return None
-        return [(member, position) for member, positions in known for position in positions or []]
+        return [(member, position) for member, positions in by_member for position in positions or []]
 
     def load(self, unit: Unit, place: Place) -> PreparedDocument | None:
-        """Reads a document; None where it is missing or broken."""
+        """Reads a document; returns None if its file is missing or damaged."""
         import pyarrow as pa
 
         try:
@@ -100,16 +101,16 @@ class TokenCache:
         body = sink.getvalue().to_pybytes()
         _write(self._path(unit, document.place.position), body + _digest(body))
 
-    def follow(
+    def record(
         self, walked: Iterator[tuple[Place, Unit, Any]], order: Sequence[Unit], *, resumed: bool, write: bool
     ) -> Iterator[tuple[Place, Unit, Any]]:
-        """Passes documents on and notes, at the end of each member, where its documents begin.
+        """Yields the documents of a walk; at the end of each member, writes the positions of its documents.
 
         Args:
-            walked: of :func:`datamodules.stream.epoch_order.walk`.
-            order: of the same walk.
-            resumed: whether it began in the middle, so that its first member may be known in part only.
-            write: whether this process is the one that writes.
+            walked: result of :func:`datamodules.stream.epoch_order.walk`.
+            order: order of the same walk.
+            resumed: whether the walk begins in the middle of the epoch, so that its first member may be incomplete.
+            write: whether this process writes; one process does.
         """
         partial = resumed
         current: Unit | None = None
@@ -118,19 +119,19 @@ class TokenCache:
         for place, unit, raw in walked:
             if unit != current:
                 if current is not None and write:
-                    self._note(current, positions, members, partial)
+                    self._write_positions(current, positions, members, partial)
                     partial = False
                 current, positions = unit, []
             positions.append(place.position)
             yield place, unit, raw
         if current is not None and write:
-            self._note(current, positions, members, partial)
+            self._write_positions(current, positions, members, partial)
         if write and not resumed:
             for unit in order:
                 if unit.member == WHOLE and unit.source in members:
                     _write(self._folders[unit.source] / "members.json", orjson.dumps(members[unit.source]))
 
-    def _note(self, unit: Unit, positions: list[int], members: dict[int, list[int]], partial: bool) -> None:
+    def _write_positions(self, unit: Unit, positions: list[int], members: dict[int, list[int]], partial: bool) -> None:
         members.setdefault(unit.source, []).append(unit.member)
         if not partial and self._positions(unit) is None:
             self._members[unit] = positions
@@ -146,7 +147,7 @@ class TokenCache:
 
 
 def _to_table(document: PreparedDocument) -> Any:
-    """One line per example; what belongs to the document is JSON in the schema's metadata."""
+    """Returns a table with one line per example; the schema's metadata has the document's own fields as JSON."""
     import pyarrow as pa
 
     columns = document.columns
@@ -158,26 +159,26 @@ def _to_table(document: PreparedDocument) -> Any:
     arrays |= {
         name: pa.array(codes) for name, codes in zip(("task", "severity", "category"), columns.texts, strict=True)
     }
-    document_facts = {
+    metadata = {
         "names": columns.names,
         "records": document.records,
         "counts": dict(document.counts),
-        "quarantined": [asdict(lost) for lost in document.quarantined],
+        "quarantined": [asdict(record) for record in document.quarantined],
     }
-    return pa.table(arrays).replace_schema_metadata({"document": orjson.dumps(document_facts)})
+    return pa.table(arrays).replace_schema_metadata({"document": orjson.dumps(metadata)})
 
 
 def _from_table(table: Any, place: Place) -> PreparedDocument:
     table = table.combine_chunks()
-    facts = orjson.loads(table.schema.metadata[b"document"])
+    metadata = orjson.loads(table.schema.metadata[b"document"])
     names = ("prompts", "completions", "prefixes", "keys", "inputs", "findings")
     arrays = {name: table[name].to_numpy() for name in names}
     chunks = table["ids"].chunks
     tokens = np.concatenate([chunk.flatten().to_numpy() for chunk in chunks]) if chunks else np.empty(0)
     texts = np.stack([table[name].to_numpy() for name in ("task", "severity", "category")])
-    columns = Columns(tokens=tokens.astype(np.int32), **arrays, texts=texts, names=facts["names"])
-    quarantined = [Quarantined(**lost) for lost in facts["quarantined"]]
-    return PreparedDocument(place, columns, facts["records"], Counter(facts["counts"]), quarantined)
+    columns = Columns(tokens=tokens.astype(np.int32), **arrays, texts=texts, names=metadata["names"])
+    quarantined = [Quarantined(**record) for record in metadata["quarantined"]]
+    return PreparedDocument(place, columns, metadata["records"], Counter(metadata["counts"]), quarantined)
 
 
 def _digest(data: bytes) -> bytes:
@@ -185,11 +186,9 @@ def _digest(data: bytes) -> bytes:
 
 
 def _write(path: Path, data: bytes) -> None:
-    """Writes a file whole or not at all; writers of the same file write the same, so the last may win."""
+    """Writes a file atomically; processes that write the same file write the same bytes."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(f".{os.getpid()}.tmp")
-    temporary.write_bytes(data)
-    temporary.replace(path)
+    atomic_write(path, data)
 
 
 def _read_json(path: Path) -> Any:

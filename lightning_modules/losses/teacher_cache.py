@@ -179,7 +179,7 @@ def cache_key(
         "data": {
             "sources": [source.fingerprint() for source in data.document_processor.sources],
             "instructions": {name: digest(data.chat.prefix_ids(task)) for name, task in sorted(data.tasks.items())},
-            **data._settings(),
+            **data.settings(),
         },
         "teacher": _teacher_key(student_base(student) if teacher == "base" else teacher),
         "top_k": cache.top_k,

@@ -11,30 +11,17 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM
 
 from datamodules import FindingsDataModule
-from datamodules.packing import Row, _best_fit_decreasing, _subset_sums, pack, to_batch
+from datamodules.packing import Row, best_fit_decreasing, pack, subset_sums, to_batch
 from datamodules.tasks.base import Pair
-from datamodules.tokenization.chat_format import ChatFormat, Example
-
-
-def example(prompt, completion, prefix=0, task="risk", key=0):
-    return Example(
-        task=task,
-        prefix_length=prefix,
-        prompt_ids=np.array(prompt, np.int32),
-        completion_ids=np.array(completion, np.int32),
-        key=key,
-        input_key=key,
-        severity="low",
-        category="network",
-        findings=1,
-    )
+from datamodules.tokenization.chat_format import ChatFormat
+from tests.helpers.findings_data import example
 
 
 def lists(batch):
     return [t.tolist() for t in (batch.input_ids_BT, batch.segment_ids_BT, batch.position_ids_BT, batch.labels_BT)]
 
 
-def test_layout_is_the_contract_drawn_in_batch():
+def test_layout_is_the_contract_of_batch():
     a, b = example([1, 7, 10], [11, 2], prefix=2), example([1, 7, 20], [21, 2], prefix=2)
     rows = pack([a, b], sequence_length=9, mode="shared_prefix")
     batch = to_batch(rows, 9)
@@ -48,7 +35,7 @@ def test_layout_is_the_contract_drawn_in_batch():
     assert all(t.dtype == torch.int64 for t in (batch.input_ids_BT, batch.labels_BT, batch.segment_ids_BT))
 
 
-def test_packed_restarts_positions_and_none_has_one_example_a_row():
+def test_packed_restarts_positions_and_none_has_one_example_per_row():
     a, b = example([1, 7, 10], [11, 2], prefix=2), example([1, 7], [21, 2], prefix=1)
     assert lists(to_batch(pack([a, b], sequence_length=10, mode="packed"), 10)) == [
         [[1, 7, 10, 11, 2, 1, 7, 21, 2, 0]],
@@ -74,7 +61,7 @@ def test_a_prompt_that_is_all_prefix_keeps_its_last_token():
     ]
 
 
-def test_what_must_not_be_packed():
+def test_invalid_examples_are_refused():
     with pytest.raises(ValueError, match="do not begin with the same 2 tokens"):
         pack(
             [example([1, 7, 9], [2], prefix=2), example([1, 8, 9], [2], prefix=2)],
@@ -83,7 +70,7 @@ def test_what_must_not_be_packed():
         )
     with pytest.raises(ValueError, match="example of 5 tokens does not fit into a row of 4"):
         pack([example([1, 2, 3], [4, 5])], sequence_length=4, mode="packed")
-    with pytest.raises(ValueError, match="packing: 'dense'"):
+    with pytest.raises(ValueError, match="packing='dense': must be one of"):
         pack([], sequence_length=4, mode="dense")
     assert pack([], sequence_length=4, mode="shared_prefix") == []
 
@@ -102,7 +89,7 @@ def example_lists(draw):
         )
     )
     return [
-        example(prefixes[task] + own, [*answer, 2], len(prefixes[task]), task, key=i)
+        example(prefixes[task] + own, [*answer, 2], prefix=len(prefixes[task]), task=task, key=i)
         for i, (task, own, answer) in enumerate(drawn)
     ]
 
@@ -122,7 +109,7 @@ def test_every_example_is_whole_and_in_one_row(examples, mode, sequence_length):
         assert mode != "none" or len(row.examples) == 1
         assert mode != "shared_prefix" or len({e.task for e in row.examples}) == 1
         for k, e in enumerate(row.examples, start=1):
-            own = (segments == k) | (segments == 0)  # what the example's last token attends to
+            own = (segments == k) | (segments == 0)  # positions that the example's last token attends to
             whole = np.concatenate([e.prompt_ids, e.completion_ids])
             assert ids[own].tolist() == whole.tolist()
             assert positions[own].tolist() == list(range(len(whole)))
@@ -134,38 +121,38 @@ def test_every_example_is_whole_and_in_one_row(examples, mode, sequence_length):
         assert (ids[segments == -1] == 0).all()
 
 
-def naive_best_fit_decreasing(lengths, capacity):
-    rooms = []
+def naivebest_fit_decreasing(lengths, capacity):
+    free = []
     for need in sorted(lengths, reverse=True):
-        fitting = [room for room in rooms if room >= need]
+        fitting = [space for space in free if space >= need]
         if fitting:
-            rooms[rooms.index(min(fitting))] -= need
+            free[free.index(min(fitting))] -= need
         else:
-            rooms.append(capacity - need)
-    return sorted(capacity - room for room in rooms)
+            free.append(capacity - need)
+    return sorted(capacity - space for space in free)
 
 
 @given(st.lists(st.integers(3, 50), min_size=1, max_size=120))
 @settings(max_examples=100, deadline=None)
-def test_no_more_rows_than_best_fit_decreasing_needs(lengths):
+def test_no_more_rows_thanbest_fit_decreasing_needs(lengths):
     rows = pack([example([5] * n, [2]) for n in lengths], sequence_length=51, mode="packed")
-    naive = naive_best_fit_decreasing([n + 1 for n in lengths], 51)
+    naive = naivebest_fit_decreasing([n + 1 for n in lengths], 51)
     assert len(rows) <= len(naive)
-    alone = _best_fit_decreasing([n + 1 for n in lengths], 51)
+    alone = best_fit_decreasing([n + 1 for n in lengths], 51)
     assert sorted(sum(lengths[i] + 1 for i in row) for row in alone) == naive
 
 
 @given(st.lists(st.integers(2, 41), min_size=1, max_size=14))
 @settings(max_examples=100, deadline=None)
-def test_the_first_row_by_sums_is_as_full_as_can_be(lengths):
+def test_the_first_row_bysubset_sums_is_as_full_as_possible(lengths):
     capacity = max(41, 8 * sum(lengths) // len(lengths) + 1)
-    first = _subset_sums(lengths, capacity)[0]
+    first = subset_sums(lengths, capacity)[0]
     others = sorted(lengths)[:-1]
     sums = {sum(chosen) + max(lengths) for k in range(len(others) + 1) for chosen in combinations(others, k)}
     assert sum(lengths[i] for i in first) == max(n for n in sums if n <= capacity)
 
 
-def test_real_tasks_rows_are_full(shared_data):
+def test_rows_of_the_real_tasks_are_full(shared_data):
     tasks = dict.fromkeys(("risk", "correlation", "summary", "triage", "remediation"), 1.0)
     options = {"sequence_length": 8192, "packing": "shared_prefix", "num_workers": 0}
     data = FindingsDataModule(
@@ -203,7 +190,7 @@ class Toy:
 
 
 def loss_and_gradients(model, batches):
-    """Sum of the losses over all labels, with a dense mask made from the contract's rule."""
+    """Sum of the losses over all labels, with a dense mask built from the contract's rule."""
     model.zero_grad()
     total = 0.0
     for batch in batches:
@@ -228,7 +215,10 @@ def test_modes_have_the_same_loss_and_gradients(tiny_llama, all_prefix):
     prefix = [1, *generator.integers(3, 200, 10).tolist()]
     examples = [
         example(
-            prefix + generator.integers(3, 200, n).tolist(), [*generator.integers(3, 200, m).tolist(), 2], 11, key=n
+            prefix + generator.integers(3, 200, n).tolist(),
+            [*generator.integers(3, 200, m).tolist(), 2],
+            prefix=11,
+            key=n,
         )
         for n, m in ((0 if all_prefix else 1, 3), (17, 1), (5, 8), (9, 4), (2, 2))
     ]
@@ -242,7 +232,7 @@ def test_modes_have_the_same_loss_and_gradients(tiny_llama, all_prefix):
             torch.testing.assert_close(others[name], gradient, rtol=1e-4, atol=1e-5)
 
 
-def test_a_row_tells_its_tokens():
+def test_a_row_counts_its_tokens():
     a = example([1, 7, 10], [11, 2], prefix=2)
     assert Row([a]).tokens == 5
     assert Row([a, a], prefix_length=2).tokens == 8

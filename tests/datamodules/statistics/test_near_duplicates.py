@@ -1,4 +1,4 @@
-"""Near duplicates, held against exact Jaccard indices of all pairs."""
+"""Near duplicates against the exact Jaccard indices of all pairs."""
 
 import random
 
@@ -19,7 +19,7 @@ def jaccard(one, other):
 
 
 def families(count, members, seed=0):
-    """Texts of 400 letters; members of a family differ in their last letters, families in all."""
+    """Texts of 400 letters and 3 digits; members of a family differ only in the digits."""
     rng = random.Random(seed)
     texts = []
     for _ in range(count):
@@ -28,7 +28,7 @@ def families(count, members, seed=0):
     return list(dict.fromkeys(texts))
 
 
-def test_finds_the_families_that_exact_comparison_finds():
+def test_families_are_those_of_the_exact_comparison():
     texts = families(20, 5)
     exact = sum(any(jaccard(text, before) >= THRESHOLD for before in texts[:i]) for i, text in enumerate(texts))
     assert exact == len(texts) - 20
@@ -41,12 +41,12 @@ def test_finds_the_families_that_exact_comparison_finds():
 
 
 @pytest.mark.parametrize("order", [("train", "val", "val", "test"), ("val", "val", "test", "train")])
-def test_a_leak_is_counted_whichever_side_comes_first(order):
+def test_a_leak_is_counted_in_either_order(order):
     near = NearDuplicates(10)
     for number, split in enumerate(order):
         near.add(f"{TEXT} {TEXT} {TEXT.upper()} {number}", split)
     assert near.leaked == {"val": 2, "test": 1}
-    assert near.near == 1  # the second of validation; the others are the first of their split
+    assert near.near == 1  # the second one of validation; the others are the first ones of their split
 
 
 def test_different_texts_and_held_out_families_are_no_leak():
@@ -58,7 +58,7 @@ def test_different_texts_and_held_out_families_are_no_leak():
     assert near.near == 0
 
 
-def test_stops_at_its_limit_and_says_so():
+def test_the_limit_is_reported():
     near = NearDuplicates(2)
     for text in ("", "x", "y"):  # shorter than a gram
         near.add(text, "train")

@@ -1,176 +1,168 @@
-"""Order, places, dealing, the digest and the prefetch thread."""
+"""Blocks: grouping of documents, selection of examples, packing, carried examples, and restarts."""
 
-import threading
-import time
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from datamodules.packing import Row
-from datamodules.sources import open_source
-from datamodules.stream.blocks import Block, BlockStart
-from datamodules.stream.epoch_order import WHOLE, Place, Unit, epoch_order, walk
+from datamodules.errors import UserError
+from datamodules.stream.blocks import BlockConfig, blocks, group_documents
+from datamodules.stream.counters import PipelineCounters
+from datamodules.stream.epoch_order import Place
 from datamodules.stream.example_columns import Columns
-from datamodules.stream.loading import Cursor, DataShard, chain, prefetch, shard_batches
-from datamodules.tokenization.chat_format import Example
-from tests.helpers.findings_data import write_archive, write_folder
+from datamodules.stream.preprocessing import PreparedDocument
+from datamodules.stream.resume import BlockStart
+from tests.helpers.findings_data import example
+
+CONFIG = BlockConfig(
+    tasks={"risk": 1.0}, sequence_length=10, packing="packed", block_examples=12, first_block=4, seed=0
+)  # fmt: skip
 
 
-def example(key, prompt=(1, 2), completion=(3,), task="risk", severity="low", category="network"):
-    prompt, completion = np.array(prompt, np.int32), np.array(completion, np.int32)
-    return Example(task, 1, prompt, completion, key, key ^ 1, severity, category, 2)
+def documents(*sizes, make=lambda number: example(key=number, input_key=number)):
+    """Prepared documents of numbered examples of 3 tokens."""
+    prepared, number = [], 0
+    for unit, size in enumerate(sizes):
+        columns = Columns.of([make(n) for n in range(number, number + size)])
+        prepared.append(PreparedDocument(Place(unit, 0, 0), columns, records=size))
+        number += size
+    return prepared
 
 
-# -------------------------------------------------------------------- order
+def build(prepared, config=CONFIG, start=None, counters=None, **options):
+    options = {"rows_multiple": 1} | options
+    counters = counters or PipelineCounters(1.0)
+    return list(blocks(prepared, config, (start or BlockStart()).copy(), counters, **options))
 
 
-def test_members_are_permuted_anew_in_each_epoch_but_an_archive_first_goes_in_file_order(tmp_path):
-    sources = [
-        open_source(str(write_folder(tmp_path / "folder", [1] * 12))),
-        open_source(str(write_archive(tmp_path / "findings.tar.gz", [1] * 7))),
-    ]
-    first = epoch_order(sources, epoch=0, seed=0)
-    assert sorted(first) == [*(Unit(0, member) for member in range(12)), Unit(1, WHOLE)]
-    assert Counter(unit.source for unit in first) == {0: 12, 1: 1}
-    assert first == epoch_order(sources, epoch=0, seed=0) != epoch_order(sources, epoch=0, seed=1)
-    list(sources[1].raw_documents())
-    second, third = (epoch_order(sources, epoch=epoch, seed=0) for epoch in (1, 2))
-    assert Counter(unit.source for unit in second) == {0: 12, 1: 7}
-    assert sorted(second) == sorted(third)
-    assert second != third
-    assert [unit.member for unit in second if unit.source == 1] != list(range(7))
+def emitted(built):
+    return [e.key for block in built for row in block.rows[: block.emit] for e in row.examples]
 
 
-@pytest.mark.parametrize("epoch", [0, 1])
-@pytest.mark.parametrize("archive", [False, True])
-def test_walking_from_any_place_gives_the_rest(tmp_path, archive, epoch):
-    sizes = [3, 1, 2, 5]
-    path = write_archive(tmp_path / "a.tar.gz", sizes) if archive else write_folder(tmp_path / "f", sizes)
-    sources = [open_source(str(path)), open_source(str(write_folder(tmp_path / "more", [1, 1], start=50)))]
-    order = epoch_order(sources, epoch=epoch, seed=5)
-    whole = [(place, raw.member) for place, _, raw in walk(sources, order)]
-    assert len(whole) == 6
-    for index, (place, _) in enumerate(whole):
-        assert [(p, raw.member) for p, _, raw in walk(sources, order, place)] == whole[index:]
-    assert list(walk(sources, order, Place(len(order), 0, 0))) == []
+@pytest.mark.parametrize(
+    ("sizes", "first_index", "groups"),
+    [
+        ([3, 3, 5, 7, 1], 0, [2, 2, 1]),  # 4 examples in the first block, 12 in the others
+        ([3, 3, 5, 7, 1], 1, [4, 1]),
+        ([4], 0, [1, 0]),
+        ([], 0, [0]),
+        ([0, 0], 0, [2]),
+    ],
+)
+def test_groups_end_with_a_document_and_the_last_one_is_marked(sizes, first_index, groups):
+    grouped = list(group_documents(documents(*sizes), CONFIG, first_index=first_index))
+    assert [len(gathered) for gathered, _ in grouped] == groups
+    assert [final for _, final in grouped] == [False] * (len(groups) - 1) + [True]
 
 
-# -------------------------------------------------------------------- dealing
+@pytest.mark.parametrize("packing", ["none", "packed", "shared_prefix"])
+@pytest.mark.parametrize("rows_multiple", [1, 2, 5])
+def test_every_example_is_emitted_once_but_for_the_tail(packing, rows_multiple):
+    counters = PipelineCounters(1.0)
+    config = replace(CONFIG, packing=packing)
+    built = build(documents(5, 9, 14, 20, 2), config, counters=counters, rows_multiple=rows_multiple)
+    keys = emitted(built)
+    assert len(keys) == len(set(keys)) == 50 - counters.counts["tail"]
+    assert all(block.emit % rows_multiple == 0 for block in built)
+    assert counters.counts["examples.risk"] == counters.counts["records"] == 50
+    assert keys != sorted(keys)
 
 
-def blocks_of(*counts, start=0):
-    numbers = iter(range(start, 1000))
-    return [
-        Block(BlockStart(index=index), [Row([example(next(numbers))]) for _ in range(count)], count)
-        for index, count in enumerate(counts)
-    ]
+def test_evaluation_emits_every_example_in_its_last_block():
+    built = build(documents(5, 9, 14, 20, 2), replace(CONFIG, training=False), rows_multiple=4)
+    assert sorted(emitted(built)) == list(range(50))
+    assert all(block.emit % 4 == 0 for block in built[:-1])
 
 
-def keys(dealt):
-    return [[row.examples[0].key for row in rows] for rows, _ in dealt]
+@pytest.mark.parametrize("packing", ["none", "packed"])
+def test_a_block_can_be_built_again_from_its_start(packing):
+    config = replace(CONFIG, packing=packing, severity_balance=0.5, tasks={"risk": 1.5})
+    prepared = documents(5, 9, 14, 20, 2)
+    built = build(prepared, config, rows_multiple=2)
+    for index, block in enumerate(built):
+        left = [d for d in prepared if block.start.place is None or d.place >= block.start.place]
+        again = build(left, config, BlockStart.from_state_dict(block.start.state_dict()), rows_multiple=2)
+        assert [[e.key for row in b.rows for e in row.examples] for b in again] == [
+            [e.key for row in b.rows for e in row.examples] for b in built[index:]
+        ]
 
 
-def test_batches_go_to_ranks_in_turn_and_know_the_last():
-    dealt = [
-        list(shard_batches(blocks_of(8, 4), Cursor(BlockStart()), DataShard(rank, 2), batch_size=2)) for rank in (0, 1)
-    ]
-    assert keys(dealt[0]) == [[0, 1], [4, 5], [8, 9]]
-    assert keys(dealt[1]) == [[2, 3], [6, 7], [10, 11]]
-    for batches in dealt:
-        assert [cursor.rows for _, cursor in batches] == [4, 8, 4]
-        assert [cursor.batches for _, cursor in batches] == [1, 2, 3]
-        assert [cursor.first for _, cursor in batches] == [True, False, False]
-        assert [cursor.last for _, cursor in batches] == [False, False, True]
+def test_skipped_rows_count_for_the_first_block_only():
+    built = build(documents(5, 30), replace(CONFIG, packing="none"), rows_multiple=4, skip=3)
+    assert built[0].emit == 3  # 5 rows: 3 skipped, and the other 2 are no multiple of 4
+    assert built[1].emit % 4 == 0
 
 
-def test_held_out_rows_that_do_not_fill_a_group_are_dealt_with_empty_batches():
-    dealt = [
-        list(shard_batches(blocks_of(5), Cursor(BlockStart()), DataShard(rank, 2), batch_size=2)) for rank in (0, 1)
-    ]
-    assert [keys(batches) for batches in dealt] == [[[0, 1], [4]], [[2, 3], []]]
-    limited = list(shard_batches(blocks_of(4, 4), Cursor(BlockStart()), DataShard(), batch_size=2, limit=5))
-    assert keys(limited) == [[0, 1], [2, 3], [4]]
-    assert list(shard_batches(blocks_of(0, 0), Cursor(BlockStart()), DataShard(), batch_size=2)) == []
+def test_duplicates_and_conflicts_are_counted_and_dropped():
+    def make(number):
+        return example(key=number % 7, input_key=number % 5)
+
+    for keep, used in ((True, 7), (False, 5)):
+        counters = PipelineCounters(1.0)
+        config = replace(CONFIG, keep_conflicts=keep, training=False)
+        built = build(documents(20, 15, make=make), config, counters=counters)
+        assert len(emitted(built)) == used
+        assert counters.counts["duplicates"] == 28
+        assert counters.counts["conflicts"] == 2
 
 
-def test_dealing_goes_on_inside_a_block():
-    start = Cursor(BlockStart(place=Place(0, 0, 0)), rows=4, batches=2, digest=chain("", blocks_of(4)[0].rows))
-    dealt = list(shard_batches(blocks_of(6), start, DataShard(), batch_size=2))
-    assert keys(dealt) == [[4, 5]]
-    cursor = dealt[0][1]
-    assert (cursor.rows, cursor.batches, cursor.first, cursor.last) == (6, 3, False, True)
-    assert (
-        cursor.digest
-        == list(shard_batches(blocks_of(6), Cursor(BlockStart()), DataShard(), batch_size=2))[-1][1].digest
+def test_task_weights_repeat_and_drop_examples():
+    def make(number):
+        return example(key=number, input_key=number, task=("risk", "summary", "triage")[number % 3])
+
+    config = replace(CONFIG, tasks={"risk": 2.0, "summary": 0.5}, packing="none")
+    tasks = Counter(
+        row.task for block in build(documents(*[30] * 10, make=make), config) for row in block.rows[: block.emit]
     )
+    assert tasks["risk"] == 200
+    assert 30 <= tasks["summary"] <= 70
+    assert tasks["triage"] == 0
 
 
-def test_the_digest_is_of_the_order_not_of_the_batches():
-    rows = blocks_of(4)[0].rows
-    assert chain("", rows) == chain(chain("", rows[:1]), rows[1:])
-    assert chain("", rows) != chain("", rows[::-1])
-    assert len(chain("", rows)) == 32
+@pytest.mark.parametrize("balance_by", ["severity", "category", "both"])
+def test_balance_evens_out_the_strata(balance_by):
+    def make(number):
+        severity, category = ("low", "high")[number % 10 == 0], ("network", "suid")[number % 5 == 0]
+        return example(key=number, input_key=number, severity=severity, category=category)
+
+    config = replace(
+        CONFIG, severity_balance=1.0, balance_by=balance_by, packing="none", first_block=1000, block_examples=1000
+    )
+    rows = [row.examples[0] for block in build(documents(1000, make=make), config) for row in block.rows]
+    strata = {
+        "severity": lambda e: e.severity, "category": lambda e: e.category, "both": lambda e: (e.severity, e.category),
+    }[balance_by]  # fmt: skip
+    sizes = Counter(map(strata, rows))
+    assert len(sizes) == (3 if balance_by == "both" else 2)
+    assert max(sizes.values()) - min(sizes.values()) <= 2
+    assert abs(len(rows) - 1000) <= 2
 
 
-# -------------------------------------------------------------------- columns
+def test_too_long_examples_are_counted_and_stop_the_run_only_if_no_example_of_the_first_block_fits():
+    def make(number):
+        return example(range(4 + number % 4 * 2), (1, 2), key=number, input_key=number)  # 6, 8, 10 or 12 tokens
+
+    counters = PipelineCounters(1.0)
+    build(documents(8, make=make), counters=counters)
+    assert counters.counts["overflow"] == 2
+    with pytest.raises(UserError, match=r"sequence_length=5: shorter than each of the first 8 .* 6 to 12 tokens"):
+        build(documents(8, make=make), replace(CONFIG, sequence_length=5))
+    late = documents(8, 8, make=lambda n: example((1,), (2,), key=n) if n < 8 else make(n))
+    assert len(emitted(build(late, replace(CONFIG, sequence_length=5)))) == 8
 
 
-def test_columns_give_back_the_examples():
-    examples = [
-        example(2**64 - 1, (1, 2, 3), (4, 5)),
-        example(0, (9,), (8,), task="summary", severity="critical"),
-        example(7, (1, 70_000), (6, 6, 6), category="suid"),
-    ]
-    parts = [Columns.of(examples[:1]), Columns.of([]), Columns.of(examples[1:])]
-    for columns in (
-        Columns.of(examples),
-        Columns.join(parts),
-        Columns.from_state_dict(Columns.of(examples).state_dict()),
-    ):
-        assert len(columns) == 3
-        assert columns.lengths.tolist() == [5, 2, 5]
-        for given, got in zip([examples[2], examples[0], examples[0]], columns.select([2, 0, 0]), strict=True):
-            for name in Example.__slots__:
-                assert np.array_equal(getattr(given, name), getattr(got, name)), name
+def test_the_order_depends_on_seed_epoch_and_block():
+    def keys(seed=0, epoch=0, index=0):
+        start = BlockStart(epoch=epoch, index=index)
+        return emitted(build(documents(30), replace(CONFIG, seed=seed, packing="none"), start))
+
+    assert keys() == keys()
+    assert len({tuple(keys(*change)) for change in ((), (1,), (0, 1), (0, 0, 1))}) == 4
 
 
-# -------------------------------------------------------------------- prefetch
-
-
-@pytest.mark.parametrize("depth", [0, 1, 4])
-def test_prefetch_passes_items_on_in_order(depth):
-    assert list(prefetch(iter(range(50)), depth, lambda n: 2 * n)) == list(range(0, 100, 2))
-
-
-@pytest.mark.parametrize("depth", [0, 2])
-def test_prefetch_raises_where_items_are_taken(depth):
-    def items():
-        yield 1
-        raise KeyError("inside")
-
-    stream = prefetch(items(), depth, lambda n: n)
-    assert next(stream) == 1
-    with pytest.raises(KeyError, match="inside"):
-        next(stream)
-
-
-def test_prefetch_is_bounded_and_stops_when_closed():
-    made, closed = [], threading.Event()
-
-    def items():
-        try:
-            for n in range(1000):
-                made.append(n)
-                yield n
-        finally:
-            closed.set()
-
-    before = threading.active_count()
-    stream = prefetch(items(), 3, lambda n: n)
-    assert next(stream) == 0
-    time.sleep(0.05)
-    assert len(made) <= 1 + 3 + 1  # taken, queued, in the thread's hand
-    stream.close()
-    assert closed.is_set()
-    assert threading.active_count() == before
+def test_carried_examples_alone_need_no_document():
+    start = BlockStart(epoch=0, index=3, place=Place(9, 0, 0), carry=[example(key=1), example(key=2)])
+    (block,) = build([], start=start)
+    assert sorted(emitted([block])) == [1, 2]
+    assert block.start.place == Place(np.iinfo(np.int64).max, 0, 0)

@@ -23,9 +23,9 @@ def test_uniform_is_splitmix_of_key_and_seeds(key, seed, epoch):
     assert uniform(np.array([key], np.uint64), seed, epoch)[0] == expected
 
 
-def test_shares_are_kept_and_epochs_draw_anew():
-    shares = np.full(len(KEYS), 0.3)
-    first, second = (mixture_copies(KEYS, shares, seed=0, epoch=epoch) for epoch in (0, 1))
+def test_weights_are_kept_and_epochs_sample_independently():
+    weights = np.full(len(KEYS), 0.3)
+    first, second = (mixture_copies(KEYS, weights, seed=0, epoch=epoch) for epoch in (0, 1))
     assert set(first) == {0, 1}
     assert abs(first.mean() - 0.3) < 0.005
     assert abs((first & second).mean() - 0.09) < 0.005  # independent
@@ -36,7 +36,7 @@ def test_shares_are_kept_and_epochs_draw_anew():
 
 
 @given(st.lists(st.integers(0, 4), min_size=1, max_size=300), st.floats(0, 1), st.floats(0, 1, exclude_max=True))
-def test_each_stratum_gets_its_share_to_within_one_copy(strata, strength, start):
+def test_each_stratum_gets_its_weight_with_an_error_below_one_copy(strata, strength, start):
     strata = np.array(strata)
     copies = balance_copies(strata, strength, start)
     sizes = np.bincount(strata, minlength=5)
@@ -53,4 +53,4 @@ def test_full_balance_makes_strata_equal():
     strata = np.array([0] * 900 + [1] * 90 + [2] * 10)
     copies = balance_copies(strata, 1.0, 0.5)
     assert all(abs(copies[strata == s].sum() - 1000 / 3) < 1 for s in (0, 1))
-    assert copies[strata == 2].sum() == 10 * MAX_COPIES  # 33 copies of each would be learnt by heart
+    assert copies[strata == 2].sum() == 10 * MAX_COPIES  # 33 copies of each would be memorised

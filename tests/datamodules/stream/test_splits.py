@@ -1,3 +1,5 @@
+"""The split: a digest of the input, stable over versions, without leaks."""
+
 from dataclasses import replace
 from hashlib import blake2b
 
@@ -6,12 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from datamodules.errors import UserError
-from datamodules.records import Correlation, Document, Finding
+from datamodules.records import Correlation, Document
 from datamodules.stream.splits import SPLITS, input_key, split_document, split_of
-
-
-def make_finding(identity: str, kind: int = 0) -> Finding:
-    return Finding(identity, f"title {kind}", "text", "network", "low", 30.0, 30.0, {"port": kind, "state": "LISTEN"})
+from tests.helpers.findings_data import parsed_finding
 
 
 def make_correlation(identity: str, finding_ids: list[str]) -> Correlation:
@@ -21,7 +20,7 @@ def make_correlation(identity: str, finding_ids: list[str]) -> Correlation:
 @st.composite
 def documents(draw):
     kinds = draw(st.lists(st.integers(0, 12), max_size=30))
-    findings = [make_finding(f"f{index}", kind) for index, kind in enumerate(kinds)]
+    findings = [parsed_finding(f"f{index}", kind) for index, kind in enumerate(kinds)]
     some_ids = st.lists(st.integers(0, 40).map(lambda index: f"f{index}"), max_size=6)
     references = draw(st.lists(some_ids, max_size=6))
     correlations = [make_correlation(f"c{index}", ids) for index, ids in enumerate(references)]
@@ -31,12 +30,12 @@ def documents(draw):
 def test_key_is_a_digest_of_canonical_json():
     canonical = b'["network","title 7","text",{"port":7,"state":"LISTEN"}]'
     expected = int.from_bytes(blake2b(canonical, digest_size=8).digest(), "big")
-    # pinned too: another value means that everybody's splits change
-    assert input_key(make_finding("x", 7)) == expected == 0x3485382519F28CF8
+    # a fixed value too: another one means that the splits of all users change
+    assert input_key(parsed_finding("x", 7)) == expected == 0x3485382519F28CF8
 
 
-def test_key_reads_the_input_only():
-    finding = make_finding("a", 1)
+def test_key_depends_on_the_input_only():
+    finding = parsed_finding("a", 1)
     answered = replace(finding, id="b", severity="critical", risk_score=99.0, tags=["x"], rationale=["y"])
     reordered = replace(finding, metadata={"state": "LISTEN", "port": 1})
     assert input_key(finding) == input_key(answered) == input_key(reordered)
@@ -48,29 +47,29 @@ def test_key_reads_the_input_only():
     )
 
 
-def test_key_of_metadata_that_json_cannot_hold():
+def test_key_of_metadata_that_json_cannot_represent():
     deep = []
     for _ in range(400):
         deep = [deep]
     values = [{"deep": deep}, {"big": 10**400}, {"surrogate": "\ud800"}, {1: "number as key"}, {"bytes": b"\x00"}]
-    keys = {input_key(replace(make_finding("a"), metadata=value)) for value in values}
+    keys = {input_key(replace(parsed_finding("a"), metadata=value)) for value in values}
     assert len(keys) == len(values)
 
 
-def test_shares_and_seeds():
-    keys = [input_key(make_finding("a", kind)) for kind in range(4000)]
-    sides = [split_of(key, val_fraction=0.1, test_fraction=0.2, seed=0) for key in keys]
-    assert sides.count("val") / len(keys) == pytest.approx(0.1, abs=0.02)
-    assert sides.count("test") / len(keys) == pytest.approx(0.2, abs=0.025)
+def test_fractions_and_seeds():
+    keys = [input_key(parsed_finding("a", kind)) for kind in range(4000)]
+    splits = [split_of(key, val_fraction=0.1, test_fraction=0.2, seed=0) for key in keys]
+    assert splits.count("val") / len(keys) == pytest.approx(0.1, abs=0.02)
+    assert splits.count("test") / len(keys) == pytest.approx(0.2, abs=0.025)
     other = [split_of(key, val_fraction=0.1, test_fraction=0.2, seed=1) for key in keys]
     # two independent draws agree with probability 0.7^2 + 0.1^2 + 0.2^2 = 0.54
-    assert sum(map(str.__eq__, sides, other)) / len(keys) == pytest.approx(0.54, abs=0.03)
+    assert sum(map(str.__eq__, splits, other)) / len(keys) == pytest.approx(0.54, abs=0.03)
     assert {split_of(key, val_fraction=0, test_fraction=0, seed=0) for key in keys} == {"train"}
 
 
 @settings(max_examples=60, deadline=None)
 @given(documents(), st.integers(0, 3))
-def test_equal_inputs_never_lie_on_two_sides(document, seed):
+def test_equal_inputs_are_never_in_two_splits(document, seed):
     parts = split_document(document, val_fraction=0.3, test_fraction=0.3, seed=seed)
     assert tuple(parts) == SPLITS
     keys = [{input_key(finding) for finding in part.findings} for part in parts.values()]
@@ -85,35 +84,37 @@ def test_equal_inputs_never_lie_on_two_sides(document, seed):
 
 @settings(max_examples=60, deadline=None)
 @given(documents())
-def test_correlation_goes_with_its_first_finding(document):
+def test_a_correlation_is_in_the_split_of_its_first_finding(document):
     before = [list(correlation.finding_ids) for correlation in document.correlations]
     parts = split_document(document, val_fraction=0.3, test_fraction=0.3, seed=0)
     assert [correlation.finding_ids for correlation in document.correlations] == before, "the input was changed"
-    side_of = {finding.id: side for side, part in parts.items() for finding in part.findings}
-    placed = {correlation.id: (side, correlation) for side, part in parts.items() for correlation in part.correlations}
+    split_by_id = {finding.id: split for split, part in parts.items() for finding in part.findings}
+    placed = {
+        correlation.id: (split, correlation) for split, part in parts.items() for correlation in part.correlations
+    }
     assert len(placed) == len(document.correlations)
     for original in document.correlations:
-        side, correlation = placed[original.id]
-        present = [key for key in original.finding_ids if key in side_of]
+        split, correlation = placed[original.id]
+        present = [key for key in original.finding_ids if key in split_by_id]
         if not present:
-            assert side == "train"
+            assert split == "train"
             assert correlation is original
         else:
-            assert side == side_of[present[0]]
-            assert [key for key in correlation.finding_ids if key in side_of] == [
-                key for key in present if side_of[key] == side
+            assert split == split_by_id[present[0]]
+            assert [key for key in correlation.finding_ids if key in split_by_id] == [
+                key for key in present if split_by_id[key] == split
             ]
 
 
 @settings(max_examples=40, deadline=None)
 @given(documents())
-def test_summaries_stay_where_all_findings_are(document):
+def test_summaries_stay_with_all_findings(document):
     for part in split_document(document, val_fraction=0.3, test_fraction=0.3, seed=0).values():
         whole = bool(document.findings) and len(part.findings) == len(document.findings)
         assert bool(part.summaries) == bool(part.actions) == whole
 
 
 @pytest.mark.parametrize(("val", "test"), [(-0.1, 0.0), (0.0, -0.1), (0.5, 0.5), (1.0, 0.0)])
-def test_impossible_shares(val, test):
+def test_impossible_fractions(val, test):
     with pytest.raises(UserError, match="val_fraction="):
         split_document(Document("s", "m", 0), val_fraction=val, test_fraction=test, seed=0)

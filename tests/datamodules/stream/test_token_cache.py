@@ -1,4 +1,4 @@
-"""The token cache: the same batches, nothing read twice, damage noticed."""
+"""The token cache: the same batches, no repeated reading, detected damage."""
 
 from pathlib import Path
 
@@ -8,20 +8,18 @@ import torch
 
 from datamodules import FindingsDataModule
 from datamodules.sources import tar_reader
-from datamodules.stream import loading, preprocessing
+from datamodules.stream import preprocessing, workers
 from tests.helpers.findings_data import document, finding, write_archive, write_folder
 
 
 @pytest.fixture(scope="session")
-def tokenizer(tmp_path_factory, mistral_tokenizer):
-    folder = tmp_path_factory.mktemp("tokenizer")
-    mistral_tokenizer.save_pretrained(folder)
-    return str(folder)
+def tokenizer(mistral_tokenizer_folder):
+    return mistral_tokenizer_folder
 
 
 @pytest.fixture
 def parsed(monkeypatch):
-    """Members whose documents were parsed since."""
+    """Members whose documents were parsed after the list was cleared."""
     members, parse = [], preprocessing.parse
 
     def watch(raw):
@@ -34,8 +32,8 @@ def parsed(monkeypatch):
 
 @pytest.fixture
 def walked(monkeypatch):
-    """Members whose bytes were read since."""
-    members, walk = [], loading.walk
+    """Members whose bytes were read after the list was cleared."""
+    members, walk = [], workers.walk
 
     def watch(*arguments):
         for place, unit, raw in walk(*arguments):
@@ -43,7 +41,7 @@ def walked(monkeypatch):
                 members.append(raw.member)
             yield place, unit, raw
 
-    monkeypatch.setattr(loading, "walk", watch)
+    monkeypatch.setattr(workers, "walk", watch)
     return members
 
 
@@ -83,7 +81,7 @@ def arrows(folder):
     return sorted(Path(folder).glob("tokens-*/*.arrow"))
 
 
-def test_later_epochs_and_runs_read_the_cache_alone(source, tokenizer, tmp_path, parsed, walked):
+def test_later_epochs_and_runs_read_only_the_cache(source, tokenizer, tmp_path, parsed, walked):
     expected = build(source, tokenizer, None)
     epochs = [list(expected.train_batches(epoch)) for epoch in (0, 1)]
     held_out = list(expected.eval_batches("val"))
@@ -118,7 +116,7 @@ def test_an_interrupted_first_epoch_is_completed_by_the_next(source, tokenizer, 
 
 
 @pytest.mark.parametrize("damage", ["cut", "flipped", "empty", "gone", "half written"])
-def test_damaged_files_are_noticed_and_rebuilt(source, tokenizer, tmp_path, parsed, damage):
+def test_damaged_files_are_detected_and_rebuilt(source, tokenizer, tmp_path, parsed, damage):
     cache = tmp_path / "cache"
     module = build(source, tokenizer, cache)
     expected = list(module.train_batches())
@@ -137,7 +135,7 @@ def test_damaged_files_are_noticed_and_rebuilt(source, tokenizer, tmp_path, pars
     assert victim.read_bytes() == data
 
 
-def test_what_the_content_depends_on_is_in_the_name(tokenizer, tmp_path, chatml_tokenizer):
+def test_the_folder_name_depends_on_all_settings_of_the_content(tokenizer, tmp_path, chatml_tokenizer):
     folder, cache = write_folder(tmp_path / "shards", [6]), tmp_path / "cache"
     chatml_tokenizer.save_pretrained(tmp_path / "chatml")
     changes = [{}, {"seed": 1}, {"val_fraction": 0.3}, {"task_weights": {"triage": 1.0}}, {"conflicts": "merge"}]
@@ -153,7 +151,7 @@ def test_what_the_content_depends_on_is_in_the_name(tokenizer, tmp_path, chatml_
     assert len(list(cache.glob("tokens-*"))) == len(changes) + 2
 
 
-def test_ids_are_narrow_and_a_plain_reader_reads_them(tokenizer, tmp_path):
+def test_ids_are_uint16_and_arrow_reads_them(tokenizer, tmp_path):
     import pyarrow as pa
 
     list(build(str(write_folder(tmp_path / "shards", [6])), tokenizer, tmp_path / "cache").train_batches())

@@ -112,9 +112,7 @@ def exact(tmp_path_factory, examples):
 @pytest.mark.gpu
 @pytest.mark.parametrize("mode", ["none", "selective", "full", "offload"])
 @pytest.mark.parametrize("layout", ["one by one", "packed", "after a shared prefix"])
-def test_fused_kernels_in_bf16_are_as_close_to_fp32_as_eager_ones(
-    layout, mode, examples, exact, tmp_path
-):
+def test_fused_kernels_in_bf16_are_as_close_to_fp32_as_eager_ones(layout, mode, examples, exact, tmp_path):
     module = built(tmp_path, kernels="fused", activation_checkpointing=mode)
     batches = one_by_one(examples) if layout == "one by one" else one_row(examples, layout != "packed")
     loss, grads = run(module, batches)
