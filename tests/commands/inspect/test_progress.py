@@ -1,10 +1,8 @@
 """The progress of reading: monotonic, and complete at the end."""
 
-import json
-
 import pytest
 
-from commands.inspect.progress import ReadingProgress, progress_bar
+from commands.inspect.progress import ReadingProgress
 from datamodules.findings import FindingsDataModule
 from datamodules.statistics.scan import scan_dataset
 from datamodules.stream.epoch_order import epoch_order

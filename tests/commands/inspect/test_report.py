@@ -5,7 +5,7 @@ import io
 import numpy as np
 from rich.console import Console
 
-from commands.inspect.report import Sample, print_report
+from commands.inspect.report import Sample
 from datamodules.tokenization.chat_format import Example
 
 
