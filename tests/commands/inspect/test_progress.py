@@ -1,11 +1,14 @@
 """The progress of reading: monotonic, and complete at the end."""
 
-import pytest
+from types import SimpleNamespace
 
-from commands.inspect.progress import ReadingProgress
+import pytest
+from rich.progress import Progress
+
+from commands.inspect.progress import ReadingProgress, progress_bar
 from datamodules.findings import FindingsDataModule
 from datamodules.statistics.scan import scan_dataset
-from datamodules.stream.epoch_order import epoch_order
+from datamodules.stream.epoch_order import Unit, epoch_order
 from datamodules.synthetic import synthesize
 
 
@@ -20,3 +23,21 @@ def test_progress_is_monotonic_and_ends_at_the_size_of_the_sources(tmp_path, tin
     assert seen == sorted(seen)
     assert seen[-1] == reading.total > 0
     assert len(seen) >= 3
+
+
+class Unsized:
+    """A source whose size is not known, such as a data set on the hub."""
+
+
+def test_the_total_is_unknown_if_one_size_is():
+    assert ReadingProgress([Unsized()], [Unit(0, 0)]).total is None
+
+
+@pytest.mark.parametrize(("limit", "expected"), [(None, 0.25), (10, 0.8), (8, 1.0), (4, 1.0)])
+def test_the_bar_is_at_the_larger_of_bytes_and_limit(monkeypatch, limit, expected):
+    updates = []
+    monkeypatch.setattr(Progress, "update", lambda bar, task, **values: updates.append(values))
+    reading = SimpleNamespace(total=100.0, done=lambda place: 25.0)
+    with progress_bar(reading, limit) as show:
+        show(SimpleNamespace(counts={"findings": 8}), None)
+    assert updates == [{"completed": expected, "text": "8 findings"}]
