@@ -25,7 +25,7 @@ IGNORED_WARNINGS = (
     r".*overridden `transfer_batch_to_device` in `LightningModule`.*",  # intended: prepares masks
     r".*isinstance\(treespec, LeafSpec\).*",  # Lightning 2.6 with torch 2.13
     r".*is_gradient_checkpointing.*",  # PEFT 0.21 with transformers 5.23
-    r".*does not have many workers.*",  # row building is far faster than a step
+    r".*does not have many workers.*",  # building rows is much faster than a training step
 )
 
 

@@ -20,7 +20,7 @@ HEAVY = ("torch", "lightning", "transformers", "peft", "numpy", "jsonargparse")
 
 
 def run_script(folder, name, *args):
-    """Runs the console script in a process of its own, as pip's wrapper does; returns what it printed."""
+    """Runs the console script in a process of its own, as pip's wrapper does; returns the finished process."""
     script = folder / name
     script.write_text(f"import sys\nsys.path.insert(0, {str(ROOT)!r})\nfrom commands import main\nsys.exit(main())\n")
     return subprocess.run([sys.executable, str(script), *args], cwd=folder, capture_output=True, text=True)
