@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from datamodules.records import SEVERITIES, Correlation
-from datamodules.tasks.base import clip, number
+from datamodules.tasks.base import round_number, truncate
 from datamodules.tasks.remediation import ALIASES
 
 if TYPE_CHECKING:
@@ -69,7 +69,7 @@ class Candidate:
         return Correlation(
             id=key, title=self.title, description=self.rationale, type=self.rule, strength=None,
             finding_ids=[finding.id for finding in members], severity=severity,
-            risk_score=number(max(finding.risk_score for finding in members)), tags=["correlation", self.rule],
+            risk_score=round_number(max(finding.risk_score for finding in members)), tags=["correlation", self.rule],
         )  # fmt: skip
 
 
@@ -113,8 +113,8 @@ def _shared_values(findings: Sequence[Finding]) -> list[Group]:
     return [
         (
             "shared_value",
-            f"{len(set(where))} findings with {name} {clip(value, VALUE)}",
-            f"These findings have the same {name}, {clip(value, VALUE)}.",
+            f"{len(set(where))} findings with {name} {truncate(value, VALUE)}",
+            f"These findings have the same {name}, {truncate(value, VALUE)}.",
             list(dict.fromkeys(where)),
         )
         for (name, value), where in positions.items()
@@ -129,8 +129,9 @@ def _shared_titles(findings: Sequence[Finding], risky: Sequence[int]) -> list[Gr
     return [
         (
             "shared_title",
-            f"{len(where)} findings of one kind: {clip(title, VALUE)}",
-            f"The scanner reports {clip(title, VALUE)} {len(where)} times above info in category {clip(category, 32)}.",
+            f"{len(where)} findings of one kind: {truncate(title, VALUE)}",
+            f"The scanner reports {truncate(title, VALUE)} {len(where)} times above info "
+            f"in category {truncate(category, 32)}.",
             where,
         )
         for (category, title), where in positions.items()

@@ -31,7 +31,7 @@ from commands.analyze.report_schema import (
 from commands.analyze.selection import one_of_each_kind, present_correlations, riskiest_window, unique_ids
 from datamodules.records import Correlation, Document, Finding
 from datamodules.tasks import CorrelationTask, RemediationTask, RiskTask, SummaryTask, TriageTask, schemas
-from datamodules.tasks.base import clip
+from datamodules.tasks.base import truncate
 from datamodules.tasks.remediation import PRIORITIES, remediate
 from datamodules.tasks.schemas import is_valid
 from datamodules.tasks.windows import Window, executive_summary, shown_ids, top_findings, triage_summary
@@ -327,7 +327,7 @@ def _chosen_findings(rows: Sequence[dict[str, Any]], window: Window) -> list[dic
     chosen = {row["id"]: row["reason"] for row in rows if row["id"] in known}
     return [
         {
-            "id": known[shown].id, "title": clip(known[shown].title, schemas.MAX_TITLE),
+            "id": known[shown].id, "title": truncate(known[shown].title, schemas.MAX_TITLE),
             "severity": known[shown].severity, "risk_score": known[shown].risk_score,
             "probability_actionable": known[shown].probability_actionable, "reason": reason,
         }

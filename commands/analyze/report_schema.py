@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 import orjson
 
 from datamodules.records import SEVERITIES, SUBSCORES, Finding
-from datamodules.tasks.answers import bounded_tags
-from datamodules.tasks.base import compact
+from datamodules.tasks.base import compact_json
+from datamodules.tasks.target_answers import truncate_tags
 
 if TYPE_CHECKING:
     from datamodules.records import Correlation
@@ -53,7 +53,7 @@ def score_finding(finding: Finding, answer: dict[str, Any] | None) -> ScoredFind
         "risk_score": risk,
         "risk_subscores": {name: subscores[name] for name in SUBSCORES},
         "probability_actionable": share if probability is None else probability,
-        "tags": bounded_tags(given.get("tags") or finding.tags or [finding.category]),
+        "tags": truncate_tags(given.get("tags") or finding.tags or [finding.category]),
     }
     source = BY_MODEL if answer is not None else BY_RULE
     return ScoredFinding(**values, scanner_severity=finding.severity, answered_by=source)
@@ -76,7 +76,7 @@ def _finding_record(finding: ScoredFinding, refs: list[str]) -> dict[str, Any]:
         "risk_score": whole_number(finding.risk_score),
         "base_severity_score": whole_number(finding.base_severity_score),
         "description": finding.description,
-        "metadata": orjson.loads(compact(finding.metadata)),
+        "metadata": orjson.loads(compact_json(finding.metadata)),
         "category": finding.category,
         "tags": finding.tags,
         "risk_subscores": finding.risk_subscores,

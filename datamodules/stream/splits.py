@@ -14,7 +14,7 @@ import orjson
 
 from datamodules.errors import UserError
 from datamodules.records import Document
-from datamodules.tasks.base import mended
+from datamodules.tasks.base import sanitize
 
 if TYPE_CHECKING:
     from datamodules.records import Correlation, Finding
@@ -33,8 +33,8 @@ def input_key(finding: Finding) -> int:
     record = [finding.category, finding.title, finding.description, finding.metadata]
     try:
         data = orjson.dumps(record, default=str, option=orjson.OPT_SORT_KEYS)
-    except (TypeError, ValueError):  # see prompts.compact
-        data = orjson.dumps(mended(record), default=str, option=orjson.OPT_SORT_KEYS)
+    except (TypeError, ValueError):  # see compact_json
+        data = orjson.dumps(sanitize(record), default=str, option=orjson.OPT_SORT_KEYS)
     return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "big")
 
 

@@ -20,7 +20,7 @@ import orjson
 from datamodules.errors import UserError
 from datamodules.records import SEVERITIES
 from datamodules.tasks import schemas
-from datamodules.tasks.base import Pair, clip, compact, number
+from datamodules.tasks.base import Pair, compact_json, round_number, truncate
 from datamodules.tasks.remediation import PRIORITIES, remediate, texts
 from datamodules.tasks.windows import (
     URGENT,
@@ -120,13 +120,13 @@ class AgentTask:
     def content(self, window: Window) -> str:
         """Fills the template behind its instruction with a window."""
         return "".join(
-            compact(VARIABLES[part[1:-1]](window)) if index % 2 else part for index, part in enumerate(self._parts)
+            compact_json(VARIABLES[part[1:-1]](window)) if index % 2 else part for index, part in enumerate(self._parts)
         )
 
     def pairs(self, document: Document) -> Iterator[Pair]:
         """Yields one pair per window."""
         for window in windows(document, self.window):
-            answer = compact({key: ANSWERS[key][0](window) for key in self.keys})
+            answer = compact_json({key: ANSWERS[key][0](window) for key in self.keys})
             yield Pair(self.name, self.content(window), answer, window.severity, "mixed", len(window.findings))
 
 
@@ -156,7 +156,7 @@ VARIABLES: dict[str, Callable[[Window], Any]] = {
 
 def _key_findings(window: Window) -> list[str]:
     return [
-        f"{row['id']}: {clip(row['title'], 80)} ({row['severity']}, risk {row['risk_score']})"
+        f"{row['id']}: {truncate(row['title'], 80)} ({row['severity']}, risk {row['risk_score']})"
         for row in top_findings(window)
     ]
 
@@ -164,7 +164,7 @@ def _key_findings(window: Window) -> list[str]:
 def _risk_assessment(window: Window) -> str:
     level = {"critical": "High", "high": "High", "medium": "Medium"}.get(window.severity, "Low")
     highest = max((finding.risk_score for finding in window.findings), default=0)
-    return f"{level}: {severity_counts(window) or 'no findings'}; highest risk score {number(highest)}."
+    return f"{level}: {severity_counts(window) or 'no findings'}; highest risk score {round_number(highest)}."
 
 
 def _security_posture(window: Window) -> str:

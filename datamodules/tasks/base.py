@@ -80,7 +80,7 @@ class Task(Protocol):
         ...
 
 
-def compact(value: Any) -> str:
+def compact_json(value: Any) -> str:
     """Writes JSON without spaces, non-ASCII text as it is, NaN and infinities as null.
 
     Args:
@@ -89,10 +89,10 @@ def compact(value: Any) -> str:
     try:
         return orjson.dumps(value, default=str).decode()
     except (TypeError, ValueError):  # too deep, keys that are no strings, lone surrogates, integers beyond 64 bits
-        return orjson.dumps(mended(value), default=str).decode()
+        return orjson.dumps(sanitize(value), default=str).decode()
 
 
-def mended(value: Any, depth: int = 0) -> Any:
+def sanitize(value: Any, depth: int = 0) -> Any:
     """Copies a value that JSON can't hold into the nearest one that it can."""
     if isinstance(value, str):
         return value.encode("utf-8", "replace").decode()
@@ -103,19 +103,19 @@ def mended(value: Any, depth: int = 0) -> Any:
     if depth >= MAX_DEPTH:
         return "…"
     if isinstance(value, dict):
-        return {mended(str(key)): mended(item, depth + 1) for key, item in value.items()}
+        return {sanitize(str(key)): sanitize(item, depth + 1) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [mended(item, depth + 1) for item in value]
-    return mended(str(value))
+        return [sanitize(item, depth + 1) for item in value]
+    return sanitize(str(value))
 
 
-def number(value: float) -> int | float:
+def round_number(value: float) -> int | float:
     """Rounds to two decimals; an integral number becomes an integer (70.0 -> 70, two tokens less)."""
     rounded = round(value, 2)
     return int(rounded) if rounded == int(rounded) else rounded
 
 
-def clip(text: str, length: int) -> str:
+def truncate(text: str, length: int) -> str:
     """Cuts text to a length, at a word's end where there is one near, and marks the cut with an ellipsis."""
     if len(text) <= length:
         return text
@@ -135,20 +135,20 @@ def finding_content(finding: Finding, **head: str) -> str:
         **head: keys to put first.
     """
     record = {"title": finding.title, "description": finding.description, "category": finding.category}
-    content = compact({**head, **record, "metadata": finding.metadata})
+    content = compact_json({**head, **record, "metadata": finding.metadata})
     if len(content) <= MAX_CONTENT:
         return content
-    short = {key: clip(text, 512) for key, text in record.items()}
-    return compact({**head, **short, "metadata": cut_values(finding.metadata, 16, 256)})
+    short = {key: truncate(text, 512) for key, text in record.items()}
+    return compact_json({**head, **short, "metadata": cut_values(finding.metadata, 16, 256)})
 
 
 def cut_values(metadata: dict[str, Any], most: int, length: int) -> dict[str, Any]:
     """Keeps the first fields, and of each value the first characters."""
-    return {clip(key, 64): _cut(value, length) for key, value in list(metadata.items())[:most]}
+    return {truncate(key, 64): _cut(value, length) for key, value in list(metadata.items())[:most]}
 
 
 def _cut(value: Any, length: int) -> Any:
     if isinstance(value, bool | int | float) or value is None:
         return value
-    text = value if isinstance(value, str) else compact(value)
-    return value if len(text) <= length else clip(text, length)
+    text = value if isinstance(value, str) else compact_json(value)
+    return value if len(text) <= length else truncate(text, length)

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING
 
 from datamodules.records import SEVERITIES
 from datamodules.tasks import schemas
-from datamodules.tasks.answers import correlation_answer
-from datamodules.tasks.base import SYSTEM, Pair, clip, compact, cut_values, number
+from datamodules.tasks.base import SYSTEM, Pair, compact_json, cut_values, round_number, truncate
+from datamodules.tasks.target_answers import correlation_answer
 from datamodules.tasks.windows import shown_ids
 
 if TYPE_CHECKING:
@@ -74,7 +74,7 @@ class CorrelationTask:
         lines = [ties.line(position, name) for position, name in zip(positions, shown, strict=True)]
         ids = [name for position, name in zip(positions, shown, strict=True) if position in kept]
         severity = correlation.severity or max((finding.severity for finding in findings), key=SEVERITIES.index)
-        answer = compact(correlation_answer(correlation, ids))
+        answer = compact_json(correlation_answer(correlation, ids))
         return Pair(self.name, _content(lines), answer, severity, "correlation", len(findings))
 
 
@@ -133,13 +133,13 @@ def _content(lines: Sequence[str]) -> str:
 
 def _line(finding: Finding, shown: str) -> str:
     """A scored finding; its metadata hold what ties findings: a process id, a path, a command."""
-    score = {"severity": finding.severity, "risk_score": number(finding.risk_score)}
+    score = {"severity": finding.severity, "risk_score": round_number(finding.risk_score)}
     record = {"title": finding.title, "description": finding.description, "category": finding.category}
-    line = compact({"id": shown, **record, "metadata": finding.metadata, **score})
+    line = compact_json({"id": shown, **record, "metadata": finding.metadata, **score})
     if len(line) <= MAX_LINE:
         return line
-    short = {key: clip(text, 160) for key, text in record.items()}
-    return compact({"id": shown, **short, "metadata": cut_values(finding.metadata, 12, 64), **score})
+    short = {key: truncate(text, 160) for key, text in record.items()}
+    return compact_json({"id": shown, **short, "metadata": cut_values(finding.metadata, 12, 64), **score})
 
 
 def spread(items: Sequence[int], most: int, seed: int) -> list[int]:

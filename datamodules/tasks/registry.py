@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 from datamodules.errors import UserError
 from datamodules.tasks import schemas
 from datamodules.tasks.agent_templates import AgentTask, load_templates
-from datamodules.tasks.answers import risk_answer
-from datamodules.tasks.base import SYSTEM, Pair, Task, compact, finding_content
+from datamodules.tasks.base import SYSTEM, Pair, Task, compact_json, finding_content
 from datamodules.tasks.correlation import CorrelationTask
 from datamodules.tasks.remediation import remediate
+from datamodules.tasks.target_answers import risk_answer
 from datamodules.tasks.windows import Window, executive_summary, finding_line, top_findings, triage_summary, windows
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ class RiskTask:
     def pairs(self, document: Document) -> Iterator[Pair]:
         """Yields one pair per finding."""
         for finding in document.findings:
-            answer = compact(risk_answer(finding))
+            answer = compact_json(risk_answer(finding))
             yield Pair(self.name, self.content(finding), answer, finding.severity, finding.category, 1)
 
 
@@ -83,7 +83,7 @@ class RemediationTask:
     def pairs(self, document: Document) -> Iterator[Pair]:
         """Yields one pair per finding."""
         for finding in document.findings:
-            answer = compact(remediate(finding))
+            answer = compact_json(remediate(finding))
             yield Pair(self.name, self.content(finding), answer, finding.severity, finding.category, 1)
 
 
@@ -101,7 +101,7 @@ class _WindowTask:
     def content(self, window: Window) -> str:
         """Writes a window: its findings, one object each, and the correlations among them."""
         lines = [finding_line(finding, shown) for finding, shown in zip(window.findings, window.ids, strict=True)]
-        return compact({"findings": lines, "correlations": [link.line() for link in window.links]})
+        return compact_json({"findings": lines, "correlations": [link.line() for link in window.links]})
 
     def answer(self, window: Window) -> dict[str, Any]:
         """Builds the answer for a window of a document."""
@@ -110,7 +110,7 @@ class _WindowTask:
     def pairs(self, document: Document) -> Iterator[Pair]:
         """Yields one pair per window."""
         for window in windows(document, self.window):
-            answer = compact(self.answer(window))
+            answer = compact_json(self.answer(window))
             yield Pair(self.name, self.content(window), answer, window.severity, "mixed", len(window.findings))
 
 

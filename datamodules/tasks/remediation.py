@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import orjson
 
-from datamodules.tasks.base import clip, compact
+from datamodules.tasks.base import compact_json, truncate
 
 if TYPE_CHECKING:
     from datamodules.records import Finding
@@ -110,7 +110,7 @@ def find_entry(finding: Finding) -> Entry:
     """Returns the entry that applies; an unknown category has the one of "any"."""
     table = knowledge()
     entries = table.get(finding.category) or table.get(ALIASES.get(finding.category, "any")) or table["any"]
-    text = f"{finding.title}\n{finding.description}\n{compact(finding.metadata)}"[:MAX_HAYSTACK].lower()
+    text = f"{finding.title}\n{finding.description}\n{compact_json(finding.metadata)}"[:MAX_HAYSTACK].lower()
     return next(entry for entry in entries if entry.applies(text))
 
 
@@ -156,7 +156,7 @@ def _enriched(finding: Finding) -> dict[str, Any] | None:
 
 
 def _step(step: str, priority: str) -> dict[str, str]:
-    title = clip(step, 80)
+    title = truncate(step, 80)
     return {"title": title, **({"description": step} if title != step else {}), "priority": priority}
 
 
@@ -164,7 +164,7 @@ def texts(value: Any, most: int) -> list[str]:
     """Returns the non-empty strings of a list (or the one string), unnumbered, bounded in number and length."""
     items = [value] if isinstance(value, str) else value if isinstance(value, list) else []
     cleaned = [_NUMBERING.sub("", item).strip() for item in items if isinstance(item, str)]
-    return [clip(item, MAX_STEP_LENGTH) for item in cleaned if item][:most]
+    return [truncate(item, MAX_STEP_LENGTH) for item in cleaned if item][:most]
 
 
 def _fill(text: str, finding: Finding) -> str:

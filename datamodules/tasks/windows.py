@@ -15,7 +15,7 @@ from operator import not_
 from typing import TYPE_CHECKING, Any
 
 from datamodules.records import SEVERITIES
-from datamodules.tasks.base import clip, number
+from datamodules.tasks.base import round_number, truncate
 from datamodules.tasks.schemas import MAX_ID, MAX_SUMMARY, MAX_TITLE, MAX_TOP
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ class Link:
         if self.severity:
             line["severity"] = self.severity
         if self.risk_score is not None:
-            line["risk_score"] = number(self.risk_score)
+            line["risk_score"] = round_number(self.risk_score)
         return line
 
 
@@ -100,7 +100,7 @@ class Window:
     def own_summary(self, key: str) -> str:
         """The document's own text, where it speaks of exactly this window; else ""."""
         text = self.summaries.get(key)
-        return clip(text.strip(), MAX_SUMMARY) if isinstance(text, str) else ""
+        return truncate(text.strip(), MAX_SUMMARY) if isinstance(text, str) else ""
 
 
 def windows(document: Document, size: int) -> Iterator[Window]:
@@ -158,7 +158,7 @@ def links_among(findings: Sequence[Finding], correlations: Iterable[Correlation]
     ranked = sorted(correlations, key=lambda correlation: (-(correlation.risk_score or 0), correlation.id))
     links: dict[str, Link] = {}
     for correlation in ranked:
-        title = clip(correlation.title, 80)
+        title = truncate(correlation.title, 80)
         members = sorted({by_id[key] for key in correlation.finding_ids if key in by_id})
         if len(members) > 1 and title not in links:
             ids = tuple(shown for _, shown in members[:MAX_LINK_IDS])
@@ -196,13 +196,13 @@ def finding_line(finding: Finding, shown_id: str) -> dict[str, Any]:
     """A scored finding in a prompt: one line."""
     line: dict[str, Any] = {
         "id": shown_id,
-        "title": clip(finding.title, MAX_TITLE),
-        "category": clip(finding.category, MAX_ID),
+        "title": truncate(finding.title, MAX_TITLE),
+        "category": truncate(finding.category, MAX_ID),
         "severity": finding.severity,
-        "risk_score": number(finding.risk_score),
+        "risk_score": round_number(finding.risk_score),
     }
     if finding.probability_actionable is not None:
-        line["probability_actionable"] = number(finding.probability_actionable)
+        line["probability_actionable"] = round_number(finding.probability_actionable)
     if finding.baseline_status == "new":
         line["baseline_status"] = "new"
     return line
@@ -224,7 +224,9 @@ def executive_summary(window: Window) -> str:
     risks: dict[str, str] = {}
     for finding, _ in window.ranked():
         times = f"{titles[finding.title]} findings, highest " if titles[finding.title] > 1 else ""
-        risks.setdefault(finding.title, f"{clip(finding.title, 80)} ({times}risk {number(finding.risk_score)})")
+        risks.setdefault(
+            finding.title, f"{truncate(finding.title, 80)} ({times}risk {round_number(finding.risk_score)})"
+        )
     sentences = [
         f"{_findings(len(window.findings))}: {severity_counts(window)}.",
         f"Top risks: {'; '.join(list(risks.values())[:3])}.",
@@ -232,9 +234,9 @@ def executive_summary(window: Window) -> str:
     if window.links:
         linked = "; ".join(f"{link.title} ({len(link.finding_ids)} findings)" for link in window.links[:2])
         sentences.append(f"Correlated: {linked}.")
-    top = clip(window.ranked()[0][0].title, 80)
+    top = truncate(window.ranked()[0][0].title, 80)
     sentences.append(_ADVICE[window.severity].replace("{top}", top))
-    return clip(" ".join(sentences), MAX_SUMMARY)
+    return truncate(" ".join(sentences), MAX_SUMMARY)
 
 
 def triage_summary(window: Window) -> str:
@@ -251,7 +253,7 @@ def triage_summary(window: Window) -> str:
     )
     if window.findings and window.severity != "info":
         finding, shown = window.ranked()[0]
-        text += f" Start with {shown}: {clip(finding.title, 80)} (risk {number(finding.risk_score)})."
+        text += f" Start with {shown}: {truncate(finding.title, 80)} (risk {round_number(finding.risk_score)})."
     return text
 
 
@@ -270,7 +272,7 @@ def top_findings(window: Window) -> list[dict[str, Any]]:
 
 
 def _reason(finding: Finding, shown: str, window: Window) -> str:
-    parts = [f"{finding.severity} severity at risk {number(finding.risk_score)}"]
+    parts = [f"{finding.severity} severity at risk {round_number(finding.risk_score)}"]
     if finding.probability_actionable is not None:
         parts.append(f"{finding.probability_actionable:.0%} likely actionable")
     if finding.baseline_status == "new":

@@ -13,7 +13,7 @@ from collections.abc import Hashable, Iterable, Sequence
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
-from datamodules.tasks.base import compact, number
+from datamodules.tasks.base import compact_json, round_number
 from lightning_modules.evaluation.answer_parsing import as_number, parse
 
 if TYPE_CHECKING:
@@ -102,7 +102,7 @@ def typical(answers: Iterable[dict[str, Any]]) -> str:
         value = _typical([answer[key] for answer in group if key in answer])
         if value is not None:
             result[key] = value
-    return compact(result)
+    return compact_json(result)
 
 
 def _typical(values: list[Any]) -> Any:
@@ -111,9 +111,9 @@ def _typical(values: list[Any]) -> Any:
         return {key: _typical([value[key] for value in values if key in value]) for key in keys}
     figures = [figure for value in values if (figure := as_number(value)) is not None]
     if len(figures) == len(values):
-        return number(median(figures))
-    frequent = Counter(map(compact, values)).most_common(1)[0][0]
-    return next(value for value in values if compact(value) == frequent)
+        return round_number(median(figures))
+    frequent = Counter(map(compact_json, values)).most_common(1)[0][0]
+    return next(value for value in values if compact_json(value) == frequent)
 
 
 def _title(content: str) -> Hashable:

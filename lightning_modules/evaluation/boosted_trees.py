@@ -21,8 +21,7 @@ from numpy.typing import NDArray
 
 from datamodules.errors import UserError
 from datamodules.records import SEVERITIES
-from datamodules.tasks.base import compact
-from datamodules.tasks.base import number as rounded
+from datamodules.tasks.base import compact_json, round_number
 from lightning_modules.evaluation.answer_parsing import as_number, parse
 from lightning_modules.evaluation.baselines import TitleLookup
 
@@ -85,13 +84,13 @@ class BoostedTrees:
         answer: dict[str, Any] = {"tags": (parse(self._tags(content)) or {}).get("tags", [])}
         answer["severity"] = str(self._severity(row_1F)[0])
         for name, tree in self._trees.items():
-            value = rounded(min(max(float(tree(row_1F)[0]), 0.0), RANGES.get(name, 1.0)))
+            value = round_number(min(max(float(tree(row_1F)[0]), 0.0), RANGES.get(name, 1.0)))
             outer, _, inner = name.partition(".")
             if inner:
                 answer.setdefault(outer, {})[inner] = value
             else:
                 answer[outer] = value
-        return compact(answer)
+        return compact_json(answer)
 
     def _matrix(self, rows: Sequence[dict[str, float]]) -> NDArray[np.float64]:
         # a number that is not there is NaN, which trees know; a text that is not there is 0

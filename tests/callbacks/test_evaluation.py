@@ -26,7 +26,7 @@ from callbacks.reporting.tables import comparison, markdown
 from callbacks.task_progress import TaskProgress
 from datamodules.errors import UserError
 from datamodules.tasks import RiskTask, SummaryTask
-from datamodules.tasks.base import Pair, compact
+from datamodules.tasks.base import Pair, compact_json
 from datamodules.tokenization.chat_format import ChatFormat
 from lightning_modules.evaluation.evaluate import PredictionResult, answer_pairs, differences, score, token_limit
 
@@ -56,8 +56,8 @@ SEVERITY_ONLY = {
 
 def make_pair(index):
     severity = ("info", "low", "high")[index % 3]
-    content = compact({"title": "t" + "abc"[index % 3], "category": "network", "n": index})
-    answer = compact({"severity": severity, "risk_score": 10 * (index % 3)})
+    content = compact_json({"title": "t" + "abc"[index % 3], "category": "network", "n": index})
+    answer = compact_json({"severity": severity, "risk_score": 10 * (index % 3)})
     return Pair("risk", content, answer, severity, "network", 1)
 
 
@@ -308,7 +308,7 @@ def test_two_processes_measure_what_one_does(tmp_path, tiny_llama, chatml_tokeni
 
 def test_pictures_are_drawn_of_what_there_is():
     pairs = [replace(make_pair(i), category=f"c{i % 2}") for i in range(6)]
-    answers = [compact(json.loads(p.completion) | {"probability_actionable": 0.3}) for p in pairs]
+    answers = [compact_json(json.loads(p.completion) | {"probability_actionable": 0.3}) for p in pairs]
     pairs = [replace(p, completion=a) for p, a in zip(pairs, answers, strict=True)]
     drawn = pictures(score(RiskTask(), pairs, [PredictionResult(answer) for answer in answers]))
     assert list(drawn) == ["confusion", "calibration", "error_by_category"]

@@ -10,7 +10,7 @@ from callbacks.reporting.html_report import write_report
 from callbacks.reporting.training_curves import read_scalars
 from commands import report as command
 from datamodules.errors import UserError
-from datamodules.tasks.base import Pair, compact
+from datamodules.tasks.base import Pair, compact_json
 from lightning_modules.evaluation.evaluate import PredictionResult
 from lightning_modules.evaluation.results import TaskResults, read_results, scores_of, write_results
 from tests.callbacks.test_evaluation import make_pair, short_task
@@ -104,7 +104,7 @@ def test_scalars_are_those_that_were_logged(run):
 
 def test_scores_survive_being_written(tmp_path):
     pairs = [make_pair(i) for i in range(3)]
-    exam = exam_of(pairs, compact({"severity": "low"}))
+    exam = exam_of(pairs, compact_json({"severity": "low"}))
     write_results(tmp_path / "e.json", [exam], step=1)
     record = read_results(tmp_path / "e.json")["risk"]
     again = scores_of(record["columns"]["untuned"])

@@ -7,9 +7,9 @@ import pytest
 from commands.analyze.pipeline import Analysis, AnalysisLimits
 from datamodules.records import Correlation, Document, Finding
 from datamodules.tasks import TASKS
-from datamodules.tasks.answers import risk_answer
-from datamodules.tasks.base import compact
+from datamodules.tasks.base import compact_json
 from datamodules.tasks.remediation import remediate
+from datamodules.tasks.target_answers import risk_answer
 from lightning_modules.generation.response_cache import Response
 
 
@@ -39,7 +39,7 @@ class Script:
 
     def respond(self, answer, content):
         answer = answer(json.loads(content)) if callable(answer) else answer
-        return Response(answer if isinstance(answer, str) else compact(answer), True)
+        return Response(answer if isinstance(answer, str) else compact_json(answer), True)
 
 
 def run(script, findings=FINDINGS, correlations=(), **limits):

@@ -18,7 +18,7 @@ from datamodules.records import SEVERITIES, Correlation, Document, Finding
 from datamodules.sources import open_source, parse
 from datamodules.stream.splits import split_document
 from datamodules.tasks import TASKS, CorrelationTask, build_tasks
-from datamodules.tasks.base import MAX_CONTENT, SYSTEM, clip, compact, number
+from datamodules.tasks.base import MAX_CONTENT, SYSTEM, compact_json, round_number, truncate
 from datamodules.tasks.windows import MAX_LINKS, Window, executive_summary, shown_ids, windows
 
 REPOSITORY = Path(__file__).parents[3]
@@ -112,7 +112,7 @@ def test_real_answers_validate(name):
         for pair in pairs:
             answer = json.loads(pair.completion)
             validator.validate(answer)
-            assert compact(answer) == pair.completion
+            assert compact_json(answer) == pair.completion
             assert pair.severity in SEVERITIES
             assert pair.findings > 0
             if task.name in parts:
@@ -293,14 +293,20 @@ def nested(depth: int) -> list:
     "value", [nested(900), 10**30, -(10**30), 10**400, "\ud800", {1: 2}, b"\xff", (1, 2), float("nan"), {"a": {1, 2}}]
 )
 def test_compact_writes_anything(value):
-    json.loads(compact({"value": value}))
+    json.loads(compact_json({"value": value}))
 
 
 def test_numbers_and_clips():
-    assert [compact(number(x)) for x in (70.0, 33.336, 0.004, 99.999, -0.0)] == ["70", "33.34", "0", "100", "0"]
-    assert clip("short", 5) == "short"
-    assert clip("one two three four", 16) == "one two three…"
-    assert clip("x" * 50, 10) == "x" * 9 + "…"
+    assert [compact_json(round_number(x)) for x in (70.0, 33.336, 0.004, 99.999, -0.0)] == [
+        "70",
+        "33.34",
+        "0",
+        "100",
+        "0",
+    ]
+    assert truncate("short", 5) == "short"
+    assert truncate("one two three four", 16) == "one two three…"
+    assert truncate("x" * 50, 10) == "x" * 9 + "…"
 
 
 # --- correlation -----------------------------------------------------------------------------------------------------
@@ -435,7 +441,7 @@ def test_numbers_of_the_texts_are_in_the_window(rows):
     document = Document("s", "m", 0, findings)
     counts = {sum(severity == name for severity, _ in rows) for name in SEVERITIES}
     sums = {len(rows), sum(s in ("critical", "high") for s, _ in rows), sum(s in ("low", "info") for s, _ in rows)}
-    allowed = {str(n) for n in counts | sums} | {str(number(score / 100)) for _, score in rows}
+    allowed = {str(n) for n in counts | sums} | {str(round_number(score / 100)) for _, score in rows}
     for name, task in build_tasks(["summary", "triage"]).items():
         (pair,) = task.pairs(document)
         text = json.loads(pair.completion)["executive_summary" if name == "summary" else "triage_summary"]

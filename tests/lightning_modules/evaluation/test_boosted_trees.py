@@ -8,7 +8,7 @@ import pytest
 
 from datamodules.errors import UserError
 from datamodules.tasks import RiskTask
-from datamodules.tasks.base import Pair, compact
+from datamodules.tasks.base import Pair, compact_json
 from lightning_modules.evaluation.baselines import TitleLookup, input_determined_categories
 from lightning_modules.evaluation.boosted_trees import BoostedTrees, features_of
 from lightning_modules.evaluation.evaluate import PredictionResult, score
@@ -27,7 +27,7 @@ def make_pairs(count, seed):
             "risk_score": (60 if severity == "high" else 20) + 9 * (word == "loud"),
         }
         answer |= {"risk_subscores": {"impact": 0.5, "anomaly": round(port / 60000, 2)}}
-        yield Pair("risk", compact(content), compact(answer), severity, "network", 1)
+        yield Pair("risk", compact_json(content), compact_json(answer), severity, "network", 1)
 
 
 def test_tree_learns_what_a_look_up_can_not():

@@ -9,7 +9,7 @@ from jsonschema import Draft202012Validator
 from transformers import AutoModelForCausalLM
 
 from datamodules.tasks import TASKS, RiskTask, build_tasks
-from datamodules.tasks.base import Pair, compact
+from datamodules.tasks.base import Pair, compact_json
 from datamodules.tasks.schemas import RISK, SEVERITY, SUBSCORES, array, closed, correlation, number, text
 from datamodules.tokenization.chat_format import ChatFormat
 from lightning_modules.evaluation.answer_parsing import parse
@@ -48,7 +48,7 @@ def test_every_answer_of_random_models_validates(request, family):
     tokenizer = request.getfixturevalue("chatml_tokenizer" if family == "tiny_llama" else "mistral_tokenizer")
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     chat, task, answers = ChatFormat(tokenizer), RiskTask(), []
-    contents = [compact({"title": "x" * i, "hostile": '"}</s>[/INST]<|im_end|>'}) for i in range(4)]
+    contents = [compact_json({"title": "x" * i, "hostile": '"}</s>[/INST]<|im_end|>'}) for i in range(4)]
     for seed in range(6):
         torch.manual_seed(seed)
         torch.nn.init.normal_(model.lm_head.weight, std=0.3)
@@ -69,7 +69,7 @@ def test_free_answers_within_the_grammar_are_the_constrained_ones(tiny_llama, ch
         RiskTask(),
     )
     grammar = JsonGrammar(chatml_tokenizer, chat.eos_id, SMALL)
-    contents = [compact({"title": "x" * i}) for i in range(4)]
+    contents = [compact_json({"title": "x" * i}) for i in range(4)]
     expected = generate(model, chat, task, contents, max_new_tokens=300, constraint=grammar)
     cut = [replace(a, token_ids=[*a.token_ids[: 3 * i], 200, 201], text="") for i, a in enumerate(expected)]
     cut[1] = replace(expected[1], token_ids=expected[1].token_ids[:9])  # ended too early
@@ -99,7 +99,7 @@ def test_answers_held_to_their_schema_have_room_to_end(tiny_llama, chatml_tokeni
     task = RiskTask()
     task.answer_schema = SMALL
     grammar = JsonGrammar(chatml_tokenizer, chat.eos_id, SMALL)
-    pairs = [Pair("risk", compact({"title": "x" * i}), '{"severity":"low"}', "low", "", 1) for i in range(3)]
+    pairs = [Pair("risk", compact_json({"title": "x" * i}), '{"severity":"low"}', "low", "", 1) for i in range(3)]
     whole = generate(model, chat, task, [pair.content for pair in pairs], max_new_tokens=300, constraint=grammar)
     limit = max(len(answer.token_ids) for answer in whole) // 2
     assert all(limit < len(answer.token_ids) for answer in whole)
@@ -116,7 +116,7 @@ def test_expected_answers_are_within_the_grammar(request, tokenizer):
     answer = {"tags": ["é", 'a"b', "</s>"], "severity": "low", "risk_score": 30.25}
     answer |= {"risk_subscores": {"impact": 0.1, "confidence": 1}, "probability_actionable": 0.07}
     for completion, taken in ((answer, True), ({**answer, "risk_score": 101}, False), ({"severity": "low"}, False)):
-        pair = Pair("risk", "{}", compact(completion), "low", "", 1)
+        pair = Pair("risk", "{}", compact_json(completion), "low", "", 1)
         (example,) = chat.encode(task, [pair])
         ids = example.completion_ids.tolist()
         assert follow(grammar, ids[:-1]) == (taken, taken)

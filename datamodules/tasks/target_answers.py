@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from datamodules.records import SUBSCORES
-from datamodules.tasks.base import clip, number
+from datamodules.tasks.base import round_number, truncate
 from datamodules.tasks.schemas import MAX_RATIONALE, MAX_TAG, MAX_TAGS, MAX_TITLE
 
 if TYPE_CHECKING:
@@ -20,8 +20,8 @@ def risk_answer(finding: Finding) -> dict[str, Any]:
     Tags stand first: they name what was seen, and a model that has written them rates it better (with severity first,
     64 steps of the embedded default gave every finding the same one, its tags nearly right).
     """
-    answer: dict[str, Any] = {"tags": bounded_tags(finding.tags)}
-    answer |= {"severity": finding.severity, "risk_score": number(finding.risk_score)}
+    answer: dict[str, Any] = {"tags": truncate_tags(finding.tags)}
+    answer |= {"severity": finding.severity, "risk_score": round_number(finding.risk_score)}
     subscores = finding.risk_subscores
     if subscores:
         answer["risk_subscores"] = {name: round(subscores[name], 2) for name in SUBSCORES if name in subscores}
@@ -37,17 +37,17 @@ def correlation_answer(correlation: Correlation, member_ids: Sequence[str]) -> d
         correlation: what ties the findings together.
         member_ids: ids of the findings that the prompt shows, as it shows them.
     """
-    answer: dict[str, Any] = {"title": clip(correlation.title, MAX_TITLE), "related_finding_ids": list(member_ids)}
+    answer: dict[str, Any] = {"title": truncate(correlation.title, MAX_TITLE), "related_finding_ids": list(member_ids)}
     if correlation.severity:
         answer["severity"] = correlation.severity
     if correlation.risk_score is not None:
-        answer["risk_score"] = number(correlation.risk_score)
+        answer["risk_score"] = round_number(correlation.risk_score)
     if correlation.risk_score_delta is not None:
         answer["risk_score_delta"] = round(correlation.risk_score_delta)
     if rationale := correlation.insight or correlation.description:
-        answer["rationale"] = clip(without_repeats(rationale), MAX_RATIONALE)
+        answer["rationale"] = truncate(without_repeats(rationale), MAX_RATIONALE)
     if correlation.tags:
-        answer["tags"] = bounded_tags(correlation.tags)
+        answer["tags"] = truncate_tags(correlation.tags)
     return answer
 
 
@@ -56,6 +56,6 @@ def without_repeats(text: str) -> str:
     return ", ".join(dict.fromkeys(text.split(", ")))
 
 
-def bounded_tags(tags: Sequence[str]) -> list[str]:
+def truncate_tags(tags: Sequence[str]) -> list[str]:
     """The first tags, each of bounded length."""
     return [tag[:MAX_TAG] for tag in tags[:MAX_TAGS]]
