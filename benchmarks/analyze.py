@@ -30,8 +30,8 @@ sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
 
-from commands.analyze.command import pick_device  # noqa: E402
 from commands.analyze.pipeline import Analysis  # noqa: E402
+from commands.device import pick_device  # noqa: E402
 from datamodules.findings import FindingsDataModule  # noqa: E402
 from datamodules.records import Document  # noqa: E402
 from datamodules.sources.decompression import loads  # noqa: E402

@@ -1,4 +1,4 @@
-"""The LightningCLI of this project: which classes a config may name, and how errors reach the user."""
+"""LightningCLI of the commands fit, validate and test: builds the classes of a config, with errors on one line."""
 
 from __future__ import annotations
 
@@ -15,16 +15,17 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from commands.config_merge import DEFAULT_CONFIG, compose
 from commands.run_directory import newest_checkpoint, resolve_checkpoint, run_of
-from datamodules.errors import UserError
+from datamodules.errors import UserError, one_line
 from lightning_modules.models.backend import check_sharding
 
 TRAINER_COMMANDS = ("fit", "validate", "test")
-#: warnings that say nothing to a user of this program
-NOISE = (
-    r".*overridden `transfer_batch_to_device` in `LightningModule`.*",  # meant: the model plans its attention there
+MESSAGE_LIMIT = 600  #: largest number of characters of an error message of jsonargparse or Lightning
+#: regular expressions of warnings that are irrelevant to users of this program
+IGNORED_WARNINGS = (
+    r".*overridden `transfer_batch_to_device` in `LightningModule`.*",  # intended: prepares masks
     r".*isinstance\(treespec, LeafSpec\).*",  # Lightning 2.6 with torch 2.13
     r".*is_gradient_checkpointing.*",  # PEFT 0.21 with transformers 5.23
-    r".*does not have many workers.*",  # row building is far faster than a step
+    r".*does not have many workers.*",  # building rows is much faster than a training step
 )
 
 
@@ -33,8 +34,8 @@ class FinetuneCLI(LightningCLI):
 
     Args:
         args: the command line without the program's name; its ``--config`` files are merged by
-            :func:`commands.config_merge.compose`, and ``configs/default.yaml`` stands in where there is none.
-        run: True runs the subcommand that ``args`` begins with; False only builds model, data and trainer.
+            :func:`commands.config_merge.compose`, and ``configs/default.yaml`` is used if there is none.
+        run: True runs the subcommand that is the first of ``args``; False only builds model, data and trainer.
     """
 
     def __init__(self, args: list[str], run: bool = True) -> None:
@@ -55,26 +56,31 @@ class FinetuneCLI(LightningCLI):
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
-        """The Trainer methods that are subcommands, with the arguments that the CLI fills in itself."""
+        """Returns the Trainer methods that are subcommands, with the arguments that the CLI fills in itself."""
         every = LightningCLI.subcommands()
         return {command: every[command] for command in TRAINER_COMMANDS}
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """The data is tokenised with the tokenizer of the model that is trained, so it is named once."""
+        """Links the data's tokenizer to the model: the data is tokenised with the tokenizer of the trained model."""
         parser.link_arguments("model.init_args.backbone.model_name_or_path", "data.init_args.tokenizer")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        """Parses; a broken key or class becomes a :class:`UserError` of one line."""
+        """Parses the config; raises :class:`UserError` for an unknown key or class."""
         try:
             self.config = parser.parse_args(args)
         except (ArgumentError, TypeError, ValueError) as error:
-            raise UserError(one_line(error)) from error
+            raise UserError(one_line(error, MESSAGE_LIMIT)) from error
 
     def _parse_ckpt_path(self) -> None:
-        """Keeps the config as written: Lightning would merge the checkpoint's hyperparameters over it."""
+        """Does nothing, so that the config is used as written.
+
+        Lightning's private method reads the hyperparameters that a checkpoint stores and merges them over the config: a
+        resumed run would ignore changed options. Lightning 2.6 has no public option to turn this off; this method is
+        the only override of a private one.
+        """
 
     def before_instantiate_classes(self) -> None:
-        """Finds the checkpoint that ``--ckpt_path last|best`` means, and goes on in its run folder."""
+        """Resolves ``--ckpt_path last|best`` to a file, and continues in its run folder."""
         if self.config.get("subcommand") is None:
             return
         config = self.config[self.config.subcommand]
@@ -82,23 +88,23 @@ class FinetuneCLI(LightningCLI):
         checkpoint = resolve_checkpoint(config.get("ckpt_path"), root)
         if checkpoint is None and self.config.subcommand != "fit":
             checkpoint = newest_checkpoint(root, "best")
-            found = (
+            evaluated = (
                 f"the newest run's checkpoint {checkpoint}" if checkpoint else f"the untuned model: no run below {root}"
             )
-            print(f"{self.config.subcommand}: {found}", flush=True)
+            print(f"{self.config.subcommand}: {evaluated}", flush=True)
         config["ckpt_path"] = str(checkpoint) if checkpoint else None
         config["weights_only"] = True
         if config.trainer.get("logger") is False:
-            _leave_out_monitors(config.trainer)
+            _remove_learning_rate_monitor(config.trainer)
         if checkpoint is not None and run_of(checkpoint).parent == root.resolve():
             config.trainer.logger.init_args.version = run_of(checkpoint).name
 
     def instantiate_classes(self) -> None:
-        """Builds the classes; what their constructors refuse becomes a :class:`UserError` of one line."""
+        """Builds the classes; raises :class:`UserError` if a constructor rejects its arguments."""
         try:
             super().instantiate_classes()
         except (ValueError, TypeError, ImportError, MisconfigurationException) as error:
-            raise UserError(one_line(error)) from error
+            raise UserError(one_line(error, MESSAGE_LIMIT)) from error
         backbone = getattr(self.model, "backbone", None)
         check_sharding(getattr(self.trainer, "strategy", None), getattr(backbone, "quantization", "none"))
 
@@ -111,8 +117,8 @@ class FinetuneCLI(LightningCLI):
         return Path(config.trainer.get("default_root_dir") or Path.cwd())
 
 
-def _leave_out_monitors(trainer: Namespace) -> None:
-    """Without a logger Lightning's LearningRateMonitor would end the fit at its first step."""
+def _remove_learning_rate_monitor(trainer: Namespace) -> None:
+    """Removes Lightning's LearningRateMonitor: without a logger it raises an error at the start of a fit."""
     callbacks = trainer.get("callbacks") or []
     kept = [callback for callback in callbacks if not callback.class_path.endswith(".LearningRateMonitor")]
     if len(kept) < len(callbacks):
@@ -120,21 +126,23 @@ def _leave_out_monitors(trainer: Namespace) -> None:
         trainer.callbacks = kept
 
 
-def one_line(error: BaseException) -> str:
-    """Folds an exception's message into one line, the deepest cause that says most first."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 600 else text[:597] + "..."
-
-
 def trainer_command(args: list[str]) -> None:
-    """Runs ``fit``, ``validate`` or ``test``; a signal ends it by ``SystemExit`` with 128 + its number."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # workers fork after the tokenizer was used
+    """Runs ``fit``, ``validate`` or ``test``.
+
+    Args:
+        args: the command's name and its options.
+
+    Raises:
+        UserError: the config is invalid.
+        SystemExit: a signal stopped the run; the status is 128 + the signal's number.
+    """
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # workers are forked after the tokenizer was used
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # XLA warns at each compilation that GSPMD will be replaced
-    for message in NOISE:
+    for message in IGNORED_WARNINGS:
         warnings.filterwarnings("ignore", message=message)
-    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_no_advertising)
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(_is_no_advertisement)
     FinetuneCLI(args)
 
 
-def _no_advertising(record: logging.LogRecord) -> bool:
+def _is_no_advertisement(record: logging.LogRecord) -> bool:
     return "litlogger" not in record.getMessage()

@@ -1,13 +1,12 @@
-"""Puts config files together without the leak that jsonargparse has.
+"""Merges config files, and works around three errors of jsonargparse.
 
-Given two files that name different classes for one slot, jsonargparse keeps those ``init_args`` of the first class that
-the second accepts too: Lion would run with AdamW's betas (https://github.com/omni-us/jsonargparse/issues/460). Here
-a later class replaces the earlier one with all its arguments, whether it comes from a file or from the command line;
-arguments of the same class are merged. ``key+: [...]`` in a later file appends to a list.
-
-Two more things that jsonargparse misreads are put right: ``null`` for an argument within a class's arguments (it hands
-on the word None), and a class path for an option that also takes a name (``trainer.strategy`` would look for a strategy
-of that name).
+- If two files give different classes for one key, jsonargparse keeps those ``init_args`` of the first class that the
+  second accepts too: Lion would run with AdamW's betas (https://github.com/omni-us/jsonargparse/issues/460). Here a
+  later class replaces the earlier one with all its arguments, whether it comes from a file or from the command line;
+  arguments of the same class are merged. ``key+: [...]`` in a later file appends to a list.
+- ``null`` for an argument within a class's arguments: jsonargparse passes the string "None".
+- A class path for an option that also accepts a name: for ``trainer.strategy`` Lightning would look for a registered
+  strategy of that name.
 """
 
 from __future__ import annotations
@@ -19,24 +18,28 @@ from typing import Any
 
 import yaml
 
-from datamodules.errors import UserError
+from datamodules.errors import UserError, one_line
 
-NAME_OR_CLASS = ("trainer.strategy", "trainer.accelerator")
-DEFAULT_CONFIG = Path(__file__).parents[1] / "configs" / "default.yaml"
+NAME_OR_CLASS = ("trainer.strategy", "trainer.accelerator")  #: options that accept a name or a class path
+#: the package ``configs`` is next to this package, in a checkout as well as when installed
+CONFIGS = Path(__file__).parents[1] / "configs"
+DEFAULT_CONFIG = CONFIGS / "default.yaml"
 
 
 def compose(args: list[str], default: Path | None = None) -> list[str]:
-    """Replaces every ``--config FILE`` by one ``--config`` that holds their merged content.
+    """Replaces every ``--config FILE`` by one ``--config`` with the merged content of the files.
 
     Args:
         args: command line after the subcommand.
-        default: the config that runs when no ``--config`` is given; never merged underneath another.
+        default: the config that is used if no ``--config`` is given; it is never merged with another one.
 
     Returns:
-        The command line with at most one ``--config``, which comes first and holds what the command line sets to null.
+        The command line with at most one ``--config``, which comes first. Values that the command line sets to null are
+        part of it.
 
     Raises:
-        UserError: a file that is missing, or is no YAML mapping; a null for an argument of what is no class.
+        UserError: a file is missing or is no YAML mapping, or the command line sets an argument of a plain value to
+            null.
     """
     files, rest = split_config_arguments(args)
     if not files and default is not None:
@@ -60,13 +63,13 @@ def compose(args: list[str], default: Path | None = None) -> list[str]:
 
 
 def split_config_arguments(args: list[str]) -> tuple[list[str], list[str]]:
-    """Tells ``--config``/``-c`` arguments from the rest: (files, rest)."""
+    """Separates the ``--config``/``-c`` arguments of a command line: (files, rest)."""
     files, rest, position = [], [], 0
     while position < len(args):
         argument = args[position]
         if argument in ("--config", "-c"):
             if position + 1 == len(args):
-                raise UserError(f"{argument} needs a file: for example `--config configs/gpu.yaml`")
+                raise UserError(f"{argument}: needs a file. Fix: for example `--config configs/gpu.yaml`.")
             files.append(args[position + 1])
             position += 1
         elif argument.startswith("--config="):
@@ -78,26 +81,41 @@ def split_config_arguments(args: list[str]) -> tuple[list[str], list[str]]:
 
 
 def load_config(file: str) -> dict[str, Any]:
-    """Reads one YAML mapping.
+    """Reads a YAML file that contains a mapping.
+
+    Args:
+        file: path of the file. ``configs/NAME.yaml`` may also be a config of this program: it is found from any working
+            directory, unless the working directory has a file of this path.
 
     Raises:
-        UserError: there is no such file, it does not parse, or it is no mapping.
+        UserError: the file does not exist, is not valid YAML, or is no mapping.
     """
     path = Path(file)
+    if not path.is_file() and path.parent == Path("configs"):
+        path = CONFIGS / path.name
     if not path.is_file():
-        shipped = ", ".join(sorted(p.name for p in DEFAULT_CONFIG.parent.glob("*.yaml")))
-        raise UserError(f"--config {file}: no such file; configs/ has {shipped}")
+        available = ", ".join(f"configs/{config.name}" for config in sorted(CONFIGS.glob("*.yaml")))
+        raise UserError(f"--config {file}: no such file. Fix: give a path, or one of {available}.")
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"--config {file}: not valid YAML: {' '.join(str(error).split())}") from error
+        raise UserError(f"--config {file}: not valid YAML: {one_line(error, 400)}") from error
     if not isinstance(content, dict):
         raise UserError(f"--config {file}: expected a mapping with keys like `model:` and `data:`, got {content!r:.60}")
     return content
 
 
 def merge(base: dict[str, Any], update: dict[str, Any]) -> dict[str, Any]:
-    """Merges two configs; a slot whose ``class_path`` changes is replaced whole."""
+    """Merges two configs.
+
+    Args:
+        base: the earlier config.
+        update: the later config. Its values replace those of ``base``; if the ``class_path`` of a mapping differs, the
+            whole mapping is replaced.
+
+    Returns:
+        The merged config; ``base`` and ``update`` are not changed.
+    """
     if "class_path" in base and "class_path" in update and base["class_path"] != update["class_path"]:
         return update
     merged = dict(base)
@@ -112,7 +130,10 @@ def merge(base: dict[str, Any], update: dict[str, Any]) -> dict[str, Any]:
 
 
 def _options(args: list[str]) -> Iterator[tuple[str, str, list[str]]]:
-    """The options of a command line: (key, value, the words that they are); "" for no value, or where it is none."""
+    """Yields the options of a command line as (key, value, words of the command line).
+
+    The key is "" for a word that is no option; the value is "" for an option without one.
+    """
     position = 0
     while position < len(args):
         words = args[position : position + 1]
@@ -125,16 +146,16 @@ def _options(args: list[str]) -> Iterator[tuple[str, str, list[str]]]:
 
 
 def _arguments(slot: dict[str, Any], key: str) -> dict[str, Any]:
-    """Where a key of a slot is: in a class's ``init_args`` if the command line leaves that word out."""
+    """Returns the mapping that contains a key: the ``init_args`` of a class if the command line left that word out."""
     inside = "class_path" in slot and key not in ("class_path", "init_args", "dict_kwargs")
     return slot.setdefault("init_args", {}) if inside else slot
 
 
 def _set_null(config: dict[str, Any], path: list[str]) -> None:
-    """Sets a key to null, whatever class was there.
+    """Sets a key to null, also if its value was a class.
 
     Raises:
-        UserError: on the way to it is something that has no keys.
+        UserError: a part of the path is a plain value, which has no keys.
     """
     slot: Any = config
     for number, key in enumerate(path, start=1):
@@ -147,7 +168,7 @@ def _set_null(config: dict[str, Any], path: list[str]) -> None:
 
 
 def _forget_other_class(config: dict[str, Any], path: list[str], class_path: str) -> None:
-    """Drops a slot's ``init_args`` where the command line names another class for it."""
+    """Removes the ``init_args`` of a key if the command line gives another class for it."""
     slot: Any = config
     parent: Any = None
     for key in path:
@@ -160,7 +181,7 @@ def _forget_other_class(config: dict[str, Any], path: list[str], class_path: str
         and "class_path" in slot
         and slot["class_path"].split(".")[-1] != class_path.split(".")[-1]
     ):
-        if "." not in class_path and not class_path[:1].isupper():  # accelerator: a class there, "cpu" here
+        if "." not in class_path and not class_path[:1].isupper():  # a name like "cpu" instead of a class
             del parent[path[-1]]
             return
         slot.clear()

@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[1]
 LAYERS = ("datamodules", "lightning_modules", "callbacks", "commands", "main")
 ALLOWED = {name: {*LAYERS[:index], name} for index, name in enumerate(LAYERS)} | {"optimizers": {"optimizers"}}
 ALLOWED["commands"] |= {"optimizers"}
-ALLOWED["main"] = {"commands", "datamodules"}
+ALLOWED["main"] = {"commands"}
 #: optional and slow packages, which are imported where they are used
 HEAVY = {"bitsandbytes", "torch_xla", "xgrammar", "llguidance", "gguf", "datasets", "trl"}
 

@@ -1,1 +1,1 @@
-"""The ``analyze`` command."""
+"""The command ``analyze``."""

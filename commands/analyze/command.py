@@ -1,4 +1,4 @@
-"""``python main.py analyze``: a scanner report becomes one scored, correlated and summarised document."""
+"""``python main.py analyze``: scores, correlates and summarises the findings of a scanner report."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-import torch
-from jsonargparse import ArgumentError, ArgumentParser
 from rich.console import Console
 
 from callbacks.task_progress import TaskProgress
 from commands.analyze.html import to_html
 from commands.analyze.markdown import to_markdown
-from commands.analyze.pipeline import Analysis, Limits
-from commands.cli import one_line
-from commands.model_source import Trained, open_trained
+from commands.analyze.pipeline import Analysis, AnalysisLimits
+from commands.device import pick_device
+from commands.model_source import TrainedModel, open_trained_model
+from commands.options import check_minimum, parse_function_options
 from datamodules.errors import UserError
+from datamodules.files import atomic_write
 from datamodules.sources.decompression import loads
 from datamodules.sources.field_coercion import InvalidRecord
 from datamodules.sources.formats import Parsed
@@ -35,25 +35,23 @@ from lightning_modules.models.backbone import out_of_memory_advice
 if TYPE_CHECKING:
     from lightning_modules.generation.response_cache import Progress
 
-INTERRUPTED = 130  #: exit status of a program that Ctrl-C stopped, as shells have it
+INTERRUPTED = 130  #: exit status after Ctrl-C, as shells define it
+BATCH_SIZE_CPU, BATCH_SIZE_GPU = 24, 256  #: more answers at a time are no faster on a CPU, which is compute-bound there
 
 
 def main(args: list[str]) -> int:
-    """Runs ``analyze`` with its options; ``args`` begins with the command's name.
+    """Runs ``analyze`` with its options.
+
+    Args:
+        args: the command's name and its options.
 
     Returns:
-        0, or 130 after an interrupt.
+        The exit status: 0, or 130 after an interrupt.
 
     Raises:
         UserError: an option is unknown, missing or out of its range, or a file can't be read.
     """
-    parser = ArgumentParser(prog="main.py analyze", exit_on_error=False, description=__doc__)
-    parser.add_function_arguments(analyze)
-    try:
-        options = parser.parse_args([underscored(argument) for argument in args[1:]])
-    except ArgumentError as error:
-        raise UserError(f"analyze: {one_line(error)}; see python main.py analyze --help") from error
-    return analyze(**options.as_dict())
+    return analyze(**parse_function_options(args, analyze))
 
 
 def analyze(
@@ -69,83 +67,92 @@ def analyze(
     correlations: int = 16,
     max_new_tokens: int | None = None,
 ) -> int:
-    """Scores every finding, ties findings together, summarises, and says what to do.
+    """Scores every finding, correlates findings, summarises the report and recommends actions.
 
     Args:
         model: run folder, or a folder written by export.
         report: JSON file of the scanner, version 2 or 3.
-        output: file to write; answers so far are kept in OUTPUT.partial.jsonl until it is whole.
-        limit: only the report's first findings.
-        batch_size: questions at once; null is 24 on a CPU, whose arithmetic runs out there, and 256 on a GPU.
+        output: file to write; until it is complete, finished answers are kept in OUTPUT.partial.jsonl.
+        limit: use only the first findings of the report, at most this number.
+        batch_size: answers generated at the same time; null is 24 on a CPU and 256 on a GPU.
         format: json is a ground_truth_v1 document; markdown and html (one file that loads nothing) are for people.
-        constrained: whether a grammar keeps every answer to its schema; null is true where llguidance is installed.
-        device: auto (a GPU where there is one), cpu, cuda or cuda:N.
-        actions: findings above info that get a remediation, the riskiest of each kind first.
-        correlations: groups of findings that the model judges.
-        max_new_tokens: limit of an answer; null is a limit for each task.
+        constrained: whether a grammar constrains every answer to its schema; null is true if llguidance is installed.
+        device: auto (a GPU if there is one), cpu, cuda or cuda:N.
+        actions: number of findings above severity info that get a remediation, the riskiest of each kind first.
+        correlations: number of groups of findings that the model correlates.
+        max_new_tokens: limit of the length of an answer; null uses a limit for each task.
 
     Raises:
         UserError: an option is out of its range, or a file can't be read or written.
     """
-    for name, value, least in (
-        ("limit", limit, 1), ("batch_size", batch_size, 1), ("actions", actions, 0), ("correlations", correlations, 0),
-        ("max_new_tokens", max_new_tokens, 1),
-    ):  # fmt: skip
-        if value is not None and value < least:
-            raise UserError(f"--{name} {value}: must be at least {least}")
-    source, target, console, started = Path(report), Path(output), Console(), time.monotonic()
+    started = time.monotonic()
+    check_minimum(
+        {
+            "limit": limit, "batch_size": batch_size, "actions": actions, "correlations": correlations,
+            "max_new_tokens": max_new_tokens,
+        },
+        {"limit": 1, "batch_size": 1, "actions": 0, "correlations": 0, "max_new_tokens": 1},
+    )  # fmt: skip
+    source, target, console = Path(report), Path(output), Console()
     _check_target(target, source)
     parsed, reference = read(source, limit)
-    trained = open_trained(model, "--model")
-    journal = target.with_name(target.name + ".partial.jsonl")
+    trained = open_trained_model(model, "--model")
+    partial_answers = target.with_name(target.name + ".partial.jsonl")
     constrained = find_spec("llguidance") is not None if constrained is None else constrained
     tasks = [name for name in TASKS if trained.tasks is None or name in trained.tasks]
-    limits = MAX_NEW_TOKENS if max_new_tokens is None else dict.fromkeys(TASKS, max_new_tokens)
-    inquiry = build_generator(trained, device, batch_size, constrained, limits, journal)
+    answer_limits = MAX_NEW_TOKENS if max_new_tokens is None else dict.fromkeys(TASKS, max_new_tokens)
+    generator = build_generator(trained, device, batch_size, constrained, answer_limits, partial_answers)
     analysis = Analysis(
-        inquiry, tasks, Limits(actions=actions, correlations=correlations), lambda task, n: _gauge(task, n, console)
+        generator,
+        tasks,
+        AnalysisLimits(actions=actions, correlations=correlations),
+        lambda names, count: _task_progress(names, count, console),
     )
     try:
-        with out_of_memory_advice("--batch_size"), merged(inquiry.model):  # once, and not for each task anew
+        # the adapter is merged once for all tasks
+        with out_of_memory_advice("--batch_size"), merged(generator.model):
             document = analysis(parsed.document)
     except KeyboardInterrupt:
-        words = f"interrupted: answers so far are in {journal}; the same command goes on from there"
-        console.print(words, soft_wrap=True, highlight=False, markup=False)
+        _print(console, [f"interrupted: finished answers are in {partial_answers}; to resume, run the command again"])
         return INTERRUPTED
-    about = {"model": trained.name, "tasks": tasks, "constrained": constrained}
+    settings = {"model": trained.name, "tasks": tasks, "constrained": constrained}
     results = document["enrichment_results"]
-    results["model_report"] = about | {"answers": results["model_report"]}
+    results["model_report"] = settings | {"answers": results["model_report"]}
     document["raw_reference"] = reference
     _write(target, WRITERS[format](document))
-    journal.unlink(missing_ok=True)
-    for line in _format_summary(document, target, inquiry.reused, time.monotonic() - started):
-        console.print(line, soft_wrap=True, highlight=False, markup=False)
+    partial_answers.unlink(missing_ok=True)
+    _print(console, format_summary(document, target, generator.reused, time.monotonic() - started))
     return 0
 
 
 def read(source: Path, limit: int | None) -> tuple[Parsed, dict[str, Any]]:
     """Reads a report.
 
+    Args:
+        source: file of the scanner.
+        limit: largest number of findings; None for all.
+
     Returns:
-        What is usable of it, at most ``limit`` findings, and the document's ``raw_reference``.
+        The usable part of the report, and the document's ``raw_reference``.
 
     Raises:
-        UserError: it can't be read, is no scanner report, or has findings of which none is usable.
+        UserError: the file can't be read, is no scanner report, or none of its findings is usable.
     """
     try:
         data = source.read_bytes()
         value, _ = loads(data)
     except OSError as error:
-        raise UserError(f"--report {source}: {error.strerror or error}") from error
+        raise UserError(f"--report {source}: {error.strerror or error}. Fix: give a file that can be read.") from error
     except InvalidRecord as error:
-        raise UserError(f"--report {source}: not readable as JSON: {error.detail or error.reason}") from error
+        problem = error.detail or error.reason
+        raise UserError(f"--report {source}: not readable as JSON: {problem}. Fix: give a scanner's report.") from error
     parsed = read_report(value, f"--report {source}")
     document, unusable = parsed.document, parsed.quarantined
     if unusable and not document.findings:
         first = unusable[0]
+        problem = f"{first.reason} {first.detail}".rstrip()
         raise UserError(
-            f"--report {source}: none of its {len(unusable)} findings is usable; number {first.position + 1}: "
-            f"{first.reason} {first.detail}".rstrip()
+            f"--report {source}: none of its {len(unusable)} findings is usable; number {first.position + 1}: {problem}"
         )
     reference = {
         "file": source.name,
@@ -161,51 +168,43 @@ def read(source: Path, limit: int | None) -> tuple[Parsed, dict[str, Any]]:
 
 
 def build_generator(
-    trained: Trained,
+    trained: TrainedModel,
     device: str,
     batch_size: int | None,
     constrained: bool,
     max_new_tokens: dict[str, int],
-    journal: Path | None,
+    partial_answers: Path | None,
 ) -> CachedGenerator:
-    """Loads the model and its tokenizer.
+    """Loads a trained model and its tokenizer.
+
+    Args:
+        trained: the model on disk.
+        device: value of ``--device``.
+        batch_size: answers generated at the same time; None for the device's default.
+        constrained: whether a grammar constrains every answer to its schema.
+        max_new_tokens: limit of the length of an answer, by task.
+        partial_answers: file of finished answers, which is read first; None for no file.
 
     Raises:
-        UserError: the device is not there, or the model can't be loaded.
+        UserError: the device does not exist, or the model can't be loaded.
     """
     chat = ChatFormat(load_tokenizer(trained.tokenizer))
-    place = pick_device(device)
-    model = trained.backbone.build(place)
+    target_device = pick_device(device)
+    model = trained.backbone.build(target_device)
     model.requires_grad_(False)
     return CachedGenerator(
         model,
         chat,
         identity=f"{trained.digest()} {chat.fingerprint()}",
-        batch_size=batch_size or (24 if place.type == "cpu" else 256),
+        batch_size=batch_size or (BATCH_SIZE_CPU if target_device.type == "cpu" else BATCH_SIZE_GPU),
         constrained=constrained,
         max_new_tokens=max_new_tokens,
-        cache_file=journal,
+        cache_file=partial_answers,
     )
 
 
-def pick_device(name: str) -> torch.device:
-    """The device that a name means; ``auto`` is the first GPU, or the CPU.
-
-    Raises:
-        UserError: there is no such device here.
-    """
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {name}: {one_line(error)[:120]}; give auto, cpu or cuda") from error
-    return device
-
-
 def dumps(document: dict[str, Any]) -> str:
-    """The document as JSON for files: indented, and readable for any parser."""
+    """Returns the document as indented ASCII JSON, which every parser can read."""
     return json.dumps(document, indent=2, ensure_ascii=True, allow_nan=False) + "\n"
 
 
@@ -213,47 +212,55 @@ WRITERS = {"json": dumps, "markdown": to_markdown, "html": to_html}
 
 
 @contextmanager
-def _gauge(task: str, questions: int, console: Console) -> Iterator[Progress]:
-    with TaskProgress(f"{task}: {questions} question{'s' * (questions != 1)}", console) as gauge:
-        yield gauge
+def _task_progress(names: str, count: int, console: Console) -> Iterator[Progress]:
+    with TaskProgress(f"{names}: {count} question{'s' * (count != 1)}", console) as progress:
+        yield progress
 
 
 def _check_target(target: Path, source: Path) -> None:
     if target.is_dir():
-        raise UserError(f"--output {target} is a folder; name a file in it, for example {target / 'enriched.json'}")
+        raise UserError(
+            f"--output {target}: this is a folder. Fix: name a file in it, such as {target / 'enriched.json'}."
+        )
     if target.exists() and source.exists() and target.samefile(source):
-        raise UserError(f"--output {target} is the report itself; choose another file")
+        raise UserError(f"--output {target}: this is the report itself. Fix: choose another file.")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"--output {target}: {error.strerror or error}; choose another place") from error
+        raise UserError(f"--output {target}: {error.strerror or error}. Fix: choose another folder.") from error
 
 
 def _write(target: Path, text: str) -> None:
-    unfinished = target.with_name(target.name + ".unfinished")
     try:
-        unfinished.write_text(text, encoding="utf-8")
-        unfinished.replace(target)
+        atomic_write(target, text)
     except OSError as error:
-        raise UserError(f"--output {target}: {error.strerror or error}; choose another place") from error
+        raise UserError(f"--output {target}: {error.strerror or error}. Fix: choose another folder.") from error
 
 
-def _format_summary(document: dict[str, Any], target: Path, reused: int, seconds: float) -> list[str]:
+def format_summary(document: dict[str, Any], target: Path, reused: int, seconds: float) -> list[str]:
+    """Returns the lines that ``analyze`` prints at its end.
+
+    Args:
+        document: the analysis.
+        target: file that was written.
+        reused: answers read from an interrupted run.
+        seconds: duration of the command.
+    """
     findings, answers = document["enriched_findings"], document["enrichment_results"]["model_report"]["answers"]
     rate = len(findings) / max(seconds, 1e-9)
+    earlier = f", {reused} answers of an interrupted run" if reused else ""
     lines = [
         f"{len(findings)} findings, {len(document['correlations'])} correlations, {len(document['actions'])} actions "
-        f"in {seconds:.0f} s ({rate:.2g} findings/s{f', {reused} answers from before' if reused else ''}): {target}"
+        f"in {seconds:.0f} s ({rate:.2g} findings/s{earlier}): {target}"
     ]
-    for task, tally in answers.items():
-        reasons = ", ".join(f"{count} {reason}" for reason, count in tally["by_rule"].items())
-        lines.append(f"  {task:<12} {tally['by_model']} by the model" + (f"; by rule: {reasons}" if reasons else ""))
+    for task, counts in answers.items():
+        reasons = ", ".join(f"{count} {reason}" for reason, count in counts["by_rule"].items())
+        lines.append(f"  {task:<12} {counts['by_model']} by the model" + (f"; by rule: {reasons}" if reasons else ""))
     if unusable := document["raw_reference"]["unusable"]:
         lines.append(f"  not usable   {len(unusable)} records of the report; see raw_reference.unusable")
     return lines
 
 
-def underscored(argument: str) -> str:
-    """``--batch-size`` is ``--batch_size``."""
-    name, equals, value = argument.partition("=")
-    return name.replace("-", "_").replace("__", "--", 1) + equals + value if name.startswith("--") else argument
+def _print(console: Console, lines: list[str]) -> None:
+    for line in lines:
+        console.print(line, soft_wrap=True, highlight=False, markup=False)

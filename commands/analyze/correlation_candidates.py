@@ -1,8 +1,8 @@
-"""Which findings of a report may belong together: groups found by rule, for the correlation task to judge.
+"""Finds groups of findings that may be correlated, as input of the correlation task.
 
-Three rules, each over all findings: the same value of a field that names one thing (a process id, a path, a port), the
-same title more than once above info, and pairs of categories that strengthen each other (an indicator of compromise
-beside world-writable files). No group is inside another of the same rule; the riskiest groups come first.
+Three rules are applied to all findings: the same value of a field that identifies one object (a process id, a path, a
+port), the same title more than once above severity info, and pairs of categories that strengthen each other (an
+indicator of compromise and world-writable files). The riskiest groups come first.
 """
 
 from __future__ import annotations
@@ -20,34 +20,36 @@ if TYPE_CHECKING:
 
     from datamodules.records import Finding
 
-#: metadata fields whose equal values name one thing; a user, a state or a rule would tie half the host together
+#: metadata fields that identify one object; equal users, states or rules would group half of the host's findings
 IDENTITIES = (
     "pid", "ppid", "path", "file", "exe", "executable", "command", "port", "foreign_address", "remote_ip", "domain",
     "module", "inode", "sha256", "hash",
 )  # fmt: skip
+#: values that identify no object
 EMPTY = {"", "0", "1", "none", "null", "unknown", "0.0.0.0:0", "[::]:0", "true", "false"}
-COMBINATIONS = {  # what the two say together
-    ("ioc", "world_writable"): "Indicator of compromise beside weak file permissions",
-    ("ioc", "network"): "Indicator of compromise beside network activity",
-    ("ioc", "processes"): "Indicator of compromise beside suspicious processes",
-    ("network", "processes"): "Suspicious processes beside network activity",
-    ("mac", "world_writable"): "Weak mandatory access control beside file capabilities or weak permissions",
-    ("mac", "suid"): "Weak mandatory access control beside SUID binaries",
-    ("kernel_params", "modules"): "Kernel modules beside weak kernel parameters",
-    ("dns", "network"): "Suspicious name resolution beside network activity",
+#: title of the correlation of two categories
+COMBINATIONS = {
+    ("ioc", "world_writable"): "Indicator of compromise together with weak file permissions",
+    ("ioc", "network"): "Indicator of compromise together with network activity",
+    ("ioc", "processes"): "Indicator of compromise together with suspicious processes",
+    ("network", "processes"): "Suspicious processes together with network activity",
+    ("mac", "world_writable"): "Weak mandatory access control together with file capabilities or weak permissions",
+    ("mac", "suid"): "Weak mandatory access control together with SUID binaries",
+    ("kernel_params", "modules"): "Kernel modules together with weak kernel parameters",
+    ("dns", "network"): "Suspicious name resolution together with network activity",
 }
-VALUE = 64  #: characters of a shared value in a title
+VALUE = 64  #: largest number of characters of a shared value in a title
 
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """Findings that may belong together.
+    """A group of findings that may be correlated.
 
     Attributes:
-        rule: shared_value, shared_title or combination.
-        title: what ties them.
-        rationale: the rule in words.
-        positions: of the findings, the riskiest first.
+        rule: name of the rule: shared_value, shared_title or combination.
+        title: one line about the common property.
+        rationale: the rule's reason as a sentence.
+        positions: positions of the findings in the report, the riskiest first.
     """
 
     rule: str
@@ -56,11 +58,11 @@ class Candidate:
     positions: tuple[int, ...]
 
     def correlation(self, key: str, findings: Sequence[Finding]) -> Correlation:
-        """The correlation that stands for the group where no model judges it.
+        """Returns the correlation that is reported if no valid answer of the model exists.
 
         Args:
-            key: its id.
-            findings: of the report.
+            key: id of the correlation.
+            findings: all findings of the report.
         """
         members = [findings[position] for position in self.positions]
         severity = max((finding.severity for finding in members), key=SEVERITIES.index)
@@ -71,33 +73,33 @@ class Candidate:
         )  # fmt: skip
 
 
-def candidates(findings: Sequence[Finding], *, members: int = 8, most: int = 16) -> list[Candidate]:
+def find_candidates(findings: Sequence[Finding], *, max_members: int = 8, max_groups: int = 16) -> list[Candidate]:
     """Finds groups of at least two findings.
 
     Args:
-        findings: scored; order matters for nothing but ties.
-        members: most findings of a group, the riskiest are kept.
-        most: how many groups at most.
+        findings: with their final scores; their order only breaks ties.
+        max_members: largest number of findings of a group; the riskiest are kept.
+        max_groups: largest number of groups.
 
     Returns:
-        The groups, the riskiest first, each set of findings once.
+        The groups, the riskiest first; every set of findings occurs once.
     """
     risky = [i for i, finding in enumerate(findings) if finding.severity != "info"]
     groups = [*_shared_values(findings), *_shared_titles(findings, risky), *_combinations(findings, risky)]
-    found: dict[frozenset[int], Candidate] = {}
+    distinct: dict[frozenset[int], Candidate] = {}
     for rule, title, rationale, positions in groups:
-        ranked = sorted(positions, key=lambda i: (-findings[i].risk_score, i))[:members]
+        ranked = sorted(positions, key=lambda i: (-findings[i].risk_score, i))[:max_members]
         if len(ranked) > 1:
-            found.setdefault(frozenset(ranked), Candidate(rule, title, rationale, tuple(ranked)))
-    return sorted(found.values(), key=lambda group: _rank(group, findings))[:most]
+            distinct.setdefault(frozenset(ranked), Candidate(rule, title, rationale, tuple(ranked)))
+    return sorted(distinct.values(), key=lambda group: _rank(group, findings))[:max_groups]
 
 
 def _rank(group: Candidate, findings: Sequence[Finding]) -> tuple[float, int, tuple[int, ...]]:
     risks = [findings[position].risk_score for position in group.positions]
-    return -sum(sorted(risks)[-2:]), -len(risks), group.positions  # of a pair that counts, both matter
+    return -sum(sorted(risks)[-2:]), -len(risks), group.positions  # the two riskiest findings decide
 
 
-Group = tuple[str, str, str, list[int]]
+Group = tuple[str, str, str, list[int]]  #: rule, title, rationale, positions
 
 
 def _shared_values(findings: Sequence[Finding]) -> list[Group]:
@@ -106,7 +108,7 @@ def _shared_values(findings: Sequence[Finding]) -> list[Group]:
         for name in IDENTITIES:
             value = finding.metadata.get(name)
             if isinstance(value, str | int) and str(value).strip().lower() not in EMPTY:
-                # a parent's id ties a child to it
+                # a child process belongs to the group of its parent
                 positions["pid" if name == "ppid" else name, str(value).strip()].append(position)
     return [
         (

@@ -1,4 +1,7 @@
-"""An analysed report for people, as one HTML file: no script, no image, nothing loaded; text of findings stays text."""
+"""Renders an analysis as one HTML file without scripts, images or external resources.
+
+Text of findings is escaped, so that it can't become markup.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +27,12 @@ code { background: #f2f4f6; padding: .1rem .3rem; overflow-wrap: anywhere; } td,
 
 
 def to_html(document: dict[str, Any]) -> str:
-    """Renders a ``ground_truth_v1`` document of :class:`commands.analyze.pipeline.Analysis`."""
+    """Returns the HTML page of an analysis.
+
+    Args:
+        document: a ``ground_truth_v1`` document of :class:`commands.analyze.pipeline.Analysis`, with the settings that
+            ``analyze`` adds.
+    """
     summaries, findings = document["summaries"], by_rank(document)
     top, actions, correlations = document["reductions"]["top_findings"], document["actions"], document["correlations"]
     body = [
@@ -47,7 +55,7 @@ def to_html(document: dict[str, Any]) -> str:
 
 
 def text(value: Any, length: int = SHOWN) -> str:
-    """Text on one line in which nothing is HTML or a control character."""
+    """Returns text on one line, with HTML and control characters escaped."""
     return escape(visible(value, length))
 
 

@@ -1,4 +1,7 @@
-"""An analysed report for people, as Markdown; text of findings can neither format nor link nor steer the terminal."""
+"""Renders an analysis as Markdown.
+
+Text of findings is escaped, so that it can't become formatting, a link or a control sequence of the terminal.
+"""
 
 from __future__ import annotations
 
@@ -8,11 +11,16 @@ from typing import Any
 from datamodules.records import SEVERITIES
 
 _SPECIAL = re.compile(r"([\\`*_{}\[\]()#+!|<>~&])")
-SHOWN = 300  #: characters of a text
+SHOWN = 300  #: largest number of characters of a text
 
 
 def to_markdown(document: dict[str, Any]) -> str:
-    """Renders a ``ground_truth_v1`` document of :class:`commands.analyze.pipeline.Analysis`."""
+    """Returns the Markdown text of an analysis.
+
+    Args:
+        document: a ``ground_truth_v1`` document of :class:`commands.analyze.pipeline.Analysis`, with the settings that
+            ``analyze`` adds.
+    """
     summaries = document["summaries"]
     parts = [
         "# Scan analysis",
@@ -35,27 +43,28 @@ def to_markdown(document: dict[str, Any]) -> str:
 
 
 def by_rank(document: dict[str, Any]) -> list[dict[str, Any]]:
-    """The findings, the worst first."""
+    """Returns the findings, the most severe first."""
     return sorted(
         document["enriched_findings"], key=lambda f: (-SEVERITIES.index(f["severity"]), -f["risk_score"], f["id"])
     )
 
 
 def visible(text: Any, length: int = SHOWN) -> str:
-    """Text on one line and of bounded length, control characters written out."""
+    """Returns text on one line of bounded length, with control characters as escape sequences."""
     line = " ".join(str(text).split())
     line = "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in line)
     return line if len(line) <= length else line[: length - 1] + "…"
 
 
 def plain(text: Any, length: int = SHOWN) -> str:
-    """Text on one line in which nothing is Markdown, HTML or a control character."""
+    """Returns text on one line, with Markdown, HTML and control characters escaped."""
     line = _SPECIAL.sub(r"\\\1", visible(text, length))
-    return line.replace("://", ":\u200b//")  # no autolink to where an attacker wants
+    # Markdown viewers turn a URL into a link, and an attacker may have written this one
+    return line.replace("://", ":\u200b//")
 
 
 def code(text: str) -> str:
-    """A command as inline code; a fence longer than any run of backticks in it."""
+    """Returns a command as inline code; its fence is longer than any run of backticks in the command."""
     line = "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
     fence = "`" * (max(map(len, re.findall("`+", line)), default=0) + 1)
     return f"{fence} {line} {fence}"
@@ -63,8 +72,8 @@ def code(text: str) -> str:
 
 def _numbered(rows: list[dict[str, Any]]) -> list[str]:
     lines = [
-        f"{place}. **{plain(row['title'])}** ({row['severity']}, risk {row['risk_score']}): {plain(row['reason'])}"
-        for place, row in enumerate(rows, 1)
+        f"{number}. **{plain(row['title'])}** ({row['severity']}, risk {row['risk_score']}): {plain(row['reason'])}"
+        for number, row in enumerate(rows, 1)
     ]
     return ["\n".join(lines)] if lines else []
 
@@ -97,13 +106,13 @@ def _provenance(document: dict[str, Any]) -> str:
 
 
 def provenance(document: dict[str, Any]) -> list[str]:
-    """Report, model and how it was asked; then what each task's answers came to."""
+    """Returns lines about the report, the model and its settings, and the number of answers of each task."""
     about, reference = document["enrichment_results"]["model_report"], document["raw_reference"]
-    how = "constrained to the schema" if about["constrained"] else "written freely"
-    rows = [f"Report {reference['file']} (SHA-256 {reference['sha256']}), model {about['model']}, {how}."]
-    for task, tally in about["answers"].items():
-        reasons = ", ".join(f"{count} {reason}" for reason, count in tally["by_rule"].items()) or "none"
-        rows.append(f"{task}: {tally['by_model']} by the model, by rule: {reasons}")
+    decoding = "constrained to the schema" if about["constrained"] else "unconstrained"
+    rows = [f"Report {reference['file']} (SHA-256 {reference['sha256']}), model {about['model']}, {decoding}."]
+    for task, counts in about["answers"].items():
+        reasons = ", ".join(f"{count} {reason}" for reason, count in counts["by_rule"].items()) or "none"
+        rows.append(f"{task}: {counts['by_model']} by the model, by rule: {reasons}")
     if unusable := reference["unusable"]:
         rows.append(f"{len(unusable)} records of the report were not usable")
     return rows

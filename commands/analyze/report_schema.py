@@ -1,4 +1,4 @@
-"""The parts of a ``ground_truth_v1`` document, made from scored findings and correlations."""
+"""Builds the parts of a ``ground_truth_v1`` document from scored findings and correlations."""
 
 from __future__ import annotations
 
@@ -16,43 +16,51 @@ from datamodules.tasks.target_answers import truncate_tags
 if TYPE_CHECKING:
     from datamodules.records import Correlation
 
-BY_MODEL, BY_RULE = "model", "rule"  #: where a value is from
+BY_MODEL, BY_RULE = "model", "rule"  #: origin of a value
 
 
 @dataclass(slots=True)
-class Scored(Finding):
-    """A finding after scoring.
+class ScoredFinding(Finding):
+    """A finding with the scores of the analysis.
 
     Attributes:
-        scanner_severity: what the scanner said.
-        answered_by: model or rule.
+        scanner_severity: severity in the report.
+        answered_by: origin of the scores, "model" or "rule".
     """
 
     scanner_severity: str = ""
     answered_by: str = BY_RULE
 
 
-def score(finding: Finding, answer: dict[str, Any] | None) -> Scored:
-    """Puts an answer's values into a finding; by rule the scanner's severity and score stand, and 0..1 follow them."""
-    said = answer or {}
-    risk = float(said.get("risk_score", finding.risk_score))
+def score_finding(finding: Finding, answer: dict[str, Any] | None) -> ScoredFinding:
+    """Returns a finding with the values of the model's answer.
+
+    Without an answer the scanner's severity and risk score are kept. Missing subscores and a missing probability
+    are the risk score divided by 100.
+
+    Args:
+        finding: of the report.
+        answer: answer to the risk task; None if there is no valid one.
+    """
+    given = answer or {}
+    risk = float(given.get("risk_score", finding.risk_score))
     share = round(risk / 100, 2)
-    subscores = {**dict.fromkeys(SUBSCORES, share), **finding.risk_subscores, **said.get("risk_subscores", {})}
-    probability = said.get("probability_actionable", finding.probability_actionable)
+    subscores = {**dict.fromkeys(SUBSCORES, share), **finding.risk_subscores, **given.get("risk_subscores", {})}
+    probability = given.get("probability_actionable", finding.probability_actionable)
     values = {name: getattr(finding, name) for name in Finding.__slots__}
     values |= {
-        "severity": said.get("severity", finding.severity),
+        "severity": given.get("severity", finding.severity),
         "risk_score": risk,
         "risk_subscores": {name: subscores[name] for name in SUBSCORES},
         "probability_actionable": share if probability is None else probability,
-        "tags": truncate_tags(said.get("tags") or finding.tags or [finding.category]),
+        "tags": truncate_tags(given.get("tags") or finding.tags or [finding.category]),
     }
     source = BY_MODEL if answer is not None else BY_RULE
-    return Scored(**values, scanner_severity=finding.severity, answered_by=source)
+    return ScoredFinding(**values, scanner_severity=finding.severity, answered_by=source)
 
 
-def enriched(findings: Sequence[Scored], correlations: Sequence[Correlation]) -> list[dict[str, Any]]:
-    """The part ``enriched_findings``; each finding refers to the correlations that name it."""
+def enriched_findings(findings: Sequence[ScoredFinding], correlations: Sequence[Correlation]) -> list[dict[str, Any]]:
+    """Returns the part ``enriched_findings``; each finding refers to the correlations that contain it."""
     refs: dict[str, list[str]] = defaultdict(list)
     for correlation in correlations:
         for name in correlation.finding_ids:
@@ -60,7 +68,7 @@ def enriched(findings: Sequence[Scored], correlations: Sequence[Correlation]) ->
     return [_finding_record(finding, refs[finding.id]) for finding in findings]
 
 
-def _finding_record(finding: Scored, refs: list[str]) -> dict[str, Any]:
+def _finding_record(finding: ScoredFinding, refs: list[str]) -> dict[str, Any]:
     record: dict[str, Any] = {
         "id": finding.id,
         "title": finding.title,
@@ -84,7 +92,7 @@ def _finding_record(finding: Scored, refs: list[str]) -> dict[str, Any]:
 
 
 def correlation_record(correlation: Correlation) -> dict[str, Any]:
-    """One entry of ``correlations``."""
+    """Returns one entry of the part ``correlations``."""
     record: dict[str, Any] = {
         "id": correlation.id,
         "title": correlation.title,
@@ -102,7 +110,7 @@ def correlation_record(correlation: Correlation) -> dict[str, Any]:
 
 
 def reductions(findings: Sequence[Finding]) -> dict[str, Any]:
-    """Counts of the categories that the schema has a place for, and of all."""
+    """Returns counts of the categories that the schema has, and the highest risk of every category."""
     parts = {"module_summary": "modules", "suid_summary": "suid", "network_summary": "network"}
     summaries = {name: [f for f in findings if f.category == category] for name, category in parts.items()}
     reductions: dict[str, Any] = {name: severity_metrics(inside) for name, inside in summaries.items() if inside}
@@ -114,17 +122,17 @@ def reductions(findings: Sequence[Finding]) -> dict[str, Any]:
 
 
 def severity_metrics(findings: Sequence[Finding]) -> dict[str, Any]:
-    """How many findings there are, and how many of each severity."""
+    """Returns the number of findings, in total and by severity."""
     counts = Counter(finding.severity for finding in findings)
     return {"findings": len(findings), "by_severity": {name: counts[name] for name in SEVERITIES if counts[name]}}
 
 
 def severity_counts(findings: Sequence[Finding]) -> str:
-    """Counts by severity in words: "1 critical, 3 low"."""
+    """Returns the counts by severity as text: "1 critical, 3 low"."""
     counts = Counter(finding.severity for finding in findings)
     return ", ".join(f"{counts[name]} {name}" for name in reversed(SEVERITIES) if counts[name])
 
 
 def whole_number(value: float) -> int:
-    """A score as the schema has it: an integer of 0..100."""
+    """Returns a score as the schema requires it: an integer of 0..100."""
     return min(max(round(value), 0), 100)

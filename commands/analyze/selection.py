@@ -1,4 +1,4 @@
-"""Which findings and correlations of a report go where: distinct ids, the riskiest window, one of each kind."""
+"""Selects the findings and correlations of a report for each part of the analysis."""
 
 from __future__ import annotations
 
@@ -15,45 +15,61 @@ if TYPE_CHECKING:
 
 
 def unique_ids(findings: Sequence[Finding]) -> list[Finding]:
-    """Copies whose ids differ: a scanner that gives one twice would tie the wrong findings together."""
-    taken, unique = {finding.id for finding in findings}, []
-    seen: set[str] = set()
+    """Returns copies with distinct ids: if two findings had one id, correlations would refer to the wrong one."""
+    existing, unique = {finding.id for finding in findings}, []
+    used: set[str] = set()
     for position, finding in enumerate(findings, 1):
         name, copy = finding.id, 2
-        if not name or name in seen:
+        if not name or name in used:
             name = name or f"finding_{position}"
             stem = name
-            while name in taken or name in seen:
+            while name in existing or name in used:
                 name, copy = f"{stem}#{copy}", copy + 1
-        seen.add(name)
+        used.add(name)
         unique.append(replace(finding, id=name))
     return unique
 
 
-def risky_window(findings: Sequence[Finding], correlations: Sequence[Correlation], size: int) -> Window:
-    """The riskiest findings, in the report's order, as summary and triage see them."""
+def riskiest_window(findings: Sequence[Finding], correlations: Sequence[Correlation], size: int) -> Window:
+    """Returns the riskiest findings in the report's order: the input of the tasks summary and triage.
+
+    Args:
+        findings: of the report.
+        correlations: those between findings of the window are kept.
+        size: largest number of findings.
+    """
     ranked = sorted(range(len(findings)), key=lambda i: (-findings[i].risk_score, i))[:size]
     inside = [findings[position] for position in sorted(ranked)]
     return Window(inside, links_among(inside, correlations), whole=len(inside) == len(findings))
 
 
-def one_of_each_kind(findings: Sequence[Finding], most: int) -> list[Finding]:
-    """The riskiest findings above info; the second of a kind comes after the first of every other."""
+def one_of_each_kind(findings: Sequence[Finding], count: int) -> list[Finding]:
+    """Returns the riskiest findings above severity info, of as many kinds as possible.
+
+    The second finding of a kind (category and title) comes after the first finding of every other kind.
+
+    Args:
+        findings: of the report.
+        count: largest number of findings.
+    """
     ranked = sorted(
         (finding for finding in findings if finding.severity != "info"),
         key=lambda finding: (-SEVERITIES.index(finding.severity), -finding.risk_score, finding.id),
     )
-    before: Counter[tuple[str, str]] = Counter()
-    rounds = []
-    for place, finding in enumerate(ranked):
+    earlier: Counter[tuple[str, str]] = Counter()
+    order = []
+    for rank, finding in enumerate(ranked):
         kind = finding.category, finding.title
-        rounds.append((before[kind], place))
-        before[kind] += 1
-    return [ranked[place] for _, place in sorted(rounds)[:most]]
+        order.append((earlier[kind], rank))
+        earlier[kind] += 1
+    return [ranked[rank] for _, rank in sorted(order)[:count]]
 
 
 def present_correlations(correlations: Sequence[Correlation], findings: Sequence[Finding]) -> list[Correlation]:
-    """A report's own correlations: without findings that are not there, those that keep one, with distinct ids."""
+    """Returns a report's own correlations with distinct ids, without references to findings that don't exist.
+
+    A correlation without any existing finding is left out.
+    """
     known, taken = {finding.id for finding in findings}, set[str]()
     kept: list[Correlation] = []
     for position, correlation in enumerate(correlations, 1):

@@ -1,1 +1,1 @@
-"""The ``export`` command."""
+"""The command ``export``."""

@@ -1,4 +1,4 @@
-"""The model card of an export, filled from run.json, config.yaml and evaluation.json; in the hub's format."""
+"""Writes the model card of an export from run.json, config.yaml and evaluation.json, in the format of the HF hub."""
 
 from __future__ import annotations
 
@@ -11,26 +11,26 @@ import yaml
 from commands.model_source import lora_settings
 
 if TYPE_CHECKING:
-    from commands.model_source import Trained
+    from commands.model_source import TrainedModel
 
-SHOWN = (
+FIGURES = (  # in the table of results
     "loss", "schema_valid", "severity_accuracy", "severity_macro_f1", "risk_error", "subscore_error",
     "actionable_error", "actionable_ece", "tags_f1", "ids_f1", "faithful",
 )  # fmt: skip
 LIMITS = """\
 - It reads findings of sys-scan-graph's scanner, in English, as compact JSON; other scanners were not tested.
-- It judges what the scanner wrote down. It saw no host, no traffic and no file.
-- Where training data are synthetic, its scores follow the rules that made them, not incidents that happened.
-- Text inside findings may be an attacker's. It is kept as data, but no answer should be carried out unread.
-- A severity or score is an estimate: do not close or escalate automatically what nobody looked at."""
+- It assesses only the text of the scanner's findings, not the host, its traffic or its files.
+- If the training data are synthetic, the scores follow the rules that generated them, not incidents that happened.
+- Text inside findings may be written by an attacker. It is treated as data, but read every answer before you act on it.
+- A severity or score is an estimate: do not close or escalate a finding automatically without a person's review."""
 
 
-def model_card(trained: Trained, certificate: dict[str, Any]) -> str:
-    """Writes the card.
+def model_card(trained: TrainedModel, certificate: dict[str, Any]) -> str:
+    """Returns the text of the model card.
 
     Args:
-        trained: of a run folder.
-        certificate: what is known of the export, without its files.
+        trained: model of a run folder.
+        certificate: the certificate; its list of files is not needed.
     """
     run = _read(trained, "run.json")
     parts = [
@@ -54,20 +54,20 @@ def model_card(trained: Trained, certificate: dict[str, Any]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def _front_matter(trained: Trained, certificate: dict[str, Any]) -> dict[str, Any]:
+def _front_matter(trained: TrainedModel, certificate: dict[str, Any]) -> dict[str, Any]:
     name, adapter = trained.backbone.model_name_or_path, certificate["format"] == "adapter"
     matter: dict[str, Any] = {"library_name": "peft" if adapter else "transformers"}
-    if not name.startswith("embedded:") and not Path(name).exists():  # a name on the hub
+    if not name.startswith("embedded:") and not Path(name).exists():  # a name of the hub
         matter["base_model"] = name
     return matter | {"pipeline_tag": "text-generation", "tags": ["security", "sys-scan-graph", "lora"]}
 
 
-def _base(trained: Trained) -> str:
+def _base(trained: TrainedModel) -> str:
     name = trained.backbone.model_name_or_path
     return Path(name).name if Path(name).is_dir() else name
 
 
-def _usage(trained: Trained, kind: str) -> str:
+def _usage(trained: TrainedModel, kind: str) -> str:
     if kind == "adapter":
         load = (
             "from peft import PeftModel\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
@@ -85,18 +85,18 @@ def _usage(trained: Trained, kind: str) -> str:
     return f"```python\n{load}\n```\n\nA whole report, with the project's own code:\n\n```\n{command}\n```"
 
 
-def _data(trained: Trained, run: dict[str, Any]) -> list[tuple[str, Any]]:
+def _data(trained: TrainedModel, run: dict[str, Any]) -> list[tuple[str, Any]]:
     data = trained.config.get("data", {}).get("init_args", {})
     return [
-        ("sources", ", ".join(_nameless(str(source)) for source in data.get("sources", []))),
-        ("tasks and shares", json.dumps(data.get("tasks") or {"risk": 1.0})),
-        ("held out", f"val {data.get('val', 0.02)}, test {data.get('test', 0.02)}, by content"),
-        ("balance over severity", data.get("balance")),
+        ("sources", ", ".join(_source_name(str(source)) for source in data.get("sources", []))),
+        ("tasks and shares", json.dumps(data.get("task_weights") or {"risk": 1.0})),
+        ("held out", f"val {data.get('val_fraction', 0.02)}, test {data.get('test_fraction', 0.02)}, by content"),
+        ("balance over severity", data.get("severity_balance")),
         ("fingerprint", run.get("data")),
     ]
 
 
-def _training(trained: Trained, run: dict[str, Any]) -> list[tuple[str, Any]]:
+def _training(trained: TrainedModel, run: dict[str, Any]) -> list[tuple[str, Any]]:
     model, backbone = trained.config.get("model", {}).get("init_args", {}), trained.backbone
     optimizer, lora = model.get("optimizer") or {}, lora_settings(trained)
     return [
@@ -116,30 +116,30 @@ def _training(trained: Trained, run: dict[str, Any]) -> list[tuple[str, Any]]:
 
 def _export(certificate: dict[str, Any]) -> list[tuple[str, Any]]:
     reference, base = certificate["reference"], certificate.get("merge_base")
-    on = {"trained": "the base as it was stored in training", "16bit": "the original 16-bit base"}.get(base or "")
-    agent = "as sys-scan-graph's agent does it" if certificate.get("load_as") == "agent" else None
+    bases = {"trained": "the base as it was stored in training", "16bit": "the original 16-bit base"}
+    agent = "as sys-scan-graph's agent loads it" if certificate.get("load_as") == "agent" else None
     rows = [
-        ("merged on", on),
+        ("merged on", bases.get(base or "")),
         ("matrices stored as", certificate.get("gguf_type")),
         ("loaded to measure it", agent),
         ("certificate", f"{certificate['state']} (certificate.json)"),
-        ("beyond its bounds", "; ".join(certificate.get("failures", []))),
+        ("failures", "; ".join(certificate.get("failures", []))),
     ]
     if reference["n"]:
-        kl = "not a number" if reference["kl_mean"] is None else f"{reference['kl_mean']:.2g} nats a token"
-        said = f"{kl}, at most {reference['max_kl']:g} allowed"
-        rows.append(("divergence from the trained model", f"{said}, on {reference['n']} held-out findings"))
+        kl = "not a number" if reference["kl_mean"] is None else f"{reference['kl_mean']:.2g} nats per token"
+        divergence = f"{kl}, at most {reference['max_kl']:g} allowed, on {reference['n']} held-out findings"
+        rows.append(("divergence from the trained model", divergence))
     return rows
 
 
-def _results(trained: Trained) -> list[str]:
+def _results(trained: TrainedModel) -> list[str]:
     tables = []
     record = _read(trained, "evaluation.json")
-    for task, exam in (record.get("tasks") or {}).items():
-        columns = exam.get("columns", {})
+    for task, results in (record.get("tasks") or {}).items():
+        columns = results.get("columns", {})
         figures = {name: column.get("figures", {}) for name, column in columns.items()}
-        names = [name for name in SHOWN if any(values.get(name) is not None for values in figures.values())]
-        head = f"| {task}, {exam.get('n')} held-out ({exam.get('split')}) | " + " | ".join(columns) + " |"
+        names = [name for name in FIGURES if any(values.get(name) is not None for values in figures.values())]
+        head = f"| {task}, {results.get('n')} held-out ({results.get('split')}) | " + " | ".join(columns) + " |"
         rows = [
             f"| {name} | " + " | ".join(_figure(columns[column], name) for column in columns) + " |" for name in names
         ]
@@ -147,8 +147,8 @@ def _results(trained: Trained) -> list[str]:
     if not tables:
         return ["No evaluation was run."]
     note = (
-        "Greedy generation; in brackets 95 % intervals. The weights here are those of the best validation, if the run "
-        "had one, else of its last step."
+        "Greedy generation, with 95 % intervals in brackets. The weights are those of the best validation if the run "
+        "had a validation, else those of its last step."
     )
     return [*tables, note]
 
@@ -169,12 +169,12 @@ def _class(slot: Any) -> str | None:
     return str(slot["class_path"]).rpartition(".")[2] if isinstance(slot, dict) and "class_path" in slot else None
 
 
-def _nameless(source: str) -> str:
-    """A source without the folders of the machine that it lay on, and without a password."""
+def _source_name(source: str) -> str:
+    """Returns a source without folders of the machine and without a password."""
     return source if source.startswith("synthetic:") else source.partition("?")[0].rstrip("/").rpartition("/")[2]
 
 
-def _read(trained: Trained, name: str) -> dict[str, Any]:
+def _read(trained: TrainedModel, name: str) -> dict[str, Any]:
     assert trained.run is not None
     try:
         value = json.loads((trained.run / name).read_text(encoding="utf-8"))

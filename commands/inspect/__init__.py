@@ -1,1 +1,1 @@
-"""The ``inspect`` command."""
+"""The command ``inspect``."""

@@ -1,4 +1,4 @@
-"""The report of ``inspect`` as text: tables, and one example in colour."""
+"""Prints the report of ``inspect`` as text: tables, and one example in colour."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ if TYPE_CHECKING:
     from datamodules.tokenization.chat_format import Example
 
 STYLES = {"prefix": "dim cyan", "prompt": "dim", "completion": "bold green"}
-SHOWN = 1500  #: characters of each part of the example
-JOIN = 4  #: tokens on each side of a join
+SHOWN = 1500  #: largest number of characters of each part of the example
+JOIN = 4  #: number of tokens that are printed on each side of a join of two parts
 
 
 @dataclass(frozen=True)
 class Sample:
-    """An example with its texts.
+    """An example as text.
 
     Attributes:
-        task: of the example.
-        lengths: tokens of ``prefix``, ``prompt`` (behind the prefix) and ``completion``.
-        texts: of the same parts, control tokens written out.
-        joins: name of a join -> (id, token) around it.
+        task: name of the task.
+        lengths: number of tokens of ``prefix``, ``prompt`` (after the prefix) and ``completion``.
+        texts: text of the same parts, with control tokens.
+        joins: (id, token) pairs around each join of two parts, by the name of the join.
     """
 
     task: str
@@ -39,7 +39,7 @@ class Sample:
 
         Args:
             example: the example.
-            tokenizer: of Hugging Face.
+            tokenizer: tokenizer of Hugging Face.
         """
         prefix = example.prefix_length
         prompt, completion = example.prompt_ids.tolist(), example.completion_ids.tolist()
@@ -60,11 +60,11 @@ class Sample:
         )
 
     def summary(self) -> dict[str, Any]:
-        """What the JSON report says of it."""
+        """Returns the part of the JSON report about the example, without its text."""
         return {"task": self.task, "lengths": self.lengths, "joins": self.joins}
 
     def render(self) -> Group:
-        """The example in colour, and the ids at its joins."""
+        """Returns the example in colour, and the ids at its joins."""
         text = Text()
         for part, style in STYLES.items():
             text.append(_printable(_shorten(self.texts[part])), style)
@@ -85,14 +85,20 @@ def _shorten(text: str) -> str:
 
 
 def _printable(text: str) -> str:
-    """Escapes control characters: text from data must not steer the terminal."""
+    """Escapes control characters: text from data must not control the terminal."""
     return "".join(
         char if char.isprintable() or char == "\n" else char.encode("unicode_escape").decode() for char in text
     )
 
 
 def print_report(report: dict[str, Any], sample: Sample | None, console: Console | None = None) -> None:
-    """Prints a report of :func:`commands.inspect.command.inspect_run`."""
+    """Prints a report.
+
+    Args:
+        report: result of :func:`commands.inspect.command.inspect_run`.
+        sample: the example to print; None for none.
+        console: console to print to; None for stdout.
+    """
     console = console or Console(highlight=False)
     for title, body in _sections(report):
         console.print(Text(f"\n{title}", "bold"))
@@ -110,7 +116,7 @@ def _sections(report: dict[str, Any]) -> list[tuple[str, Any]]:
     return [
         ("Records", _records(report)),
         ("Examples (distinct, all splits)", _examples(report)),
-        ("Tokens an example", _lengths(report)),
+        ("Tokens per example", _lengths(report)),
         (f"Packing of the training epoch in rows of {packing['sequence_length']:,} tokens", _packing(packing)),
         ("Run", _run(report)),
     ]
@@ -133,7 +139,7 @@ def _grid(header: list[str], rows: list[list[str]]) -> Table:
     return table
 
 
-def _tally(total: int, reasons: dict[str, int]) -> str:
+def _total_with_reasons(total: int, reasons: dict[str, int]) -> str:
     listed = ", ".join(f"{reason} {count:,}" for reason, count in reasons.items())
     return f"{total:,}" + (f"  ({listed})" if listed else "")
 
@@ -141,17 +147,18 @@ def _tally(total: int, reasons: dict[str, int]) -> str:
 def _records(report: dict[str, Any]) -> Table:
     records, near = report["records"], report["near_duplicates"]
     whole = "" if records["complete"] else "  (a part: --limit)"
+    too_long = {task: count for task, count in report["overflow"].items() if count}
     rows = [
         ("sources", ", ".join(report["sources"]) + whole),
         ("documents", f"{records['documents']:,}"),
         ("findings", f"{records['findings']:,}"),
         ("correlations", f"{records['correlations']:,}"),
-        ("repaired", _tally(report["repaired"], report["repairs"])),
-        ("quarantined", _tally(report["quarantined"], report["quarantine"])),
-        ("without an example", _tally(sum(records["skipped"].values()), records["skipped"])),
+        ("repaired", _total_with_reasons(report["repaired"], report["repairs"])),
+        ("quarantined", _total_with_reasons(report["quarantined"], report["quarantine"])),
+        ("without an example", _total_with_reasons(sum(records["skipped"].values()), records["skipped"])),
         ("duplicates", f"{report['duplicates']:,} examples (input and answer)"),
         ("conflicts", f"{report['conflicts']:,} examples (same input, another answer), {report['merged']:,} merged"),
-        ("too long", _tally(sum(report["overflow"].values()), {k: n for k, n in report["overflow"].items() if n})),
+        ("too long", _total_with_reasons(sum(too_long.values()), too_long)),
         ("without a label", f"{report['unsupervised_examples']:,}"),
     ]
     if near:
@@ -209,45 +216,48 @@ def _packing(packing: dict[str, Any]) -> Table:
 
 
 def _run(report: dict[str, Any]) -> Table:
-    epoch, memory, device = report["epoch"], report["memory"], report["device"]
-    of = f" (max_steps {epoch['max_steps']:,})" if epoch["max_steps"] else ""
-    rows = [
-        ("epoch", f"{epoch['examples']:,} examples in {epoch['rows']:,} rows"),
-        (
-            "steps",
-            f"{epoch['steps']:,} an epoch{of}: {epoch['batch_size']} rows x {epoch['accumulate']} micro-batches x "
-            f"{epoch['devices']} devices",
-        ),
+    epoch = report["epoch"]
+    max_steps = f" (max_steps {epoch['max_steps']:,})" if epoch["max_steps"] else ""
+    sizes = f"{epoch['batch_size']} rows x {epoch['accumulate']} micro-batches x {epoch['devices']} devices"
+    return _lines(
+        [
+            ("epoch", f"{epoch['examples']:,} examples in {epoch['rows']:,} rows"),
+            ("steps", f"{epoch['steps']:,} per epoch{max_steps}: {sizes}"),
+            *_memory(report),
+            *_teacher_cache(report["teacher_cache"]),
+            *_time(report),
+        ]
+    )
+
+
+def _memory(report: dict[str, Any]) -> list[tuple[str, str]]:
+    memory = report["memory"]
+    if not memory:
+        return [("peak memory", f"no estimate: {report['no_estimate']}")]
+    parts = ", ".join(f"{part} {value:.2f}" for part, value in memory["parts_gib"].items())
+    highest = max(memory["moments_gib"], key=memory["moments_gib"].__getitem__)
+    settings = f"{memory['kernels']} kernels, activation_checkpointing {memory['activation_checkpointing']}"
+    return [
+        ("peak memory", f"{memory['peak_gib']:.2f} GiB per device, at the {highest} ({memory['basis']})"),
+        ("memory by part", f"{parts} GiB, each at its maximum; {settings}"),
     ]
-    if memory:
-        parts = ", ".join(f"{part} {value:.2f}" for part, value in memory["parts_gib"].items())
-        worst = max(memory["moments_gib"], key=memory["moments_gib"].__getitem__)
-        rows.append(("peak memory", f"{memory['peak_gib']:.2f} GiB a device, at the {worst} ({memory['basis']})"))
-        rows.append(
-            (
-                "its parts",
-                f"{parts} GiB, each at its largest; {memory['kernels']} kernels, "
-                f"activation_checkpointing {memory['activation_checkpointing']}",
-            )
-        )
-    else:
-        rows.append(("peak memory", f"no estimate: {report['no_estimate']}"))
-    if cache := report["teacher_cache"]:
-        where = f" in {cache['dir']}" if cache["dir"] else ", with objective.cache.dir"
-        rows.append(
-            (
-                "cached teacher",
-                f"{cache['bytes_finding']:,.0f} bytes a finding (top_k {cache['top_k']}, {cache['bytes_token']} "
-                "a supervised "
-                f"token), {cache['epoch_gib']:,.2f} GiB an epoch{where}",
-            )
-        )
+
+
+def _teacher_cache(cache: dict[str, Any] | None) -> list[tuple[str, str]]:
+    if not cache:
+        return []
+    folder = f" in {cache['dir']}" if cache["dir"] else ", if objective.cache.dir is set"
+    token = f"{cache['bytes_token']} bytes per supervised token"
+    sizes = f"{cache['bytes_finding']:,.0f} bytes per finding (top_k {cache['top_k']}, {token})"
+    return [("cached teacher", f"{sizes}, {cache['epoch_gib']:,.2f} GiB per epoch{folder}")]
+
+
+def _time(report: dict[str, Any]) -> list[tuple[str, str]]:
+    device = report["device"]
     if device:
-        run = f", the run {_hours(device['hours_run'])}" if device["hours_run"] else ""
-        rows.append((f"time on {device['name']}", f"an epoch {_hours(device['hours_epoch'])}{run} ({device['basis']})"))
-    elif memory:
-        rows.append(("time", "name a device: --device h100"))
-    return _lines(rows)
+        run = f", {_hours(device['hours_run'])} for the run" if device["hours_run"] else ""
+        return [(f"time on {device['name']}", f"{_hours(device['hours_epoch'])} per epoch{run} ({device['basis']})")]
+    return [("time", "give a device: --device h100")] if report["memory"] else []
 
 
 def _hours(hours: float) -> str:

@@ -1,4 +1,4 @@
-"""``inspect --compile TPU``: what a step of the configured run needs on a TPU's core, by the TPU's own compiler."""
+"""``inspect --compile TPU``: compiles a training step of the config for a TPU and reports its memory per core."""
 
 from __future__ import annotations
 
@@ -23,9 +23,10 @@ from lightning_modules.strategies.xla.accelerator import check_torch_xla
 from lightning_modules.strategies.xla.aot_compile import TPUS
 
 if TYPE_CHECKING:
-    from commands.inspect.command import InspectCLI
+    from commands.config_only_cli import ConfigOnlyCLI
 
 GIB = 2**30
+REPOSITORY = Path(__file__).parents[2]  #: the compiler's process imports this project from here
 PARTS = {
     "argument": "weights, gradients, optimizer state, rows",
     "temporary": "activations and gathered weights",
@@ -34,48 +35,55 @@ PARTS = {
 
 
 def check_compile(tpu: str) -> None:
-    """Refuses a TPU that is not known, and a machine without the compiler.
+    """Raises an error if the TPU is unknown or the compiler is not installed.
+
+    Args:
+        tpu: value of ``--compile``.
 
     Raises:
-        UserError: says what to name or to install.
+        UserError: the TPU is unknown, or a package is missing.
     """
     if tpu not in TPUS:
-        raise UserError(f"inspect: --compile {tpu}: no such TPU; there are {', '.join(TPUS)}")
+        raise UserError(f"inspect: --compile {tpu}: no such TPU. Fix: give one of {', '.join(TPUS)}.")
     check_torch_xla()
     missing = [package for package in ("jax", "libtpu") if find_spec(package) is None]
     if missing:
         raise UserError(
-            f"inspect: --compile {tpu}: {' and '.join(missing)} not installed; `pip install -e '.[tpu,tpu_compile]'`"
+            f"inspect: --compile {tpu}: {' and '.join(missing)} not installed. Fix: `pip install -e "
+            "'.[tpu,tpu_compile]'`."
         )
 
 
-def compile_run(cli: InspectCLI, tpu: str) -> dict[str, Any]:
-    """Traces a step of the configured module over tensors without content and compiles it for a TPU.
+def compile_run(cli: ConfigOnlyCLI, tpu: str) -> dict[str, Any]:
+    """Traces a training step with tensors without storage, and compiles it for a TPU.
 
     Args:
-        cli: holds model, data and the trainer's settings.
-        tpu: one of :data:`lightning_modules.strategies.xla.aot_compile.TPUS`.
+        cli: has the model, the data and the trainer's settings.
+        tpu: name in :data:`lightning_modules.strategies.xla.aot_compile.TPUS`.
 
     Returns:
-        JSON-ready: settings, bytes a core, seconds, and whether it fits.
+        JSON-ready settings, GiB per core, seconds, and whether the step fits into the memory.
 
     Raises:
-        UserError: the config's classes are not this project's, or the compiler refuses.
+        UserError: the config has other classes than this project's, or the compiler fails.
     """
     data, module, cores = cli.datamodule, cli.model, TPUS[tpu].cores
     if not isinstance(data, FindingsDataModule) or not isinstance(module, CausalLMModule):
-        raise UserError("inspect --compile reads configs of FindingsDataModule and CausalLMModule")
+        raise UserError("inspect --compile: unknown classes. Fix: use FindingsDataModule and CausalLMModule.")
     if data.batch_size % cores:
-        raise UserError(f"data.init_args.batch_size {data.batch_size}: no multiple of the {cores} cores of a {tpu}")
+        raise UserError(
+            f"data.init_args.batch_size {data.batch_size}: no multiple of the {cores} cores of a {tpu}. Fix: give one."
+        )
     steps = _trainer_options(cli.trainer_config)
     console = Console(stderr=True)
     console.print(f"tracing a step of {module.backbone.model_name_or_path.removeprefix(RANDOM)}, without weights ...")
     began = time.monotonic()
-    graph = _trace(module, data, cores, _mesh_data(cli.trainer_config), steps)
+    graph = _trace(module, data, cores, _data_parallel_size(cli.trainer_config), steps)
     traced = time.monotonic() - began
     console.print(f"traced in {traced:.0f} s; libtpu compiles it for a {tpu} (minutes for a 7B model) ...")
     cost = _compile(graph, tpu)
-    cost["peak"] = max(cost["peak"], cost["argument"] + cost["temporary"])  # its own leaves gaps out
+    # the compiler's peak does not include gaps between allocations
+    cost["peak"] = max(cost["peak"], cost["argument"] + cost["temporary"])
     memory = TPUS[tpu].memory_gib
     return {
         "tpu": tpu, "cores": cores, "memory_gib": memory, "rows": data.batch_size,
@@ -96,7 +104,10 @@ def _trace(module: CausalLMModule, data: FindingsDataModule, cores: int, groups:
 
 
 def _trainer_options(trainer: Namespace) -> dict[str, Any]:
-    """What of the trainer's settings changes a step. A window of many micro-batches has the graph of one of two."""
+    """Returns the trainer's settings that change the step's graph.
+
+    A step of more than two micro-batches has the same graph as a step of two.
+    """
     accumulate = int(trainer.get("accumulate_grad_batches") or 1)
     options: dict[str, Any] = {"accumulate_grad_batches": min(accumulate, 2)}
     for name in ("gradient_clip_val", "gradient_clip_algorithm"):
@@ -105,7 +116,7 @@ def _trainer_options(trainer: Namespace) -> dict[str, Any]:
     return options
 
 
-def _mesh_data(trainer: Namespace) -> int:
+def _data_parallel_size(trainer: Namespace) -> int:
     strategy = trainer.get("strategy")
     arguments = strategy.get("init_args") if isinstance(strategy, Namespace) else None
     return int((arguments or {}).get("data_parallel_size") or 1)
@@ -116,44 +127,48 @@ def _compile(graph: str, tpu: str) -> dict[str, float]:
         file = Path(folder) / "step.mlir"
         file.write_text(graph, encoding="utf-8")
         command = [sys.executable, "-m", "lightning_modules.strategies.xla.aot_compile", str(file), tpu]
-        done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=Path(__file__).parents[1])  # noqa: S603
+        done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=REPOSITORY)  # noqa: S603
     if done.returncode in (-9, 137):
         raise UserError(
-            f"inspect: --compile {tpu}: the host's memory ended; a 7B model takes 6 GB, and more than 20 where its "
-            "layers are no loop (backbone.lora.dropout, lora.num_top_layers): set those to 0 and null, or use a "
-            "larger host"
+            f"inspect: --compile {tpu}: ran out of host memory. A 7B model needs 6 GB, more than 20 GB if its layers "
+            "can't be compiled as a loop. Fix: set backbone.lora.dropout to 0 and lora.num_top_layers to null, or use "
+            "a host with more memory."
         )
     if done.returncode:
-        said = [line for line in done.stderr.splitlines() if line.strip()]
-        reason = next((line for line in reversed(said) if "RESOURCE_EXHAUSTED" in line), said[-1] if said else "")
+        lines = [line for line in done.stderr.splitlines() if line.strip()]
+        reason = next((line for line in reversed(lines) if "RESOURCE_EXHAUSTED" in line), lines[-1] if lines else "")
         raise UserError(
-            f"inspect: --compile {tpu}: the compiler refused ({reason[:400]}); where memory ran out, lower "
-            "data.init_args.batch_size or sequence_length"
+            f"inspect: --compile {tpu}: the compiler failed ({reason[:400]}). Fix: if memory ran out, lower "
+            "data.init_args.batch_size or sequence_length."
         )
     cost: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
     return cost
 
 
 def print_compiled(report: dict[str, Any]) -> None:
-    """Shows the report."""
-    table = Table(title=f"{report['tpu']}: {report['rows']} rows of {report['sequence_length']} tokens, a core")
+    """Prints the report of :func:`compile_run`."""
+    table = Table(title=f"{report['tpu']}: {report['rows']} rows of {report['sequence_length']} tokens, per core")
     table.add_column("memory")
     table.add_column("GiB", justify="right")
     for part, name in PARTS.items():
         table.add_row(name, f"{report['gib_a_core'][part]:.2f}")
-    table.add_row("the core has", f"{report['memory_gib']:.2f}")
+    table.add_row("memory of the core", f"{report['memory_gib']:.2f}")
     Console().print(table)
     print(f"traced in {report['seconds']['trace']:.0f} s, compiled in {report['seconds']['compile']:.0f} s")
 
 
 def check_fits(report: dict[str, Any]) -> None:
-    """Ends in an error where the step needs more than a core has.
+    """Raises an error if the step needs more memory than a core has.
+
+    Args:
+        report: result of :func:`compile_run`.
 
     Raises:
-        UserError: it does.
+        UserError: the step does not fit.
     """
     if not report["fits"]:
         raise UserError(
-            f"a step needs {report['gib_a_core']['peak']:.1f} GiB of the {report['memory_gib']} of a {report['tpu']}'s "
-            "core: lower data.init_args.batch_size or sequence_length (and raise trainer.accumulate_grad_batches)"
+            f"inspect: --compile {report['tpu']}: a step needs {report['gib_a_core']['peak']:.1f} GiB of the "
+            f"{report['memory_gib']} GiB of a core. Fix: lower data.init_args.batch_size or sequence_length (and raise "
+            "trainer.accumulate_grad_batches)."
         )

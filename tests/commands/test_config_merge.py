@@ -1,3 +1,5 @@
+"""Merging of config files and of the command line, and the errors of jsonargparse that it avoids."""
+
 import pytest
 import yaml
 
@@ -19,7 +21,7 @@ def merged(args):
     return yaml.safe_load(args[1])
 
 
-def test_a_later_class_takes_nothing_from_the_earlier_one():
+def test_a_later_class_gets_no_argument_of_the_earlier_one():
     bare = {"optimizer": {"class_path": "optimizers.Lion", "init_args": {"lr": 1e-4}}}
     assert merge(ADAMW, bare) == bare
 
@@ -42,7 +44,7 @@ FORMS = [
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_another_class_on_the_command_line_drops_the_files_arguments(tmp_path, form):
+def test_another_class_on_the_command_line_removes_the_arguments_of_the_file(tmp_path, form):
     args = compose(["--config", write(tmp_path, "a.yaml", {"model": LION}), *form])
     assert "init_args" not in merged(args)["model"]["optimizer"]
     assert args[2:] == form
@@ -73,25 +75,25 @@ def test_null_on_the_command_line_is_null(tmp_path, form, key, expected):
     assert args[2:] == ["--print_config", "--seed", "1"]
 
 
-def test_null_for_an_argument_of_nothing_is_refused(tmp_path):
+def test_null_for_an_argument_of_a_plain_value_is_an_error(tmp_path):
     content = {"trainer": {"logger": False}}
     with pytest.raises(UserError, match=r"trainer\.logger is False, which has no save_dir"):
         compose(["--config", write(tmp_path, "a.yaml", content), "--trainer.logger.save_dir=null"])
 
 
-def test_a_strategy_is_named_by_its_class_path(tmp_path):
+def test_a_strategy_may_be_given_by_its_class_path(tmp_path):
     file = write(tmp_path, "a.yaml", {"trainer": {"strategy": "ddp"}})
     args = compose(["--config", file, "--trainer.strategy=lightning_modules.strategies.FSDP2Strategy"])
     assert args[2:] == ["--trainer.strategy.class_path=lightning_modules.strategies.FSDP2Strategy"]
     assert compose(["--config", file, "--trainer.strategy=ddp_spawn"])[2:] == ["--trainer.strategy=ddp_spawn"]
 
 
-def test_the_same_class_on_the_command_line_keeps_them(tmp_path):
+def test_the_same_class_on_the_command_line_keeps_the_arguments_of_the_file(tmp_path):
     args = compose(["--config", write(tmp_path, "a.yaml", LION), "--optimizer=optimizers.Lion"])
     assert merged(args)["optimizer"]["init_args"]["betas"] == [0.9, 0.99]
 
 
-def test_the_default_stands_in_but_is_never_merged_underneath(tmp_path):
+def test_the_default_is_used_only_without_a_config(tmp_path):
     default = tmp_path / "default.yaml"
     default.write_text("a: 1\nb: 2\n")
     assert merged(compose([], default)) == {"a": 1, "b": 2}
@@ -102,7 +104,7 @@ def test_the_default_stands_in_but_is_never_merged_underneath(tmp_path):
     ("content", "message"),
     [(None, "no such file"), ("- 1\n", "expected a mapping"), ("a: [1\n", "not valid YAML")],
 )
-def test_a_broken_file_is_named_on_one_line(tmp_path, content, message):
+def test_an_invalid_file_is_a_user_error_on_one_line(tmp_path, content, message):
     path = tmp_path / "x.yaml"
     if content is not None:
         path.write_text(content)

@@ -1,4 +1,4 @@
-"""The synthesize command, through its own options."""
+"""``synthesize`` with its options."""
 
 import json
 
@@ -13,14 +13,14 @@ def run(*options):
     main(["synthesize", *map(str, options)])
 
 
-def test_writes_a_folder_and_says_how_to_train_on_it(tmp_path, capsys):
+def test_writes_a_folder_and_prints_the_command_that_trains_on_it(tmp_path, capsys):
     run("--findings", 250, "--output", tmp_path / "data", "--seed", 3, "--findings_per_shard", 100, "--plain")
     documents = [json.loads(path.read_text()) for path in sorted((tmp_path / "data").glob("batch_*.json"))]
     assert documents == list(iter_documents(250, 3, findings_per_shard=100))
-    told = capsys.readouterr().out
+    printed = capsys.readouterr().out
     correlations = sum(len(document["data"]["correlations"]) for document in documents)
-    assert f"250 findings, {correlations} correlations, 3 shards" in told
-    assert f"""python main.py fit --data.init_args.sources='["{tmp_path}/data"]'""" in told
+    assert f"250 findings, {correlations} correlations, 3 shards" in printed
+    assert f"""python main.py fit --data.init_args.sources='["{tmp_path}/data"]'""" in printed
 
 
 def test_writes_an_archive_of_ground_truth(tmp_path, capsys):
@@ -29,7 +29,7 @@ def test_writes_an_archive_of_ground_truth(tmp_path, capsys):
     assert "30 findings" in capsys.readouterr().out
 
 
-def test_a_target_in_use_is_kept_unless_told_otherwise(tmp_path):
+def test_an_existing_output_is_kept_without_overwrite(tmp_path):
     folder, archive = tmp_path / "data", tmp_path / "some.tgz"
     for target in (folder, archive):
         run("--findings", 20, "--output", target, "--findings_per_shard", 5)
@@ -44,7 +44,7 @@ def test_a_target_in_use_is_kept_unless_told_otherwise(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("options", "told"),
+    ("options", "message"),
     [
         (("--findings", 0, "--output", "x"), "--findings=0"),
         (("--findings", "many", "--output", "x"), "findings"),
@@ -53,17 +53,17 @@ def test_a_target_in_use_is_kept_unless_told_otherwise(tmp_path):
         (("--findings", 5, "--output", "x", "--sede", 1), "--sede"),
     ],
 )
-def test_mistakes_are_one_line(tmp_path, monkeypatch, options, told):
+def test_a_user_error_is_one_line(tmp_path, monkeypatch, options, message):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError, match=told) as caught:
+    with pytest.raises(UserError, match=message) as caught:
         run(*options)
     assert "\n" not in str(caught.value)
     assert not list(tmp_path.iterdir())
 
 
-def test_a_target_of_the_wrong_kind(tmp_path):
+def test_an_output_of_the_wrong_kind_is_an_error(tmp_path):
     (tmp_path / "file").write_text("")
     (tmp_path / "folder.tgz").mkdir()
-    for target, told in (("file", "is a file"), ("folder.tgz", "is a folder"), ("file/below", "--output")):
-        with pytest.raises(UserError, match=told):
+    for target, message in (("file", "this is a file"), ("folder.tgz", "this is a folder"), ("file/below", "--output")):
+        with pytest.raises(UserError, match=message):
             run("--findings", 5, "--output", tmp_path / target)

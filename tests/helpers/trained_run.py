@@ -1,4 +1,4 @@
-"""A run folder as ``fit`` leaves it, around a tiny model, without training."""
+"""Run folders like those of ``fit``, with a tiny model and without training, and the commands that read them."""
 
 import json
 
@@ -30,7 +30,7 @@ REPORT = {
 
 
 def make_run(folder, base, tokenizer, *, tasks=TASKS, sources=("synthetic://?findings=60&seed=7",), seed=1, **backbone):
-    """Writes config.yaml, run.json, evaluation.json and adapter/best; returns the folder."""
+    """Writes config.yaml, run.json and adapter/best; returns the folder."""
     settings = {
         "model_name_or_path": str(base), "quantization": "none", "dtype": "float32", "attn_implementation": "sdpa",
         "lora": {"rank": 4, "alpha": 8.0, "target_modules": ["q_proj", "v_proj", "down_proj"]},
@@ -65,7 +65,7 @@ def make_run(folder, base, tokenizer, *, tasks=TASKS, sources=("synthetic://?fin
 
 
 def write_evaluation(folder, severities=("low", "high", "info", "critical")):
-    """Writes the evaluation that a fit leaves, with one question for each severity."""
+    """Writes evaluation.json as ``fit`` does, with one question for each severity; returns the folder."""
     task, questions = RiskTask(), []
     for number, severity in enumerate(severities):
         finding = Finding(f"id{number}", f"Port {4440 + number}", "A port is open.", "network", severity, 50.0, 50.0)
@@ -78,7 +78,7 @@ def write_evaluation(folder, severities=("low", "high", "info", "critical")):
 
 
 def analyze(run, report, output, *options):
-    """Runs the command on a report (a file, or its content) and returns exit status and document."""
+    """Runs ``analyze`` on a report (a file, or its content); returns the exit status and the document."""
     if isinstance(report, dict):
         file = output.with_name("report.json")
         file.write_text(json.dumps(report))
@@ -87,6 +87,13 @@ def analyze(run, report, output, *options):
     return status, json.loads(output.read_text()) if output.exists() else None
 
 
+def export(run, output, *options):
+    """Runs ``export``; returns the exit status and the certificate."""
+    status = main(["export", "--run", str(run), "--output", str(output), *options])
+    file = output / "certificate.json"
+    return status, json.loads(file.read_text()) if file.exists() else None
+
+
 def short(*options):
-    """Options that keep a byte-wise model's answers short: free, cut after some tokens."""
+    """Returns options of ``analyze`` for short answers: unconstrained, at most 8 tokens (bytes)."""
     return ("--constrained", "false", "--max_new_tokens", "8", *options)

@@ -1,10 +1,10 @@
-"""One pass over a report with scripted answers: what is the model's, what is by rule, and what is never passed on."""
+"""The analysis of a report with scripted answers: which values are the model's, which are computed by rule."""
 
 import json
 
 import pytest
 
-from commands.analyze.pipeline import Analysis, Limits
+from commands.analyze.pipeline import Analysis, AnalysisLimits
 from datamodules.records import Correlation, Document, Finding
 from datamodules.tasks import TASKS
 from datamodules.tasks.base import compact_json
@@ -14,7 +14,7 @@ from lightning_modules.generation.response_cache import Response
 
 
 def make(name, severity="high", risk=70.0, title=None, category="network", **metadata):
-    return Finding(name, title or f"Title {name}", "What was seen.", category, severity, risk, risk, metadata)
+    return Finding(name, title or f"Title {name}", "Observed.", category, severity, risk, risk, metadata)
 
 
 FINDINGS = [
@@ -26,28 +26,28 @@ FINDINGS = [
 
 
 class Script:
-    """Answers by task: an object, a text, or a function of the prompt's content; also notes what was asked."""
+    """A generator with an answer for each task: an object, a text, or a function of the content; records questions."""
 
     def __init__(self, **answers):
-        self.answers, self.asked, self.together = answers, {}, []
+        self.answers, self.contents, self.batches = answers, {}, []
 
     def __call__(self, questions, progress):
-        self.together.append({task.name for task, _ in questions})
+        self.batches.append({task.name for task, _ in questions})
         for task, content in questions:
-            self.asked.setdefault(task.name, []).append(json.loads(content))
-        return [self.reply(self.answers.get(task.name, ""), content) for task, content in questions]
+            self.contents.setdefault(task.name, []).append(json.loads(content))
+        return [self.respond(self.answers.get(task.name, ""), content) for task, content in questions]
 
-    def reply(self, answer, content):
+    def respond(self, answer, content):
         answer = answer(json.loads(content)) if callable(answer) else answer
         return Response(answer if isinstance(answer, str) else compact_json(answer), True)
 
 
 def run(script, findings=FINDINGS, correlations=(), **limits):
-    analysis = Analysis(script, TASKS, Limits(**limits))
+    analysis = Analysis(script, TASKS, AnalysisLimits(**limits))
     return analysis(Document("report", "", 0, list(findings), list(correlations)))
 
 
-def tally(document, task):
+def counts(document, task):
     return document["enrichment_results"]["model_report"][task]
 
 
@@ -57,18 +57,18 @@ SCORED = {
 }  # fmt: skip
 
 
-def test_the_models_scores_stand_and_the_scanners_are_kept_beside():
+def test_the_models_scores_replace_the_scanners_which_are_kept_separately():
     document = run(Script(risk=SCORED))
     first = document["enriched_findings"][0]
     assert {name: first[name] for name in SCORED} == SCORED | {"risk_score": 55}
     assert (first["scanner_severity"], first["base_severity_score"], first["severity_source"]) == ("high", 70, "model")
-    assert tally(document, "risk") == {"asked": 4, "by_model": 4, "by_rule": {}}
+    assert counts(document, "risk") == {"asked": 4, "by_model": 4, "by_rule": {}}
 
 
-def test_tasks_that_do_not_wait_for_each_other_are_asked_together():
+def test_independent_tasks_run_in_one_batch():
     script = Script(risk=SCORED)
     run(script)
-    assert script.together == [{"risk"}, {"correlation", "remediation"}, {"summary", "triage"}]
+    assert script.batches == [{"risk"}, {"correlation", "remediation"}, {"summary", "triage"}]
 
 
 def test_parts_that_an_answer_lacks_follow_its_risk_score():
@@ -80,39 +80,40 @@ def test_parts_that_an_answer_lacks_follow_its_risk_score():
 @pytest.mark.parametrize(
     "text", ["", "no", '{"severity":"urgent","risk_score":5}', '{"severity":"low","risk_score":5} x']
 )
-def test_an_answer_that_does_not_validate_is_replaced(text):
+def test_an_invalid_answer_is_replaced_by_rule(text):
     document = run(Script(risk=text))
-    assert tally(document, "risk")["by_rule"] == {"no valid answer": 4}
+    assert counts(document, "risk")["by_rule"] == {"no valid answer": 4}
     assert [f["severity"] for f in document["enriched_findings"]] == ["high", "critical", "info", "low"]
     assert [f["risk_score"] for f in document["enriched_findings"]] == [70, 90, 10, 30]
 
 
-def test_later_tasks_see_the_models_scores():
+def test_later_tasks_get_the_models_scores():
     script = Script(risk=SCORED)
     run(script)
-    assert {finding["severity"] for finding in script.asked["summary"][0]["findings"]} == {"medium"}
+    assert {finding["severity"] for finding in script.contents["summary"][0]["findings"]} == {"medium"}
 
 
-def test_a_correlation_names_only_findings_of_its_group():
+def test_a_correlation_has_the_ids_of_its_group():
     def answer(content):
         return {"title": "Same process", "related_finding_ids": [f["id"] for f in content["findings"]], "tags": ["t"]}
 
     document = run(Script(correlation=answer))
-    made = document["correlations"]
-    assert [set(item["related_finding_ids"]) for item in made] == [{"a", "b"}]
-    assert (made[0]["title"], made[0]["correlation_type"], made[0]["severity"]) == ("Same process", "model", "critical")
-    assert document["enriched_findings"][0]["correlation_refs"] == [made[0]["id"]]
+    correlations = document["correlations"]
+    assert [set(item["related_finding_ids"]) for item in correlations] == [{"a", "b"}]
+    assert (correlations[0]["title"], correlations[0]["correlation_type"]) == ("Same process", "model")
+    assert correlations[0]["severity"] == "critical"
+    assert document["enriched_findings"][0]["correlation_refs"] == [correlations[0]["id"]]
     assert document["enriched_findings"][2]["correlation_refs"] == []
 
 
 @pytest.mark.parametrize(("ids", "reason"), [(["a", "z"], "invented id"), (["a"], "fewer than two ids")])
-def test_a_correlation_with_wrong_ids_is_made_by_rule(ids, reason):
+def test_a_correlation_with_wrong_ids_is_replaced_by_rule(ids, reason):
     document = run(Script(correlation={"title": "Wrong", "related_finding_ids": ids}))
-    assert tally(document, "correlation")["by_rule"] == {reason: 1}
+    assert counts(document, "correlation")["by_rule"] == {reason: 1}
     assert [item["correlation_type"] for item in document["correlations"]] == ["shared_value"]
 
 
-def test_the_reports_own_correlations_are_kept_and_cleaned():
+def test_the_reports_own_correlations_are_kept_without_unknown_ids():
     own = [
         Correlation("corr_1", "Own", "Why.", "given", None, ["a", "gone", "c"]),
         Correlation("corr_1", "Twin", "Why.", "given", None, ["d"]),
@@ -125,32 +126,32 @@ def test_the_reports_own_correlations_are_kept_and_cleaned():
     assert document["correlations"][0]["related_finding_ids"] == ["a", "c"]
 
 
-def test_a_summary_may_say_only_what_the_input_holds():
-    said = "4 findings. The worst has risk 90."
-    document = run(Script(summary={"executive_summary": said}))
-    assert document["summaries"]["executive_summary"] == said
+def test_a_summary_with_facts_that_are_not_in_the_input_is_replaced():
+    text = "4 findings. The worst has risk 90."
+    document = run(Script(summary={"executive_summary": text}))
+    assert document["summaries"]["executive_summary"] == text
     document = run(Script(summary={"executive_summary": "31337 hosts were taken over."}))
-    assert tally(document, "summary")["by_rule"] == {"not in the input": 1}
+    assert counts(document, "summary")["by_rule"] == {"not in the input": 1}
     assert "31337" not in document["summaries"]["executive_summary"]
     document = run(Script(summary={"executive_summary": " "}))
     assert document["summaries"]["executive_summary"].startswith("4 findings:")
 
 
-def test_a_summary_of_a_part_says_so():
+def test_a_summary_of_the_riskiest_findings_starts_with_their_number():
     document = run(Script(), window=2)
     assert document["summaries"]["executive_summary"].startswith(
         "Of the 2 riskiest of 4 findings (1 critical, 1 high, 1 low, 1 info): 2 findings: 1 critical, 1 high."
     )
 
 
-def test_top_findings_have_their_own_scores_whatever_the_answer_says():
-    row = {"id": "d", "title": "Lies", "severity": "critical", "risk_score": 10, "reason": "It came first."}
+def test_top_findings_have_their_own_titles_and_scores():
+    row = {"id": "d", "title": "Wrong title", "severity": "critical", "risk_score": 10, "reason": "It came first."}
     document = run(Script(triage={"triage_summary": "Start with d.", "top_findings": [row]}))
     top = document["reductions"]["top_findings"]
     assert top == [{"id": "d", "title": "Title d", "severity": "low", "risk_score": 30, "probability_actionable": 0.3,
                     "reason": "It came first."}]  # fmt: skip
     document = run(Script(triage={"triage_summary": "Start with q.", "top_findings": [row | {"id": "q"}]}))
-    assert tally(document, "triage")["by_rule"] == {"not in the input": 1}
+    assert counts(document, "triage")["by_rule"] == {"not in the input": 1}
     assert [item["id"] for item in document["reductions"]["top_findings"]] == ["b", "a", "d", "c"]
 
 
@@ -162,12 +163,12 @@ def test_only_findings_above_info_get_actions_one_of_each_kind_first():
     ]
     script = Script()
     document = run(script, findings, actions=3)
-    named = list(dict.fromkeys(name for action in document["actions"] for name in action["finding_ids"]))
-    assert named == ["s0", "m", "s1"]
+    ids = list(dict.fromkeys(name for action in document["actions"] for name in action["finding_ids"]))
+    assert ids == ["s0", "m", "s1"]
     assert all(action["priority"] in ("high", "medium") for action in document["actions"])
 
 
-def test_a_command_is_passed_on_only_where_the_table_has_it():
+def test_a_command_that_the_remediation_table_lacks_is_removed():
     known = remediate(FINDINGS[1])["actions"][0]
     steps = [
         {"title": "Good", "command": known["command"], "priority": "low"},
@@ -178,30 +179,30 @@ def test_a_command_is_passed_on_only_where_the_table_has_it():
     assert (good["command"], good["answered_by"], good["priority"]) == (known["command"], "model", "immediate")
     assert "command" not in bad
     assert "check" not in bad
-    assert tally(document, "remediation")["commands_withheld"] == 2
+    assert counts(document, "remediation")["commands_withheld"] == 2
 
 
-def test_findings_without_or_with_the_same_id_are_told_apart():
+def test_findings_without_an_id_or_with_equal_ids_get_distinct_ones():
     findings = [make("x"), make(""), make("x"), make("x#2")]
     document = run(Script(), findings)
     assert [finding["id"] for finding in document["enriched_findings"]] == ["x", "finding_2", "x#3", "x#2"]
 
 
-def test_an_empty_report_asks_nothing():
+def test_an_empty_report_has_no_questions():
     script = Script()
     document = run(script, [])
-    assert script.asked == {}
+    assert script.contents == {}
     assert document["enriched_findings"] == document["correlations"] == document["actions"] == []
     assert document["summaries"]["executive_summary"] == "The scan reports no findings. No action is needed."
 
 
-def test_the_true_answers_come_through_whole():
+def test_correct_answers_are_copied_completely():
     findings = [make("a", "high", 70.0), make("b", "low", 20.0)]
     for finding in findings:
         finding.risk_subscores = dict.fromkeys(("impact", "exposure", "anomaly", "confidence"), 0.5)
         finding.probability_actionable, finding.tags = 0.5, ["t"]
     by_title = {finding.title: risk_answer(finding) for finding in findings}
     document = run(Script(risk=lambda content: by_title[content["title"]]), findings)
-    for finding, made in zip(findings, document["enriched_findings"], strict=True):
+    for finding, record in zip(findings, document["enriched_findings"], strict=True):
         answer = risk_answer(finding)
-        assert {name: made[name] for name in answer} == answer
+        assert {name: record[name] for name in answer} == answer

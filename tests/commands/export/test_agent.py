@@ -1,4 +1,4 @@
-"""sys-scan-graph's agent takes our adapter folder as any other: its loading, its templates, its way to find JSON."""
+"""sys-scan-graph's agent can load an exported adapter and parse the answers, with its own loader and parser."""
 
 import json
 
@@ -10,12 +10,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from datamodules.records import Document, Finding
 from datamodules.tasks import build_tasks
 from lightning_modules.models.backbone import Backbone
-from tests.commands.export.test_command import export
-from tests.helpers.trained_run import make_run, write_evaluation
+from tests.helpers.trained_run import export, make_run, write_evaluation
 
 
 def load_as_the_agent_does(base, adapter):
-    """A base in NF4 with double quantisation and float16 products, the adapter beside it, the base's tokenizer."""
+    """Loads an NF4 base with double quantisation and float16 products, an adapter, and the base's tokenizer."""
     config = BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float16,
         bnb_4bit_use_double_quant=True,
@@ -24,8 +23,8 @@ def load_as_the_agent_does(base, adapter):
     return PeftModel.from_pretrained(model, adapter), AutoTokenizer.from_pretrained(base)
 
 
-def cut_out(answer):
-    """The agent's parser: from the first brace to the last."""
+def parse_as_the_agent_does(answer):
+    """Parses an answer as the agent does: from the first brace to the last one."""
     return json.loads(answer[answer.find("{") : answer.rfind("}") + 1])
 
 
@@ -45,7 +44,7 @@ def test_the_agent_loads_the_folder_and_gets_the_trained_model(nf4_run, tiny_lla
         difference = (model(ids).logits.float() - trained.eval()(ids).logits).norm()
         with model.disable_adapter():
             untuned = (model(ids).logits.float() - trained(ids).logits).norm()
-    assert difference < 0.02 * untuned  # what float16 products round
+    assert difference < 0.02 * untuned  # the rounding of float16 products
     assert model.generate(input_ids=ids, max_new_tokens=3, do_sample=False).shape[1] == ids.shape[1] + 3
 
 
@@ -55,7 +54,7 @@ def test_the_certificate_measures_what_the_agent_loads(nf4_run, tmp_path):
     assert 0 < certificate["reference"]["kl_mean"] < 1e-3
 
 
-def test_the_agents_parser_finds_every_answer(shared_data):
+def test_the_agents_parser_reads_every_answer(shared_data):
     names = ["risk", "correlation", "summary", "triage", "remediation", "agent_summarize", "agent_triage"]
     tasks = build_tasks(names, agent_templates=str(shared_data / "agent_prompt_templates"))
     findings = [
@@ -63,10 +62,10 @@ def test_the_agents_parser_finds_every_answer(shared_data):
         for n in range(3)
     ]
     document = Document("source", "", 0, findings=findings)
-    found = {name: [pair.completion for pair in task.pairs(document)] for name, task in tasks.items()}
-    assert found["risk"]
-    assert found["agent_summarize"]
-    assert found["agent_triage"]
-    for completion in (text for texts in found.values() for text in texts):
-        assert cut_out(completion) == json.loads(completion)
-        assert cut_out(f" {completion}</s>") == json.loads(completion)
+    completions = {name: [pair.completion for pair in task.pairs(document)] for name, task in tasks.items()}
+    assert completions["risk"]
+    assert completions["agent_summarize"]
+    assert completions["agent_triage"]
+    for completion in (text for texts in completions.values() for text in texts):
+        assert parse_as_the_agent_does(completion) == json.loads(completion)
+        assert parse_as_the_agent_does(f" {completion}</s>") == json.loads(completion)

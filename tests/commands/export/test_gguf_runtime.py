@@ -1,8 +1,8 @@
-"""The GGUF export in llama.cpp itself (as the wheel xllamacpp): the same tokens, the same greedy answers.
+"""The GGUF export in llama.cpp (the wheel xllamacpp): the same tokens, and answers of the same probability.
 
-llama.cpp rounds elsewhere than torch (with 8- and 4-bit weights the activations too, to 8 bits), so that near ties may
-fall the other way. An answer is held to the exported weights in float32 instead, token by token: each must be the best
-there up to a tolerance, in nats, and as likely.
+llama.cpp rounds at other operations than torch (with 8- and 4-bit weights it also rounds activations to 8 bits), so
+that a greedy answer may differ at near ties. Each token of an answer is therefore compared with the exported weights in
+float32: it must be the most probable one up to a tolerance in nats, with the same probability.
 """
 
 import json
@@ -20,12 +20,11 @@ from datamodules.tokenization.chat_format import ChatFormat
 from lightning_modules.export.merge import load_exported
 from lightning_modules.export.modelfile import go_template
 from lightning_modules.models.backbone import Backbone
-from tests.commands.export.test_command import export
-from tests.helpers.trained_run import make_run
+from tests.helpers.trained_run import export, make_run
 
 pytestmark = pytest.mark.slow
 pytest.importorskip("xllamacpp", reason="llama.cpp as a wheel: pip install xllamacpp")
-#: a process of its own, because llama.cpp's server keeps its threads; prints one answer a line
+#: program of a separate process, because llama.cpp's server keeps its threads; prints one answer per line
 RUNTIME = """
 import json, os, sys
 import xllamacpp
@@ -36,7 +35,7 @@ if os.path.exists(folder + "/adapter.gguf"):
     adapter = xllamacpp.CommonAdapterLoraInfo()
     adapter.path, adapter.scale = folder + "/adapter.gguf", 1.0
     params.lora_adapters = [adapter]
-params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 1  # its threads spin where cores are shared
+params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 1  # more threads would wait actively on shared cores
 server = xllamacpp.Server(params)
 for prompt in json.loads(sys.stdin.read()):
     reply = server.handle_completions({"prompt": prompt, "n_predict": 24, "temperature": 0, "n_probs": 1})
@@ -71,11 +70,11 @@ def test_llama_cpp_answers_as_the_exported_model_does(tmp_path, embedded_model, 
     opening = whole.partition("{{ if .System }}")[2].partition("{{ else }}")[0].replace("{{ .System }}", task.system)
     texts = [opening + task.instruction + content + whole.rpartition("{{ .Prompt }}")[2] for content in contents]
     answers = llama_cpp(tmp_path / "out", [*prompts, *texts])
-    # what was exported: the dequantised weights, as transformers reads the file, and the adapter where it lies beside
+    # the exported model: the dequantised weights, as transformers reads the file, and the adapter if it is separate
     assert (tmp_path / "out" / "adapter.gguf").exists() == kind.startswith("q4")
     trained = Backbone(str(embedded_model), adapter=str(run / "adapter" / "best"))
     model = load_exported(tmp_path / "out", trained, torch.device("cpu"))
-    for number, answer in enumerate(answers):  # by ids, and as Ollama does it: by a text with control tokens in it
+    for number, answer in enumerate(answers):  # prompts as ids, and as text with control tokens, as in Ollama
         prompt = prompts[number % QUESTIONS]
         assert answer["prompt_tokens"] == len(prompt)
         ids = torch.tensor([[*prompt, *answer["ids"]]])

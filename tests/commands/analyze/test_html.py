@@ -1,0 +1,48 @@
+"""The HTML page of an analysis: complete, self-contained, and without markup from findings."""
+
+from collections import Counter
+from html import unescape
+from html.parser import HTMLParser
+
+from commands.analyze.html import to_html
+from tests.helpers.analysis_document import analysis_document, report_with
+
+
+class Page(HTMLParser):
+    """Tags, attributes and texts of a page."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.tags, self.texts, self.attributes = Counter(), [], set()
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags[tag] += 1
+        self.attributes |= {name for name, _ in attrs}
+
+    def handle_data(self, data):
+        self.texts.append(data)
+
+
+def test_the_page_has_every_part_and_a_row_for_each_finding():
+    page = Page(to_html(analysis_document(report_with())))
+    assert {"Scan analysis", "Triage", "What to do", "Correlations", "Findings"} <= set(page.texts)
+    assert page.tags["tr"] == 1 + 3
+    assert any("model tiny, constrained to the schema" in text for text in page.texts)
+    assert "1 records of the report were not usable" in page.texts
+
+
+def test_the_page_runs_and_loads_nothing_whatever_a_finding_contains():
+    title = "<script>x</script> <img src=//evil onerror=x> &amp; \x1b[31m"
+    text = to_html(analysis_document(report_with(title=title, category='"><b onload=x>')))
+    page = Page(text)
+    assert not page.tags.keys() & {"script", "img", "link", "a", "iframe", "object"}
+    assert not page.attributes & {"src", "href", "onerror", "onload"}
+    assert "<script>x</script> <img src=//evil onerror=x> &amp; \\x1b[31m" in page.texts
+    assert "default-src 'none'" in unescape(text)
+
+
+def test_a_report_without_findings_recommends_no_action():
+    texts = Page(to_html(analysis_document({"results": [{"scanner": "ioc", "findings": []}]}))).texts
+    assert "Nothing above info: no action is needed." in texts
+    assert "None found." in texts
