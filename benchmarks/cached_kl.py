@@ -36,7 +36,7 @@ def train(module: CausalLMModule, data: FindingsDataModule, steps: int, device: 
     parameters = [p for p in module.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=1e-3, weight_decay=0.0)
     for step, batch in zip(range(steps), data.train_batches(), strict=False):
-        sums = module._step(module.transfer_batch_to_device(batch, device, 0))
+        sums = module.compute_sums(module.transfer_batch_to_device(batch, device, 0))
         (sums["loss"] / sums["count"]).backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
@@ -83,13 +83,13 @@ def main() -> None:
         module.configure_model()
     module.to(device)
     train(module, data, options.steps, device)
-    base = build_teacher("base", backbone, module.model, device, module._decoder)
+    base = build_teacher("base", backbone, module.model, device, module.decoder)
     pairs: list[tuple[Predictions, Predictions, Tensor]] = []
     with torch.no_grad():
         for _, batch in zip(range(options.rows), data.eval_batches("val"), strict=False):
             batch = module.transfer_batch_to_device(batch, device, 0)
             positions_N = supervised_positions(batch)
-            tuned = Predictions(module._decoder.hidden_states_at(batch, positions_N), module._decoder.head)
+            tuned = Predictions(module.decoder.hidden_states_at(batch, positions_N), module.decoder.head)
             pairs.append((base.predict(batch, positions_N), tuned, batch.labels_BT.flatten()[positions_N]))
     labels_N = torch.cat([labels for *_, labels in pairs])
     models = [

@@ -164,7 +164,7 @@ class Bench:
             batch.extras = variant.cached([row]) if variant.cached else None
             batch = module.transfer_batch_to_device(batch.pin_memory() if cuda else batch, self.device, 0)
             if step_loss is None:
-                sums = module._step(batch)
+                sums = module.compute_sums(batch)
                 loss, count = sums["loss"], sums["count"]
             else:
                 loss, count = step_loss(batch)
@@ -187,8 +187,8 @@ class Bench:
         cached = write_cache(folder, self.examples, 32, self.vocabulary)
 
         def on_our_blocks() -> Loss:
-            base = build_teacher("base", self.backbone, self.module.model, self.device, self.module._decoder)
-            return full_logits(self.module._decoder, base.decoder, 0.5, 2.0)
+            base = build_teacher("base", self.backbone, self.module.model, self.device, self.module.decoder)
+            return full_logits(self.module.decoder, base.decoder, 0.5, 2.0)
 
         def on_transformers() -> Loss:
             _enable_checkpointing(self.module.model.get_base_model())

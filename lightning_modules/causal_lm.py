@@ -78,7 +78,7 @@ class CausalLMModule(LightningModule):
         self.model: Any = None
         self.projections: ModuleList | None = None
         self.step_metrics: dict[str, Tensor] = {}
-        self._decoder: Any = None  # a view of the model, plain or fast
+        self.decoder: Any = None  # a view of the model, plain or fast
         self._teacher: Teacher | None = None  # no nn.Module, so that it is in no state_dict, parameters() or train()
         self._cached: CachedTeacher | None = None
         self._pending: dict[str, Tensor] = {}  # sums of the micro-batches since the last optimizer step
@@ -97,7 +97,7 @@ class CausalLMModule(LightningModule):
             backend.check(recipe.quantization, teacher=self.objective.teacher_backbone is not None)
             self.model = backend.build(recipe, device)
             self.model.train(self.training)
-            self._decoder, why = build_decoder(
+            self.decoder, why = build_decoder(
                 self.model, recipe.kernels, recipe.activation_checkpointing, torch.device(device), recipe.fp8,
                 backend.fused_unsupported_reason,
             )  # fmt: skip
@@ -150,12 +150,12 @@ class CausalLMModule(LightningModule):
 
     def forward(self, batch: Batch) -> Tensor:
         """Computes the last hidden states [B, T, C]."""
-        return self._decoder.hidden_states(batch)
+        return self.decoder.hidden_states(batch)
 
     def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
         """Plans the fast path's attention while the segments are still on the host, then copies."""
-        if isinstance(self._decoder, FusedDecoder) and batch.segment_ids_BT.device.type == "cpu":
-            batch = replace(batch, plan=self._decoder.plan(batch.segment_ids_BT))
+        if isinstance(self.decoder, FusedDecoder) and batch.segment_ids_BT.device.type == "cpu":
+            batch = replace(batch, plan=self.decoder.plan(batch.segment_ids_BT))
         return batch.to(device)
 
     def _prepare_teacher(self) -> Teacher | None:
@@ -164,7 +164,7 @@ class CausalLMModule(LightningModule):
             if recipe != "base":
                 self._backend.check(recipe.quantization)
             device = self._backend.build_device(self.device)
-            self._teacher = build_teacher(recipe, self.backbone, self.model, device, self._decoder)
+            self._teacher = build_teacher(recipe, self.backbone, self.model, device, self.decoder)
             self._backend.place(self._teacher.model)
         return self._teacher
 
@@ -174,7 +174,7 @@ class CausalLMModule(LightningModule):
 
     # ------------------------------------------------------------------ one step for training, validation and test
 
-    def _step(self, batch: Batch) -> dict[str, Tensor]:
+    def compute_sums(self, batch: Batch) -> dict[str, Tensor]:
         """Computes the objective's sums over a batch, and ``count``, the tokens they are over."""
         rows, tokens = batch.labels_BT.shape
         with out_of_memory_advice(f"data.init_args.sequence_length {tokens} or batch_size {rows}"):
@@ -191,7 +191,7 @@ class CausalLMModule(LightningModule):
 
     def _predict(self, batch: Batch, positions_N: Tensor | None) -> Predictions:
         """The student's hidden states at supervised positions, and those that an objective compares, projected."""
-        decoder, layers = self._decoder, list(self.objective.layers)
+        decoder, layers = self.decoder, list(self.objective.layers)
         if not layers:
             hidden_NC = decoder.hidden_states_at(batch, positions_N)
             return Predictions(hidden_NC, decoder.head, decoder.frozen_head, backend=self._backend)
@@ -203,7 +203,7 @@ class CausalLMModule(LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Returns the sum of the loss, times what Lightning will divide it by."""
-        sums = self._step(batch)
+        sums = self.compute_sums(batch)
         _add(self._pending, sums)
         return sums["loss"] * self.trainer.accumulate_grad_batches
 
@@ -238,11 +238,11 @@ class CausalLMModule(LightningModule):
 
     def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Adds a batch to the validation's sums."""
-        _add(self._evaluated, self._step(batch))
+        _add(self._evaluated, self.compute_sums(batch))
 
     def test_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Adds a batch to the test's sums."""
-        _add(self._evaluated, self._step(batch))
+        _add(self._evaluated, self.compute_sums(batch))
 
     def on_validation_epoch_end(self) -> None:
         """Logs means over the whole validation set."""
@@ -260,7 +260,7 @@ class CausalLMModule(LightningModule):
     def _no_sums(self) -> dict[str, Tensor]:
         """Zeros under the objective's names, for a rank that had no batch."""
         width = self.model.get_output_embeddings().weight.shape[1]
-        decoder = self._decoder
+        decoder = self.decoder
         nothing = Predictions(torch.zeros(0, width, dtype=decoder.dtype, device=self.device), decoder.head)
         labels_N = torch.zeros(0, dtype=torch.long, device=self.device)
         with torch.no_grad():

@@ -31,7 +31,7 @@ from transformers.cache_utils import Cache, DynamicLayer
 from transformers.masking_utils import sdpa_mask
 
 from lightning_modules.generation.prefix_cache import Prefix
-from lightning_modules.models.backend import is_divided
+from lightning_modules.models.backend import is_sharded
 
 PLACES = 256  #: a GPU's steps look at a multiple of so many positions; fewer shapes are fewer graphs to record
 EAGER = 1  #: steps of a shape before its graph is recorded; they warm its kernels up
@@ -54,7 +54,7 @@ class SlotKVCache:
         self._start = len(prefix.ids)
         self._layers = [_Layer(self, layer.keys, layer.values) for layer in prefix.layers]
         self._cache = Cache(layers=self._layers)
-        recorded = self.device.type == "cuda" and not any(map(is_divided, prefix.model.parameters()))
+        recorded = self.device.type == "cuda" and not any(map(is_sharded, prefix.model.parameters()))
         self._graphs = _Graphs(self._next) if recorded else None
         self._put: Callable[[Tensor, Tensor], Tensor] = _nowhere
         self._additive = prefix.attention == "eager"

@@ -93,12 +93,12 @@ class Backend:
         return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False)
 
 
-EAGER = Backend()
+DEFAULT_BACKEND = Backend()
 
 
 def backend_of(trainer: Any) -> Backend:
     """The backend of a trainer's strategy; PyTorch as it is without a trainer."""
-    backend: Backend = getattr(getattr(trainer, "strategy", None), "backend", EAGER)
+    backend: Backend = getattr(getattr(trainer, "strategy", None), "backend", DEFAULT_BACKEND)
     return backend
 
 
@@ -124,7 +124,7 @@ def check_sharding(strategy: object, quantization: str) -> None:
         )
 
 
-def is_divided(tensor: Tensor) -> bool:
+def is_sharded(tensor: Tensor) -> bool:
     """Whether a tensor is divided over ranks (FSDP2's DTensor), and whole only while its module computes."""
     return hasattr(tensor, "to_local")
 

@@ -243,7 +243,7 @@ def test_validation_is_a_mean_over_tokens_not_over_batches(tiny_llama, tmp_path)
 def test_a_rank_without_a_batch_has_zero_sums_under_the_same_names(tiny_llama):
     for objective in (CompletionCrossEntropy(), Distillation(), Distillation(alpha=0.0)):
         module = module_for(tiny_llama, objective)
-        nothing, something = module._no_sums(), module._step(one_by_one()[0])
+        nothing, something = module._no_sums(), module.compute_sums(one_by_one()[0])
         assert list(nothing) == list(something)
         assert all(value == 0 for value in nothing.values())
 

@@ -157,7 +157,7 @@ class XLASPMDStrategy(SingleDeviceXLAStrategy):
         batch = super().batch_to_device(batch, torch.device("cpu"), dataloader_idx)
         if isinstance(batch, Batch):
             self._check(batch)
-            return batch._map(self._send)
+            return batch.map_tensors(self._send)
         return apply_to_collection(batch, Tensor, self._send)
 
     def _send(self, tensor: Tensor) -> Tensor:

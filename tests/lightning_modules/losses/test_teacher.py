@@ -165,7 +165,7 @@ def test_states_of_the_same_width_need_no_projection(tiny_llama, tmp_path):
     assert module.projections is None
     assert trainer.callback_metrics["train/hidden"] < 1e-9
     assert trainer.callback_metrics["train/grad_norm"] < 1e-6
-    assert list(module._no_sums()) == list(module._step(one_by_one()[0]))
+    assert list(module._no_sums()) == list(module.compute_sums(one_by_one()[0]))
 
 
 def test_neither_packing_nor_the_prefix_nor_accumulation_changes_matching(tiny_llama, wide_llama, tmp_path):
@@ -216,9 +216,9 @@ def test_the_base_as_a_teacher_shares_the_fast_decoders_weights(fp8, tiny_llama)
 def test_prompts_padding_and_prefix_never_count(tiny_llama, tmp_path):
     """Whatever stands in unsupervised places of the labels' rows, sums are those of the completions alone."""
     module = module_for(tiny_llama, Distillation(chunk_size=5))
-    expected = {name: sum(module._step(b)[name] for b in one_by_one()) for name in ("loss", "kl", "ce", "count")}
+    expected = {name: sum(module.compute_sums(b)[name] for b in one_by_one()) for name in ("loss", "kl", "ce", "count")}
     for rows in (packed(), packed(False)):
-        sums = module._step(rows)
+        sums = module.compute_sums(rows)
         assert int(sums["count"]) == sum(len(s) - p for s, p in examples())
         for name, value in expected.items():
             torch.testing.assert_close(sums[name], value, rtol=1e-5, atol=1e-5)
@@ -228,7 +228,9 @@ def test_prompts_padding_and_prefix_never_count(tiny_llama, tmp_path):
         fill = {"labels_BT": -100, "segment_ids_BT": -1}.get(name, 7)
         value = getattr(longer, name)
         setattr(padded, name, torch.cat([value, torch.full((2, 16), fill, dtype=value.dtype)], 1))
-    torch.testing.assert_close(module._step(padded)["kl"], module._step(longer)["kl"], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        module.compute_sums(padded)["kl"], module.compute_sums(longer)["kl"], rtol=1e-5, atol=1e-5
+    )
 
 
 def test_plain_training_builds_no_teacher_and_no_projection(tiny_llama, tmp_path):

@@ -11,7 +11,7 @@ from datamodules.batch import Batch
 from datamodules.errors import UserError
 from lightning_modules import Backbone, CausalLMModule, CompletionCrossEntropy, LoRA
 from lightning_modules.models.attention_masks import register_attention
-from lightning_modules.models.backend import EAGER, backend_of
+from lightning_modules.models.backend import DEFAULT_BACKEND, backend_of
 from lightning_modules.strategies import PJRTAccelerator, TruePrecision, XLABackend, XLASPMDStrategy
 from lightning_modules.strategies.xla.sharding import row_spec, weight_spec
 from lightning_modules.strategies.xla.tracing import place_arguments
@@ -59,16 +59,16 @@ def test_an_objective_has_the_same_loss_and_gradients_over_such_pieces(frozen):
     head, hidden = torch.nn.Linear(8, 11).double(), torch.randn(24, 8, dtype=torch.float64, requires_grad=True)
     labels = torch.randint(11, (24,)).masked_fill_(torch.rand(24) < 0.3, -100)
     results = []
-    for chosen in (EAGER, backend(4)):
-        chosen.checkpoint = EAGER.checkpoint  # XLA's own needs its devices
+    for chosen in (DEFAULT_BACKEND, backend(4)):
+        chosen.checkpoint = DEFAULT_BACKEND.checkpoint  # XLA's own needs its devices
         sums = CompletionCrossEntropy(chunk_size=4)(Predictions(hidden, head, frozen, chosen), labels)
         results.append((*sums.values(), *torch.autograd.grad(sums["loss"], hidden)))
     torch.testing.assert_close(results[0], results[1], rtol=1e-12, atol=1e-12)
 
 
 def test_without_such_a_strategy_the_backend_is_pytorch():
-    assert backend_of(None) is EAGER
-    assert backend_of(SimpleNamespace(strategy=object())) is EAGER
+    assert backend_of(None) is DEFAULT_BACKEND
+    assert backend_of(SimpleNamespace(strategy=object())) is DEFAULT_BACKEND
 
 
 def test_precision_is_the_type_that_it_says():

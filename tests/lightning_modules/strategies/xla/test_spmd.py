@@ -117,12 +117,12 @@ def test_a_loop_over_layers_has_the_gradients_of_the_layers(sharded, monkeypatch
 
     def gradients():
         strategy = module.trainer.strategy
-        module._decoder.hidden_states(strategy.batch_to_device(batch)).square().mean().backward()
+        module.decoder.hidden_states(strategy.batch_to_device(batch)).square().mean().backward()
         found = strategy.backend.collect({n: p.grad for n, p in module.named_parameters() if p.requires_grad})
         module.zero_grad()
         return found
 
-    layers = module._decoder.model.model.layers
+    layers = module.decoder.model.model.layers
     assert isinstance(layers, LayerScan) and len(layers[:]) == 1
     looped = gradients()
     monkeypatch.setattr("lightning_modules.strategies.xla.layer_scan._can_loop", lambda layers: False)
@@ -189,8 +189,8 @@ def test_adapter_loads_in_plain_peft_with_the_same_logits(sharded, on_cpu, tiny_
     batch = Batch(ids, positions, torch.full_like(ids, -100), segments)
     with torch.no_grad():
         module = probe.module.eval()
-        hidden_BTC = module._decoder.hidden_states(batch.to("xla"))
-        logits = module._decoder.head(hidden_BTC.flatten(0, 1)).cpu().unflatten(0, (4, 32))
+        hidden_BTC = module.decoder.hidden_states(batch.to("xla"))
+        logits = module.decoder.head(hidden_BTC.flatten(0, 1)).cpu().unflatten(0, (4, 32))
         plain = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_mistral), run / "adapter" / "last")
         torch.testing.assert_close(logits, plain(ids).logits, atol=1e-5, rtol=1e-5)
     assert any(tensor.abs().max() > 0 for name, tensor in plain.state_dict().items() if "lora_B" in name)
