@@ -187,7 +187,7 @@ class CacheWriter:
         print(f"cache-teacher: {made} shards written, {len(there)} of {len(found.shards)} there", file=sys.stderr)
         if len(there) == len(found.shards):
             _write(folder / "done.json", found.summary(None if self.exhaustive else self.rows or found.rows))
-            for left in folder.glob("*.part"):
+            for left in folder.glob("*.tmp"):
                 left.unlink(missing_ok=True)
             size = sum(path.stat().st_size for path in there)
             print(
@@ -339,7 +339,7 @@ def _is_there(path: Path, examples: list[Example], key: str) -> bool:
     keys = np.array([example.key for example in examples], np.uint64)
     try:
         shard = Shard(path, key)
-        if not shard.whole():
+        if not shard.is_intact():
             raise BrokenShard(f"{path.name} was changed after it was written")
     except BrokenShard as error:
         print(f"cache-teacher: {error}; it is made again", file=sys.stderr)

@@ -76,6 +76,8 @@ class Batch:
         Returns:
             A new batch.
         """
-        names = [field.name for field in fields(self) if field.name.endswith("_BT")]
+        tensors: dict[str, Any] = {
+            f.name: function(getattr(self, f.name)) for f in fields(self) if f.name.endswith("_BT")
+        }
         extras = {k: function(v) for k, v in self.extras.items()} if self.extras is not None else None
-        return replace(self, **{name: function(getattr(self, name)) for name in names}, extras=extras)
+        return replace(self, **tensors, extras=extras)

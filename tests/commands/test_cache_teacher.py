@@ -75,7 +75,7 @@ def test_killed_half_way_and_resumed_it_leaves_the_same_bytes(cached, tmp_path, 
 
         def save(path, *rest):
             if len(written) == 2:
-                path.with_suffix(".0.part").write_bytes(b"half")
+                path.with_suffix(".0.tmp").write_bytes(b"half")
                 os.kill(os.getpid(), signal.SIGKILL)
             written.append(path)
             command_save(path, *rest)
@@ -152,7 +152,7 @@ def test_fit_reads_it_without_a_teacher_and_sees_what_a_teacher_would_say(tiny_l
         cli.trainer.fit(cli.model, cli.datamodule)
         results.append({name: float(value) for name, value in cli.trainer.callback_metrics.items()})
         weights.append({n: p.detach() for n, p in cli.model.named_parameters() if p.requires_grad})
-        assert (cli.model._teacher is None) == (folder is not None)
+        assert (cli.model.teacher_source.teacher is None) == (folder is not None)
     cached, online = results
     assert cached.keys() == online.keys()
     assert online["val/kl"] > 1e-3
