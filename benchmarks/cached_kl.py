@@ -1,11 +1,11 @@
-"""How near does a cached teacher's KL come to the whole one? On a real model, at k = 8, 32 and 128.
+"""Measures the fraction of the full KL that a cached teacher keeps, on a real model, at k = 8, 32 and 128.
 
     python benchmarks/cached_kl.py [--steps 24] [--device cuda]
 
-A student (LoRA on the embedded SmolLM2-135M-Instruct) is trained for some steps on generated findings. Then, on
-held-out findings' supervised tokens, base and student are compared in both directions: the tuned model teaching the
-base, and the base teaching the tuned model. "share" is the KL over k tokens and one bucket, from float16 as a cache
-keeps it, over the whole KL; "top k" the teacher's mass on those tokens at T = 1.
+A student (LoRA on the embedded SmolLM2-135M-Instruct) is trained for some steps on generated findings. Then base and
+student are compared on the supervised tokens of held-out findings, in both directions: the tuned model as the teacher
+of the base, and the base as the teacher of the tuned model. "fraction" is the KL over k tokens and one bucket, in
+float16 as in a cache, divided by the full KL; "top k" is the teacher's probability mass on those tokens at T = 1.
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ from lightning_modules.losses.teacher_shards import Targets, position_bytes, sum
 from lightning_modules.models.backend import supervised_positions  # noqa: E402
 from lightning_modules.models.decoder import Predictions  # noqa: E402
 
-KEPT, TEMPERATURES = (8, 32, 128), (1.0, 2.0, 5.0)
+TOP_K, TEMPERATURES = (8, 32, 128), (1.0, 2.0, 5.0)
 
 
 def train(module: CausalLMModule, data: FindingsDataModule, steps: int, device: torch.device) -> None:
-    """Trains with AdamW on so many rows."""
+    """Trains with AdamW on one row per step."""
     parameters = [p for p in module.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=1e-3, weight_decay=0.0)
     for step, batch in zip(range(steps), data.train_batches(), strict=False):
-        sums = module._step(module.transfer_batch_to_device(batch, device, 0))
+        sums = module.compute_sums(module.transfer_batch_to_device(batch, device, 0))
         (sums["loss"] / sums["count"]).backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
@@ -47,14 +47,14 @@ def train(module: CausalLMModule, data: FindingsDataModule, steps: int, device: 
 
 @torch.no_grad()
 def divergence(student: Predictions, labels_N: Tensor, teacher: Predictions | Targets, temperature: float) -> float:
-    """Mean KL(teacher || student) a token."""
+    """Computes the mean KL(teacher || student) per token."""
     sums = Distillation(temperature=temperature)(student, labels_N, teacher)
     return float(sums["kl"]) / len(labels_N)
 
 
 @torch.no_grad()
-def kept(teacher: Predictions, k: int, temperature: float) -> Targets:
-    """What a cache keeps of predictions."""
+def cached_targets(teacher: Predictions, k: int, temperature: float) -> Targets:
+    """Returns predictions in the form of a cache."""
     parts = [summarize(teacher.head(hidden), k, [temperature]) for hidden in teacher.hidden_NC.split(512)]
     ids, log_probs, tails = (torch.cat(part) for part in zip(*parts, strict=True))
     return Targets(ids, log_probs.half(), tails[:, 0].half())
@@ -83,13 +83,13 @@ def main() -> None:
         module.configure_model()
     module.to(device)
     train(module, data, options.steps, device)
-    base = build_teacher("base", backbone, module.model, device, module._decoder)
+    base = build_teacher("base", backbone, module.model, device, module.decoder)
     pairs: list[tuple[Predictions, Predictions, Tensor]] = []
     with torch.no_grad():
         for _, batch in zip(range(options.rows), data.eval_batches("val"), strict=False):
             batch = module.transfer_batch_to_device(batch, device, 0)
             positions_N = supervised_positions(batch)
-            tuned = Predictions(module._decoder.hidden_states_at(batch, positions_N), module._decoder.head)
+            tuned = Predictions(module.decoder.hidden_states_at(batch, positions_N), module.decoder.head)
             pairs.append((base.predict(batch, positions_N), tuned, batch.labels_BT.flatten()[positions_N]))
     labels_N = torch.cat([labels for *_, labels in pairs])
     models = [
@@ -97,18 +97,18 @@ def main() -> None:
     ]
     vocabulary = models[0].head(models[0].hidden_NC[:1]).shape[1]
     print(f"{len(labels_N):,} supervised tokens, vocabulary {vocabulary:,}, {options.steps} steps")
-    print("| teacher | T | KL a token | " + " | ".join(f"share at k {k} (top k)" for k in KEPT) + " |")
-    print("|---|---|---|" + "---|" * len(KEPT))
+    print("| teacher | T | KL per token | " + " | ".join(f"fraction at k {k} (top k)" for k in TOP_K) + " |")
+    print("|---|---|---|" + "---|" * len(TOP_K))
     for name, teacher, student in (("tuned", models[1], models[0]), ("base", models[0], models[1])):
         for temperature in TEMPERATURES:
-            whole = divergence(student, labels_N, teacher, temperature)
+            full = divergence(student, labels_N, teacher, temperature)
             cells = []
-            for k in KEPT:
-                targets = kept(teacher, k, temperature)
-                share = divergence(student, labels_N, targets, temperature) / whole
-                cells.append(f"{share:.4f} ({float(targets.log_probs_NK.float().exp().sum(1).mean()):.4f})")
-            print(f"| {name} | {temperature:g} | {whole:.4f} | " + " | ".join(cells) + " |", flush=True)
-    print("bytes a token: " + ", ".join(f"k {k} {position_bytes(k, 1, vocabulary)}" for k in KEPT))
+            for k in TOP_K:
+                targets = cached_targets(teacher, k, temperature)
+                fraction = divergence(student, labels_N, targets, temperature) / full
+                cells.append(f"{fraction:.4f} ({float(targets.log_probs_NK.float().exp().sum(1).mean()):.4f})")
+            print(f"| {name} | {temperature:g} | {full:.4f} | " + " | ".join(cells) + " |", flush=True)
+    print("bytes per token: " + ", ".join(f"k {k} {position_bytes(k, 1, vocabulary)}" for k in TOP_K))
 
 
 if __name__ == "__main__":

@@ -1,21 +1,21 @@
-"""What does a teacher cost a training step? Ratios of time and peak memory to a plain step, in one run on one GPU.
+"""Measures the cost of a teacher per training step: time and peak memory relative to a plain step, on one GPU.
 
     python benchmarks/distillation.py [--tokens tokens.npz] [--peer] [--output table.json]
 
 Mistral-7B shapes with random NF4 weights (speed and memory do not depend on their values), LoRA r=64, Lion, rows of
-8,192 tokens behind a shared prefix. All variants train the same student on the same rows, in turn, round by round:
+8,192 tokens with a shared prefix. All variants train the same student on the same rows, in turn, in several rounds:
 
 - plain: cross-entropy alone;
 - base: the teacher is the student's base without its adapter;
-- cached: targets of k = 32 are read from a cache's shards, here within the step (``fit`` reads ahead in a thread);
-- full logits: the base again, but both models' logits of every position at once and the divergence as TRL's GKD
-  computes it, on our fused blocks;
-- peer: the same on transformers' and PEFT's own modules with gradient checkpointing (--peer: a minute more);
-- nf4: a second model in 4 bits. It is built last, beside a plain variant of its own, so that its weights are in no
-  other variant's peak.
+- cached: targets of k = 32 are read from the shards of a cache, here within the step (``fit`` prefetches in a thread);
+- full logits: the base again, but with both models' logits of every position at once and the divergence as in TRL's
+  GKD, on this project's fused blocks;
+- peer: the same on the modules of transformers and PEFT with gradient checkpointing (--peer: one minute more);
+- nf4: a second model in 4 bits. It is built last, with another run of the plain variant, so that its weights are in the
+  peak of no other variant.
 
-Without ``--tokens`` (see ``train_step.py``) examples have random ids and the usual lengths: a prefix of 160 tokens, 218
-more of prompt, 167 of completion, give or take a third.
+Without ``--tokens`` (see ``train_step.py``) examples have random ids and typical lengths: a prefix of 160 tokens, 218
+more of prompt and 167 of completion, both varied by up to a third.
 """
 
 from __future__ import annotations
@@ -48,11 +48,15 @@ from lightning_modules.losses.objectives import Objective  # noqa: E402
 from lightning_modules.losses.teacher import Teacher, base_model_view, build_teacher  # noqa: E402
 from lightning_modules.losses.teacher_cache import CachedTeacher, TeacherCache, digest  # noqa: E402
 from lightning_modules.losses.teacher_shards import id_type, save_shard  # noqa: E402
-from lightning_modules.models.backbone import _enable_checkpointing  # noqa: E402
+from lightning_modules.models.backbone import enable_activation_checkpointing  # noqa: E402
 from lightning_modules.models.decoder import Decoder  # noqa: E402
 from optimizers import Lion  # noqa: E402
 
-LIMITS = {"base": (1.45, 2.0), "nf4": (1.5, None), "cached": (1.05, 0.5)}  #: time ratio, GiB more: what we promise
+LIMITS = {
+    "base": (1.45, 2.0),
+    "nf4": (1.5, None),
+    "cached": (1.05, 0.5),
+}  #: promised limits: time ratio, additional GiB
 
 
 Loss = Callable[[Batch], tuple[Tensor, Tensor]]
@@ -60,13 +64,13 @@ Loss = Callable[[Batch], tuple[Tensor, Tensor]]
 
 @dataclass
 class Variant:
-    """One way to compute a step's loss.
+    """One way to compute the loss of a step.
 
     Attributes:
         objective: of the module.
-        make_loss: makes a function of a batch that returns loss and supervised tokens; None for the module's own step.
-        cached: joins targets to rows.
-        teacher: built already; without it one is built in the first step of each run and dropped behind the last.
+        make_loss: returns a function from a batch to loss and supervised tokens; None for the module's own step.
+        cached: reads the targets of rows.
+        teacher: a teacher that is built already; None builds one in the first step of each run.
     """
 
     objective: Objective
@@ -75,8 +79,8 @@ class Variant:
     teacher: Teacher | None = None
 
 
-def usual_examples(count: int, scale: float, vocabulary: int) -> list[Example]:
-    """Examples of random ids with the lengths of real ones."""
+def typical_examples(count: int, scale: float, vocabulary: int) -> list[Example]:
+    """Returns examples of random ids with typical lengths."""
     rng = np.random.default_rng(0)
     prefix = rng.integers(5, vocabulary, int(160 * scale))
     examples = []
@@ -89,9 +93,9 @@ def usual_examples(count: int, scale: float, vocabulary: int) -> list[Example]:
 
 
 def write_cache(folder: Path, examples: list[Example], k: int, vocabulary: int) -> CachedTeacher:
-    """A cache of the true size whose numbers are random."""
+    """Writes a cache of realistic size with random numbers."""
     rng = np.random.default_rng(1)
-    record = {"k": k, "vocabulary": vocabulary, "temperatures": [2.0]}
+    record = {"top_k": k, "vocabulary": vocabulary, "temperatures": [2.0]}
     ends = np.cumsum([len(example.completion_ids) for example in examples])
     tokens = int(ends[-1])
     arrays = {
@@ -108,7 +112,7 @@ def write_cache(folder: Path, examples: list[Example], k: int, vocabulary: int) 
 
 
 def full_logits(student: Decoder, teacher: Decoder, alpha: float, t: float) -> Loss:
-    """The straightforward loss: whole logits of both, masked afterwards (as TRL's GKDTrainer, beta 0)."""
+    """Returns the direct loss: full logits of both models, masked afterwards (as TRL's GKDTrainer with beta 0)."""
 
     def loss(batch: Batch) -> tuple[Tensor, Tensor]:
         with torch.no_grad():
@@ -126,7 +130,7 @@ def full_logits(student: Decoder, teacher: Decoder, alpha: float, t: float) -> L
 
 
 class Bench:
-    """A student and the rows that every variant trains it on."""
+    """A student, and the rows that every variant trains it on."""
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.options, self.device = options, torch.device(options.device)
@@ -141,16 +145,17 @@ class Bench:
         self.parameters = [p for p in self.module.parameters() if p.requires_grad]
         self.optimizer = Lion(self.parameters, lr=5e-5)
         scale = min(options.sequence_length / 8192, 1.0)
-        examples = load_examples(options.tokens) if options.tokens else usual_examples(3000, scale, self.vocabulary)
+        examples = load_examples(options.tokens) if options.tokens else typical_examples(3000, scale, self.vocabulary)
         rows = pack(examples, sequence_length=options.sequence_length, mode="shared_prefix")
         np.random.default_rng(0).shuffle(rows)
         self.rows = rows[: options.steps + options.warmup]
         self.examples = [example for row in self.rows for example in row.examples]
 
     def run(self, variant: Variant) -> dict[str, float]:
-        """Trains over the rows; returns milliseconds a step and the peak in GiB."""
+        """Trains on the rows; returns milliseconds per step, the peak in GiB and the last loss."""
         module, cuda = self.module, self.device.type == "cuda"
-        module.objective, module._teacher, module._cached = variant.objective, variant.teacher, variant.cached
+        module.objective = variant.objective
+        module.teacher_source.teacher, module.teacher_source.cache = variant.teacher, variant.cached
         step_loss = variant.make_loss() if variant.make_loss else None
         start = 0.0
         if cuda:
@@ -164,7 +169,7 @@ class Bench:
             batch.extras = variant.cached([row]) if variant.cached else None
             batch = module.transfer_batch_to_device(batch.pin_memory() if cuda else batch, self.device, 0)
             if step_loss is None:
-                sums = module._step(batch)
+                sums = module.compute_sums(batch)
                 loss, count = sums["loss"], sums["count"]
             else:
                 loss, count = step_loss(batch)
@@ -183,29 +188,29 @@ class Bench:
             torch.cuda.synchronize()
 
     def variants(self, folder: Path) -> dict[str, Variant]:
-        """The variants that need no second model."""
+        """Returns the variants that need no second model."""
         cached = write_cache(folder, self.examples, 32, self.vocabulary)
 
-        def on_our_blocks() -> Loss:
-            base = build_teacher("base", self.backbone, self.module.model, self.device, self.module._decoder)
-            return full_logits(self.module._decoder, base.decoder, 0.5, 2.0)
+        def on_fused_blocks() -> Loss:
+            base = build_teacher("base", self.backbone, self.module.model, self.device, self.module.decoder)
+            return full_logits(self.module.decoder, base.decoder, 0.5, 2.0)
 
         def on_transformers() -> Loss:
-            _enable_checkpointing(self.module.model.get_base_model())
+            enable_activation_checkpointing(self.module.model.get_base_model())
             return full_logits(Decoder(self.module.model), Decoder(base_model_view(self.module.model).eval()), 0.5, 2.0)
 
-        found = {
+        variants = {
             "plain": Variant(CompletionCrossEntropy()),
             "base": Variant(Distillation()),
             "cached": Variant(Distillation(cache=TeacherCache(str(folder))), cached=cached),
-            "full logits": Variant(CompletionCrossEntropy(), on_our_blocks),
+            "full logits": Variant(CompletionCrossEntropy(), on_fused_blocks),
         }
         peer = {"peer": Variant(CompletionCrossEntropy(), on_transformers)}
-        return found | (peer if self.options.peer else {})
+        return variants | (peer if self.options.peer else {})
 
 
 def rounds(bench: Bench, variants: dict[str, Variant], count: int) -> dict[str, dict[str, float]]:
-    """Runs the variants in turn, and returns each one's medians."""
+    """Runs the variants in turn and returns the medians of each."""
     results: dict[str, list[dict[str, float]]] = {name: [] for name in variants}
     for number in range(count):
         for name, variant in variants.items():
@@ -222,7 +227,7 @@ def rounds(bench: Bench, variants: dict[str, Variant], count: int) -> dict[str, 
 
 
 def report(medians: dict[str, dict[str, float]], plain: dict[str, float]) -> None:
-    """Prints variants beside the plain step."""
+    """Prints variants relative to the plain step."""
     for name, values in medians.items():
         ratio, more = values["ms"] / plain["ms"], values["gib"] - plain["gib"]
         limit = LIMITS.get(name)
@@ -231,7 +236,7 @@ def report(medians: dict[str, dict[str, float]], plain: dict[str, float]) -> Non
 
 
 def main() -> None:
-    """Reads the command line."""
+    """Reads the command line, runs all variants and prints the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", help="token file of train_step.py")
     parser.add_argument("--model", default=str(ROOT / "benchmarks" / "mistral-7b"), help="folder of a config.json")
@@ -250,19 +255,19 @@ def main() -> None:
     bench = Bench(options)
     with tempfile.TemporaryDirectory() as folder:
         first = rounds(bench, bench.variants(Path(folder)), options.rounds)
-    recipe = Backbone(bench.backbone.model, options.quantization, options.dtype)
+    backbone = Backbone(bench.backbone.model_name_or_path, options.quantization, options.dtype)
     before = torch.cuda.memory_allocated() if bench.device.type == "cuda" else 0
-    teacher = build_teacher(recipe, bench.backbone, bench.module.model, bench.device)
+    teacher = build_teacher(backbone, bench.backbone, bench.module.model, bench.device)
     weights = (torch.cuda.memory_allocated() - before) / 2**30 if bench.device.type == "cuda" else 0.0
     both = {
-        "plain, beside it": Variant(CompletionCrossEntropy()),
-        "nf4": Variant(Distillation(teacher=recipe), teacher=teacher),
+        "plain, with its weights": Variant(CompletionCrossEntropy()),
+        "nf4": Variant(Distillation(teacher=backbone), teacher=teacher),
     }
     second = rounds(bench, both, options.rounds)
-    print("\n| variant | ms a step | x plain | peak GiB | GiB more | promised |\n|---|---|---|---|---|---|")
+    print("\n| variant | ms per step | x plain | peak GiB | GiB more | promised |\n|---|---|---|---|---|---|")
     report(first, first["plain"])
-    report(second, second["plain, beside it"] | {"gib": second["plain, beside it"]["gib"] - weights})
-    print(f"\nnf4: its weights are {weights:.2f} GiB of what it takes more; 'plain, beside it' holds them too")
+    report(second, second["plain, with its weights"] | {"gib": second["plain, with its weights"]["gib"] - weights})
+    print(f"\nnf4: {weights:.2f} GiB of the additional memory are its weights, which 'plain, with its weights' has too")
     if options.output:
         Path(options.output).write_text(json.dumps({"first": first, "second": second, "weights": weights}, indent=1))
 

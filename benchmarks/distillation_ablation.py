@@ -1,12 +1,13 @@
-"""Does distilling help? A real model on few findings: alone, behind an online teacher, behind a cached one.
+"""Compares training a real model on few findings alone, with an online teacher and with a cached teacher.
 
-    python benchmarks/distillation_ablation.py --output FOLDER [--seeds 2]         one GPU, some two minutes a seed
-    python benchmarks/distillation_ablation.py --output FOLDER --tiny MODEL        any machine, to see that it runs
+    python benchmarks/distillation_ablation.py --output FOLDER [--seeds 2]         one GPU, about two minutes per seed
+    python benchmarks/distillation_ablation.py --output FOLDER --tiny MODEL        any machine, to check that it runs
 
-The embedded model (SmolLM2-135M-Instruct) is the base of all. The teacher has LoRA r=64 and sees --teacher_findings;
-students have r=8 and see --findings (fewer by far), for as many steps each. Held-out findings are the students' own,
-and no split ever shares a finding. Every arm is a command of main.py on configs/distill.yaml; the table is over what
-its Evaluation callback wrote. Untuned, majority and look-up columns are in each arm's evaluation.json.
+The embedded model (SmolLM2-135M-Instruct) is the base of all arms. The teacher has LoRA r=64 and is trained on
+--teacher_findings; students have r=8 and are trained on --findings (far fewer), with the same number of steps each.
+All arms are evaluated on the held-out findings of the students, and no two splits share a finding. Every arm is a
+command of main.py with configs/distill.yaml; the table is read from the files of its Evaluation callback. The columns
+of the untuned model, the majority class and the look-up are in each arm's evaluation.json.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ FIGURES = {
 
 
 class Ablation:
-    """Runs the arms, each in a folder of its own."""
+    """Runs the arms of one seed, each in its own folder."""
 
     def __init__(self, options: argparse.Namespace, seed: int) -> None:
         self.options, self.seed = options, seed
@@ -39,9 +40,9 @@ class Ablation:
         self.seconds: dict[str, float] = {}
 
     def settings(self, name: str, *, rank: int, findings: int, steps: int, source_seed: int) -> list[str]:
-        """Options that every command of an arm takes."""
+        """Returns the options that every command of an arm takes."""
         o = self.options
-        # answers held to the schema as well would take half of the time
+        # schema-constrained answers in addition would take half of the time
         callbacks = [
             {"class_path": "callbacks.RunRecord"},
             {"class_path": "callbacks.AdapterCheckpoint"},
@@ -51,9 +52,9 @@ class Ablation:
                 "init_args": {
                     "num_samples": o.samples,
                     "batch_size": o.samples,
-                    "before": False,
+                    "evaluate_untuned": False,
                     "constrained": False,
-                    "show": 0,
+                    "num_printed": 0,
                 },
             },
             {
@@ -78,7 +79,7 @@ class Ablation:
             "data.init_args.test_fraction": 0,
             "data.init_args.seed": self.seed,
             "trainer.accelerator": o.accelerator,
-            "trainer.precision": "bf16-true" if o.dtype == "bfloat16" else "32-true",
+            "trainer.precision": "32-true",
             "trainer.max_steps": steps,
             "trainer.val_check_interval": steps,
             "trainer.enable_progress_bar": False,
@@ -90,12 +91,12 @@ class Ablation:
         return ["--config", str(ROOT / "configs" / "distill.yaml"), *lines]
 
     def student(self, name: str) -> list[str]:
-        """Options of a student."""
+        """Returns the options of a student."""
         o = self.options
         return self.settings(name, rank=8, findings=o.findings, steps=o.steps, source_seed=100 + self.seed)
 
     def run(self, arm: str, *args: str) -> None:
-        """Runs a command and keeps its time."""
+        """Runs a command and adds up its time."""
         started = time.monotonic()
         print(f"\n=== seed {self.seed}, {arm}: {args[0]}", flush=True)
         if command(list(args)):
@@ -103,15 +104,15 @@ class Ablation:
         self.seconds[arm] = self.seconds.get(arm, 0.0) + time.monotonic() - started
 
     def arms(self) -> dict[str, dict[str, Any]]:
-        """Trains teacher and students; returns each one's scores on the students' held-out findings."""
+        """Trains teacher and students; returns the scores of each on the students' held-out findings."""
         o = self.options
         plain = f"{OBJECTIVE}=lightning_modules.CompletionCrossEntropy"
         big = self.settings("teacher", rank=64, findings=o.teacher_findings, steps=o.teacher_steps, source_seed=7)
         small = {"rank": 64, "findings": o.findings, "steps": o.teacher_steps, "source_seed": 100 + self.seed}
         run = self.folder / "teacher" / "version_0"
         self.run("teacher", "fit", *big, plain, "--trainer.limit_val_batches=4")
-        exam = self.settings("teacher", **small)
-        self.run("teacher", "validate", *exam, plain, f"--ckpt_path={run / 'checkpoints' / 'last.ckpt'}")
+        evaluation = self.settings("teacher", **small)
+        self.run("teacher", "validate", *evaluation, plain, f"--ckpt_path={run / 'checkpoints' / 'last.ckpt'}")
         adapter = {"model_name_or_path": o.model, "dtype": o.dtype, "adapter": str(run / "adapter" / "last")}
         teach = [f"{OBJECTIVE}.init_args.teacher={json.dumps(adapter)}", f"{OBJECTIVE}.init_args.alpha={o.alpha}"]
         cache = f"{OBJECTIVE}.init_args.cache.dir={self.folder / 'cache'}"
@@ -130,12 +131,12 @@ class Ablation:
 
 def report(scores: dict[str, dict[str, Any]], seconds: dict[str, float]) -> None:
     """Prints a table with 95 % intervals."""
-    print("\n| arm | " + " | ".join(FIGURES.values()) + " | findings | s in all |")
+    print("\n| arm | " + " | ".join(FIGURES.values()) + " | findings | total s |")
     print("|---" * (len(FIGURES) + 3) + "|")
-    for arm, exam in scores.items():
-        column = exam["columns"].get("tuned") or exam["columns"]["this model"]
+    for arm, results in scores.items():
+        column = results["columns"].get("tuned") or results["columns"]["this model"]
         cells = [_cell(column, name) for name in FIGURES]
-        print(f"| {arm} | " + " | ".join(cells) + f" | {exam['n']} | {seconds[arm]:.0f} |", flush=True)
+        print(f"| {arm} | " + " | ".join(cells) + f" | {results['n']} | {seconds[arm]:.0f} |", flush=True)
 
 
 def _cell(column: dict[str, Any], name: str) -> str:
@@ -147,11 +148,13 @@ def _cell(column: dict[str, Any], name: str) -> str:
 
 
 def main() -> None:
-    """Reads the command line."""
+    """Reads the command line and runs every seed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", required=True, help="folder of the runs")
     parser.add_argument("--model", default="embedded:smollm2-135m-instruct")
-    parser.add_argument("--findings", type=int, default=600, help="that the students see, a quarter of them held out")
+    parser.add_argument(
+        "--findings", type=int, default=600, help="findings of the students, a quarter of which are held out"
+    )
     parser.add_argument("--teacher_findings", type=int, default=8000)
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--teacher_steps", type=int, default=250)

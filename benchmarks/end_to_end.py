@@ -42,7 +42,7 @@ def bare(arguments: list[str], steps: int) -> float:
         if index == WARMUP:
             _wait(device)
             start = time.monotonic()
-        sums = module._step(module.transfer_batch_to_device(batch, device, 0))
+        sums = module.compute_sums(module.transfer_batch_to_device(batch, device, 0))
         sums["loss"].backward()
         torch._foreach_mul_([p.grad for p in parameters], 1 / sums["count"])
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)

@@ -89,7 +89,7 @@ def held_out_loss(adapter: Path, examples: list[Any], options: argparse.Namespac
     total = count = 0.0
     with torch.no_grad():
         for row in pack(examples, sequence_length=2048, mode="packed"):
-            sums = module._step(to_batch([row], 2048).to(options.device))
+            sums = module.compute_sums(to_batch([row], 2048).to(options.device))
             total, count = total + float(sums["loss"]), count + float(sums["count"])
     return total / count
 
@@ -110,7 +110,7 @@ def train_with_module(
             begin = time.monotonic()
         row = Row(train[step * BATCH : (step + 1) * BATCH], prefix)
         batch = module.transfer_batch_to_device(to_batch([row], ROW), torch.device(options.device), 0)
-        sums = module._step(batch)
+        sums = module.compute_sums(batch)
         sums["loss"].backward()
         torch._foreach_mul_([p.grad for p in parameters], 1 / sums["count"])
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)

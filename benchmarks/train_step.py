@@ -112,7 +112,7 @@ def train(
     marks, losses, trained = [], [], []
     for row in rows[: steps + warmup]:
         batch = module.transfer_batch_to_device(to_batch([row], sequence_length), torch.device("cuda"), 0)
-        sums = module._step(batch)
+        sums = module.compute_sums(batch)
         sums["loss"].backward()
         torch._foreach_mul_([p.grad for p in parameters], 1 / sums["count"])
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -148,7 +148,7 @@ def _profile(module: Any, optimizer: Any, batch: Any) -> None:
     with profiler(activities=[ProfilerActivity.CUDA]) as record:
         start = time.time()
         for _ in range(3):
-            module._step(batch)["loss"].backward()
+            module.compute_sums(batch)["loss"].backward()
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         torch.cuda.synchronize()

@@ -1,4 +1,4 @@
-"""From batches to a loss, and from a model to answers."""
+"""The training module, its models and objectives, and generation, evaluation and export of the trained model."""
 
 from lightning_modules.causal_lm import CausalLMModule
 from lightning_modules.losses.objectives import CompletionCrossEntropy, Distillation, HiddenMatch, Objective

@@ -1,15 +1,15 @@
-"""The module that trains: batches in, sums over supervised tokens, divided once a step.
+"""The training module: batches in, a loss over supervised tokens out.
 
-Shapes in names: B rows, T tokens a row, N supervised tokens, C channels.
+Shapes in names: B rows, T tokens per row, N supervised tokens, C channels.
 
-**Normalisation.** ``training_step`` returns a sum, gradients add up over micro-batches, and right before the optimizer
-they are divided by the supervised tokens of the whole step, over all micro-batches and ranks. So 1 x 8 rows equal
-8 x 1, and a token weighs the same wherever it lies. The count stays on the device: nothing in a step waits for it.
+**Normalisation.** ``training_step`` returns a sum. Gradients add up over micro-batches, and directly before the
+optimizer step they are divided by the supervised tokens of the whole step, over all micro-batches and ranks. So 1 x 8
+rows equal 8 x 1, and a token has the same weight in every row. The count stays on the device: nothing in a step waits
+for it.
 """
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
@@ -17,45 +17,60 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch import LightningModule
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
-from torch.nn import Linear, ModuleList
-from torch.nn.parallel import DistributedDataParallel
+from torch.nn import ModuleList
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from datamodules.batch import IGNORE_INDEX, Batch
 from datamodules.errors import UserError
 from datamodules.findings import FindingsDataModule
-from lightning_modules.hyperparameters import INSTANTIATOR, to_plain
+from lightning_modules.ddp_sync import exclude_frozen_from_ddp
+from lightning_modules.hyperparameters import (
+    TRUSTED_PACKAGES,
+    check_class_paths,
+    plain_arguments,
+    plain_or_itself,
+    read_arguments,
+)  # fmt: skip
 from lightning_modules.losses.objectives import Objective
-from lightning_modules.losses.teacher import Teacher, build_teacher, widths
-from lightning_modules.losses.teacher_cache import CachedTeacher, targets_of
-from lightning_modules.losses.teacher_shards import Targets
+from lightning_modules.losses.teacher import build_projections
+from lightning_modules.losses.teacher_source import TeacherSource
 from lightning_modules.models.backbone import Backbone, out_of_memory_advice
-from lightning_modules.models.backend import Backend, backend_of, check_sharding, gather_positions
+from lightning_modules.models.backend import Backend, backend_of, check_precision, check_sharding, gather_positions
 from lightning_modules.models.decoder import Predictions
 from lightning_modules.models.fused_decoder import FusedDecoder, build_decoder
+from lightning_modules.optimization import normalize_gradients, parameter_groups, total_steps
+from lightning_modules.token_sums import RunningSums, token_means
+from lightning_modules.trainable_state import check_loaded_names, save_adapter, shape_error, trainable_only
 
 
 class CausalLMModule(LightningModule):
-    """Fine-tunes a causal language model on :class:`datamodules.batch.Batch`, whatever loader yields it.
+    """Fine-tunes a causal language model on :class:`datamodules.batch.Batch` objects from any loader.
 
-    Logged each step: ``train/loss``, ``train/token_accuracy``, ``train/grad_norm`` (before clipping), ``lr``, and the
-    objective's parts (``train/kl``). Each validation or test: ``val/loss``, ``val/token_accuracy``, over the whole set.
+    Logged at each step: ``train/loss``, ``train/token_accuracy``, ``train/grad_norm`` (before clipping), ``lr``, and
+    the parts of the objective (``train/kl``). Logged at each validation or test: ``val/loss``, ``val/token_accuracy``,
+    over the whole set.
+
+    The trainer's precision must be 32-true: the types of weights and products are those of ``backbone``.
 
     Args:
-        backbone: the model and what of it is trained.
-        objective: what is minimised.
-        optimizer: makes the optimizer from parameter groups; a class path with arguments in a config,
+        backbone: the model and the part of it that is trained.
+        objective: the loss.
+        optimizer: builds the optimizer from parameter groups: a class path with arguments in a config,
             ``functools.partial(torch.optim.AdamW, lr=1e-4)`` in Python.
-        lr_scheduler: makes the schedule from the optimizer and the run's number of steps; null for a constant rate.
+        lr_scheduler: builds the schedule from the optimizer and the number of steps of the run; null for a constant
+            rate.
 
     Attributes:
         model: the PEFT (or transformers) model; None until :meth:`configure_model`.
-        projections: of hidden states to a teacher's width, one a matched layer; None where there is nothing to learn.
-        step_metrics: the last optimizer step's logged values, as tensors on the device.
+        decoder: view of the model, eager or fused, that computes hidden states; None until :meth:`configure_model`.
+        projections: maps of hidden states to the teacher's width, one per matched layer; None without any.
+        teacher_source: the teacher of the objective.
+        step_sums: sums of the micro-batches since the last optimizer step.
+        step_metrics: values logged at the last optimizer step, as tensors on the device.
     """
 
     def __init__(
@@ -67,131 +82,111 @@ class CausalLMModule(LightningModule):
     ) -> None:
         super().__init__()
         self.save_hyperparameters()
-        self._not_stored: list[str] = []  # arguments that are no plain data
-        if "_instantiator" not in self.hparams:  # not made by the CLI, which stores plain data itself
+        self._missing_arguments: list[str] = []  # arguments that are not plain data
+        if "_instantiator" not in self.hparams:  # built in Python: the CLI stores plain data itself
             self._store_arguments(dict(self.hparams))
         self.backbone = backbone
         self.objective = objective
         self.optimizer = optimizer
         self.lr_scheduler = lr_scheduler
-        self.strict_loading = False  # checkpoints lack the frozen base; load_state_dict checks the rest
+        self.strict_loading = False  # checkpoints lack the frozen base; load_state_dict checks all other tensors
         self.model: Any = None
+        self.decoder: Any = None
         self.projections: ModuleList | None = None
+        self.teacher_source = TeacherSource()
+        self.step_sums, self.evaluation_sums = RunningSums(), RunningSums()
         self.step_metrics: dict[str, Tensor] = {}
-        self._decoder: Any = None  # a view of the model, plain or fast
-        self._teacher: Teacher | None = None  # no nn.Module, so that it is in no state_dict, parameters() or train()
-        self._cached: CachedTeacher | None = None
-        self._pending: dict[str, Tensor] = {}  # sums of the micro-batches since the last optimizer step
-        self._evaluated: dict[str, Tensor] = {}  # sums of the validation or test so far
 
-    # ------------------------------------------------------------------ the network
-
-    def configure_model(self) -> None:
-        """Builds the network, once: on the trainer's device, or without a trainer on torch's default device."""
-        if self.model is None:
-            trainer = self._trainer
-            device = trainer.strategy.root_device if trainer is not None else torch.get_default_device()
-            recipe, backend = self.backbone, self._backend
-            if trainer is not None:
-                check_sharding(trainer.strategy, recipe.quantization)
-            backend.check(recipe.quantization, teacher=self.objective.teacher_backbone is not None)
-            self.model = backend.build(recipe, device)
-            self.model.train(self.training)
-            self._decoder, why = build_decoder(
-                self.model, recipe.kernels, recipe.activation_checkpointing, torch.device(device), recipe.fp8,
-                backend.fused_unsupported_reason,
-            )  # fmt: skip
-            rank_zero_info(why)
-            # every rank loads the same base: DDP need not broadcast gigabytes at the start, and buffers at each step
-            # (which would hang ranks that have unequal numbers of validation rows)
-            same = [
-                *(n for n, p in self.named_parameters() if not p.requires_grad),
-                *(n for n, _ in self.named_buffers()),
-            ]
-            DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self, same)
-        if self.projections is None:
-            self.projections = self._make_projections()
-
-    def _make_projections(self) -> ModuleList | None:
-        recipe, layers = self.objective.teacher_backbone, self.objective.layers
-        if recipe is None or not layers or self._trainer is None:  # nobody trains: the teacher need not be here
-            return None
-        own, theirs = widths(self.backbone, recipe)
-        if own == theirs:
-            return None
-        device = self._trainer.strategy.root_device
-        made = [Linear(own, theirs, bias=False, dtype=torch.float32, device=device) for _ in layers]
-        for project in made:
-            torch.nn.init.eye_(project.weight)
-        return ModuleList(made)
-
-    def to(self, *args: Any, **kwargs: Any) -> CausalLMModule:
-        """Moves to a device; a type is ignored, since the backbone chose it.
-
-        ``trainer.precision: bf16-true`` would otherwise round the adapter's float32 weights. ``.double()`` and the like
-        convert.
-        """
-        device = torch._C._nn._parse_to(*args, **kwargs)[0]
-        return self if device is None else super().to(device)
-
-    def setup(self, stage: str) -> None:
-        """Has the data module join a cached teacher's targets to the rows."""
-        data = getattr(self.trainer, "datamodule", None)
-        if isinstance(data, FindingsDataModule):
-            self._cached = data.extras = self.objective.cached_teacher(data, self.backbone)
-            if self._cached is not None and stage == "fit" and self.trainer.max_steps > 0:
-                batches = self.trainer.max_steps * self.trainer.accumulate_grad_batches * self.trainer.world_size
-                self._cached.check_length(batches * data.batch_size)
-
-    def on_fit_start(self) -> None:
-        """Builds the teacher before the first step, and forgets the sums of an interrupted one."""
-        self._pending = {}
-        self._prepare_teacher()
-
-    def forward(self, batch: Batch) -> Tensor:
-        """Computes the last hidden states [B, T, C]."""
-        return self._decoder.hidden_states(batch)
-
-    def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
-        """Plans the fast path's attention while the segments are still on the host, then copies."""
-        if isinstance(self._decoder, FusedDecoder) and batch.segment_ids_BT.device.type == "cpu":
-            batch = replace(batch, plan=self._decoder.plan(batch.segment_ids_BT))
-        return batch.to(device)
-
-    def _prepare_teacher(self) -> Teacher | None:
-        recipe = self.objective.teacher_backbone
-        if recipe is not None and self._teacher is None:
-            if recipe != "base":
-                self._backend.check(recipe.quantization)
-            device = self._backend.build_device(self.device)
-            self._teacher = build_teacher(recipe, self.backbone, self.model, device, self._decoder)
-            self._backend.place(self._teacher.model)
-        return self._teacher
+    @property
+    def attached_trainer(self) -> Trainer | None:
+        """The trainer; None without one, where ``self.trainer`` raises."""
+        return self._trainer  # Lightning has no public way to ask
 
     @property
     def _backend(self) -> Backend:
-        return backend_of(self._trainer)
+        return backend_of(self.attached_trainer)
+
+    # ------------------------------------------------------------------ the network
+
+    def setup(self, stage: str) -> None:
+        """Validates the trainer's settings, and has the data module add a cached teacher's targets to the batches.
+
+        Raises:
+            UserError: the precision or the strategy is not supported, or the cache does not fit the run.
+        """
+        check_precision(self.trainer.precision_plugin, self.backbone.dtype)
+        check_sharding(self.trainer.strategy, self.backbone.quantization)
+        data = getattr(self.trainer, "datamodule", None)
+        if isinstance(data, FindingsDataModule):
+            cache = self.objective.cached_teacher(data, self.backbone)
+            self.teacher_source.cache = data.extras = cache
+            if cache is not None and stage == "fit" and self.trainer.max_steps > 0:
+                batches = self.trainer.max_steps * self.trainer.accumulate_grad_batches * self.trainer.world_size
+                cache.check_length(batches * data.batch_size)
+
+    def configure_model(self) -> None:
+        """Builds the network, once: on the trainer's device, or without a trainer on torch's default device."""
+        trainer = self.attached_trainer
+        device = trainer.strategy.root_device if trainer is not None else torch.get_default_device()
+        if self.model is None:
+            backbone, backend = self.backbone, self._backend
+            backend.check(backbone.quantization, teacher=self.objective.teacher_backbone is not None)
+            self.model = backend.build(backbone, device)
+            self.model.train(self.training)
+            self.decoder, reason = build_decoder(
+                self.model, backbone.kernels, backbone.activation_checkpointing, torch.device(device), backbone.fp8,
+                backend.fused_unsupported_reason,
+            )  # fmt: skip
+            rank_zero_info(reason)
+            exclude_frozen_from_ddp(self)
+        if self.projections is None and trainer is not None:  # only training needs them, or the teacher's config
+            self.projections = build_projections(self.objective, self.backbone, device)
+
+    def on_fit_start(self) -> None:
+        """Builds the teacher before the first step, and discards the sums of an interrupted step."""
+        self.step_sums.clear()
+        self._build_teacher()
+
+    def _build_teacher(self) -> None:
+        self.teacher_source.build(
+            self.objective, self.backbone, self.model, self.decoder, self._backend, self.device
+        )  # fmt: skip
+
+    def forward(self, batch: Batch) -> Tensor:
+        """Computes the last hidden states [B, T, C]."""
+        return self.decoder.hidden_states(batch)
+
+    def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
+        """Plans the attention of the fused kernels while the segments are still on the host, then copies the batch."""
+        if isinstance(self.decoder, FusedDecoder) and batch.segment_ids_BT.device.type == "cpu":
+            batch = replace(batch, plan=self.decoder.plan(batch.segment_ids_BT))
+        return batch.to(device)
 
     # ------------------------------------------------------------------ one step for training, validation and test
 
-    def _step(self, batch: Batch) -> dict[str, Tensor]:
-        """Computes the objective's sums over a batch, and ``count``, the tokens they are over."""
+    def compute_sums(self, batch: Batch) -> dict[str, Tensor]:
+        """Computes the objective's sums over a batch, and ``count``, the number of supervised tokens."""
         rows, tokens = batch.labels_BT.shape
         with out_of_memory_advice(f"data.init_args.sequence_length {tokens} or batch_size {rows}"):
             positions_N = self._backend.positions(batch)
             labels_N = gather_positions(batch.labels_BT.flatten(), positions_N)
-            teacher = self._prepare_teacher()
-            if teacher is not None:
-                theirs = list(self.objective.layers.values())
-                predictions: Predictions | Targets | None = teacher.predict(batch, positions_N, theirs)
-            else:
-                predictions = targets_of(batch, labels_N, self._cached.vocabulary if self._cached else None)
-            sums = self.objective(self._predict(batch, positions_N), labels_N, predictions)
+            self._build_teacher()
+            teacher = self.teacher_source.predict(batch, positions_N, labels_N, list(self.objective.layers.values()))
+            sums = self.objective(self._predict(batch, positions_N), labels_N, teacher)
         return {**sums, "count": (labels_N != IGNORE_INDEX).sum().to(sums["loss"].dtype)}
 
+    def zero_sums(self) -> dict[str, Tensor]:
+        """Returns zeros under the names of :meth:`compute_sums`, for a rank that had no batch."""
+        width = self.model.get_output_embeddings().weight.shape[1]
+        hidden_NC = torch.zeros(0, width, dtype=self.decoder.dtype, device=self.device)
+        empty = Predictions(hidden_NC, self.decoder.head)
+        with torch.no_grad():
+            sums = self.objective(empty, torch.zeros(0, dtype=torch.long, device=self.device), empty)
+        return {**sums, "count": torch.zeros_like(sums["loss"])}
+
     def _predict(self, batch: Batch, positions_N: Tensor | None) -> Predictions:
-        """The student's hidden states at supervised positions, and those that an objective compares, projected."""
-        decoder, layers = self._decoder, list(self.objective.layers)
+        """Computes the student's hidden states at supervised positions, and projects those that are matched."""
+        decoder, layers = self.decoder, list(self.objective.layers)
         if not layers:
             hidden_NC = decoder.hidden_states_at(batch, positions_N)
             return Predictions(hidden_NC, decoder.head, decoder.frozen_head, backend=self._backend)
@@ -202,13 +197,13 @@ class CausalLMModule(LightningModule):
         return Predictions(hidden_NC, decoder.head, decoder.frozen_head, states, self._backend)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Returns the sum of the loss, times what Lightning will divide it by."""
-        sums = self._step(batch)
-        _add(self._pending, sums)
+        """Returns the sum of the loss, multiplied by the number that Lightning divides it by."""
+        sums = self.compute_sums(batch)
+        self.step_sums.add(sums)
         return sums["loss"] * self.trainer.accumulate_grad_batches
 
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
-        """Lightning's backward pass, with advice where memory ends."""
+        """Runs Lightning's backward pass, with advice if memory runs out."""
         with out_of_memory_advice():
             super().backward(loss, *args, **kwargs)
 
@@ -217,32 +212,24 @@ class CausalLMModule(LightningModule):
     ) -> None:
         """Divides the gradients by the step's supervised tokens, then clips them; Lightning calls it before each step.
 
-        One norm and one multiplication do both: the strategy has averaged over ranks, so gradients are multiplied by
-        ``ranks / tokens``, and by ``clip / norm`` where the norm of the result is above ``clip``.
+        The strategy has averaged the gradients over ranks, so they are multiplied by ``ranks / tokens``.
         """
-        totals, self._pending = self._totals(self._pending), {}
+        totals = self.step_sums.reduce(self.trainer.world_size)
         gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         scale = self.trainer.world_size / totals["count"].clamp(min=1)
-        norm = self._backend.total_norm(gradients) * scale
-        gradients = self._backend.local(gradients)
-        if gradient_clip_val and gradient_clip_algorithm != "value":
-            scale = scale * (gradient_clip_val / (norm + 1e-6)).clamp(max=1)
-        torch._foreach_mul_(gradients, scale)
-        if gradient_clip_val and gradient_clip_algorithm == "value":
-            torch._foreach_clamp_min_(gradients, -gradient_clip_val)
-            torch._foreach_clamp_max_(gradients, gradient_clip_val)
-        # a tensor on the host for the rate: self.log would copy a number to the device and wait
+        norm = normalize_gradients(gradients, scale, self._backend, gradient_clip_val, gradient_clip_algorithm)
+        # the rate as a tensor on the host: self.log would copy a number to the device and wait
         rate = torch.as_tensor(optimizer.param_groups[0]["lr"], dtype=torch.float32)
-        self.step_metrics = {**_means(totals, "train"), "train/grad_norm": norm.detach(), "lr": rate}
+        self.step_metrics = {**token_means(totals, "train"), "train/grad_norm": norm.detach(), "lr": rate}
         self.log_dict(self.step_metrics, on_step=True, on_epoch=False, batch_size=1)
 
     def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
-        """Adds a batch to the validation's sums."""
-        _add(self._evaluated, self._step(batch))
+        """Adds a batch to the sums of the validation."""
+        self.evaluation_sums.add(self.compute_sums(batch))
 
     def test_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
-        """Adds a batch to the test's sums."""
-        _add(self._evaluated, self._step(batch))
+        """Adds a batch to the sums of the test."""
+        self.evaluation_sums.add(self.compute_sums(batch))
 
     def on_validation_epoch_end(self) -> None:
         """Logs means over the whole validation set."""
@@ -253,159 +240,95 @@ class CausalLMModule(LightningModule):
         self._log_evaluation("test")
 
     def _log_evaluation(self, stage: str) -> None:
-        sums, self._evaluated = self._evaluated or self._no_sums(), {}
-        # the values are the same on all ranks already; sync_dist only keeps Lightning from warning
-        self.log_dict(_means(self._totals(sums), stage), batch_size=1, sync_dist=True)
-
-    def _no_sums(self) -> dict[str, Tensor]:
-        """Zeros under the objective's names, for a rank that had no batch."""
-        width = self.model.get_output_embeddings().weight.shape[1]
-        decoder = self._decoder
-        nothing = Predictions(torch.zeros(0, width, dtype=decoder.dtype, device=self.device), decoder.head)
-        labels_N = torch.zeros(0, dtype=torch.long, device=self.device)
-        with torch.no_grad():
-            sums = self.objective(nothing, labels_N, nothing)
-        return {**sums, "count": torch.zeros_like(sums["loss"])}
-
-    def _totals(self, sums: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Adds sums up over ranks, in one collective."""
-        values = torch.stack(list(sums.values()))
-        if self.trainer.world_size > 1:
-            torch.distributed.all_reduce(values)  # Lightning's reduce would put a barrier, and a wait, before it
-        return dict(zip(sums, values.unbind(), strict=True))
-
-    # ------------------------------------------------------------------ optimizer
+        if not self.evaluation_sums.values:
+            self.evaluation_sums.add(self.zero_sums())
+        totals = self.evaluation_sums.reduce(self.trainer.world_size)
+        # the values are already the same on all ranks; sync_dist only prevents a warning of Lightning
+        self.log_dict(token_means(totals, stage), batch_size=1, sync_dist=True)
 
     def configure_optimizers(self) -> Any:
-        """Makes the optimizer (matrices decay, vectors do not, frozen weights are left out) and its schedule.
+        """Builds the optimizer (matrices decay, vectors do not, frozen weights are left out) and its schedule.
 
         Raises:
-            UserError: nothing is trainable, or a schedule is asked for and the run has no end.
+            UserError: no weight is trainable, or there is a schedule and the run has no end.
         """
         trainable = [p for p in self.model.parameters() if p.requires_grad]
         if not trainable:
             raise UserError(
-                f"backbone.lora null: nothing is trainable with backbone.quantization {self.backbone.quantization}; "
-                "set backbone.lora (rank 16, alpha 32)"
+                f"backbone.lora=null: no weight is trainable with backbone.quantization={self.backbone.quantization}. "
+                "Fix: set backbone.lora (rank 16, alpha 32)"
             )
         trainable += self.projections.parameters() if self.projections is not None else []
-        matrices = [p for p in trainable if p.ndim >= 2]
-        vectors = [p for p in trainable if p.ndim < 2]
-        groups: list[dict[str, Any]] = [{"params": matrices}, {"params": vectors, "weight_decay": 0.0}]
-        optimizer = self.optimizer([group for group in groups if group["params"]])
+        optimizer = self.optimizer(parameter_groups(trainable))
         if self.lr_scheduler is None:
             return optimizer
-        schedule = self.lr_scheduler(optimizer, self._total_steps())
+        schedule = self.lr_scheduler(optimizer, total_steps(self.trainer))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
-
-    def _total_steps(self) -> int:
-        steps = self.trainer.max_steps if self.trainer.max_steps > 0 else self.trainer.estimated_stepping_batches
-        if math.isinf(steps) or steps < 1:
-            raise UserError(
-                f"trainer.max_steps {self.trainer.max_steps}: the schedule needs the run's length and the data are "
-                "streamed; set trainer.max_steps, or model.init_args.lr_scheduler null"
-            )
-        return int(steps)
 
     # ------------------------------------------------------------------ checkpoints
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Leaves trainable tensors only: megabytes, not the base."""
-        names = self._trainable_names()
-        checkpoint["state_dict"] = {name: t for name, t in checkpoint["state_dict"].items() if name in names}
-        if self._not_stored:
-            missing = ", ".join(self._not_stored)
+        """Keeps trainable tensors only: megabytes instead of the base."""
+        checkpoint["state_dict"] = trainable_only(self, checkpoint["state_dict"])
+        if self._missing_arguments:
+            missing = ", ".join(self._missing_arguments)
             warnings.warn(f"the checkpoint does not hold {missing}: pass it to load_from_checkpoint", stacklevel=2)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Takes over the stored arguments where the module is rebuilt from them, so that it stores them again."""
-        if self._trainer is None:
+        """Takes over the stored arguments when the module is rebuilt from them, so that it stores them again."""
+        if self.attached_trainer is None:
             self._store_arguments(checkpoint[self.CHECKPOINT_HYPER_PARAMS_KEY])
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """Loads what :meth:`on_save_checkpoint` left; every trainable tensor must be there, and nothing unknown.
+        """Loads a checkpoint's tensors. Every trainable tensor must be there, and no unknown one.
 
         Raises:
             UserError: the checkpoint was made with another backbone or other adapters.
         """
-        if self.projections is None:  # to a teacher's width: nothing but training needs them
+        if self.projections is None:  # only training needs the projections to a teacher's width
             state_dict = {name: t for name, t in state_dict.items() if not name.startswith("projections.")}
-        way_out = "it was made with another backbone; give the backbone of its run (config.yaml beside it)"
         try:
             result = super().load_state_dict(state_dict, strict=False, assign=assign)
         except RuntimeError as error:  # shapes
-            raise UserError(f"checkpoint does not fit: {way_out} ({' '.join(str(error).split())[:300]})") from error
-        missing = sorted(self._trainable_names() & set(result.missing_keys))
-        for names, what in ((missing, "lacks"), (result.unexpected_keys, "holds unknown")):
-            if names:
-                raise UserError(f"checkpoint {what} {len(names)} tensors, {names[0]} the first: {way_out}")
+            raise shape_error(error) from error
+        check_loaded_names(self, result.missing_keys, result.unexpected_keys)
         result.missing_keys.clear()  # the frozen base; Lightning would print every name
         return result
 
     @classmethod
     def load_from_checkpoint(cls, checkpoint_path: Any, map_location: Any = None, **kwargs: Any) -> Any:  # type: ignore[override]
-        """Rebuilds a module from its checkpoint alone; the base comes from where it was trained from.
+        """Rebuilds a module from its checkpoint; the base is loaded from the place that the run loaded it from.
 
         Args:
-            checkpoint_path: file that a run left in ``checkpoints/``.
-            map_location: device to build on, the CPU if None.
-            **kwargs: constructor's arguments that replace the run's, and Lightning's own (``hparams_file``).
+            checkpoint_path: file in a run's ``checkpoints`` folder.
+            map_location: device to build on; the CPU if None.
+            **kwargs: constructor arguments that replace those of the run, and Lightning's own (``hparams_file``).
+
+        Raises:
+            UserError: the checkpoint names a class of a package that is not trusted, or does not fit its backbone.
         """
-        kwargs = {name: _plain_or_itself(value) for name, value in kwargs.items()}
         kwargs.setdefault("weights_only", True)
+        stored = read_arguments(checkpoint_path, kwargs["weights_only"], cls.CHECKPOINT_HYPER_PARAMS_KEY)
+        trusted = TRUSTED_PACKAGES | {cls.__module__.partition(".")[0]}
+        check_class_paths({name: value for name, value in stored.items() if name not in kwargs}, trusted)
+        kwargs = {name: plain_or_itself(value) for name, value in kwargs.items()}
         device = map_location if isinstance(map_location, (str, torch.device)) else None
         with torch.device(device if device is not None else torch.get_default_device()):
             return super().load_from_checkpoint(checkpoint_path, map_location=map_location, **kwargs)
 
     def save_adapter(self, path: str | Path) -> None:
-        """Writes the adapter as PEFT does, for ``PeftModel.from_pretrained``; without one, the whole model.
+        """Writes the adapter in PEFT's format, for ``PeftModel.from_pretrained``; without an adapter, the whole model.
 
-        Every rank of a trainer calls it, since each may hold a part; rank zero writes.
+        Every rank of a trainer must call it, since each may hold a shard; rank zero writes.
 
         Args:
-            path: folder, made if need be.
+            path: folder, created if it does not exist.
         """
-        writes = self._trainer is None or self._trainer.is_global_zero
-        if not hasattr(self.model, "peft_config"):
-            if writes:
-                self.model.save_pretrained(path)
-            return
-        names = self._trainable_names()
-        names = {name for name in names if name.startswith("model.")}
-        tensors = {name.removeprefix("model."): t for name, t in self.state_dict().items() if name in names}
-        tensors = self._backend.to_host(tensors)
-        if writes:  # embeddings are never trained: "auto" would ask the hub for the base's config
-            self.model.save_pretrained(path, state_dict=tensors, save_embedding_layers=False)
-
-    def _trainable_names(self) -> set[str]:
-        return {name for name, parameter in self.named_parameters() if parameter.requires_grad}
+        trainer = self.attached_trainer
+        save_adapter(self.model, path, self._backend, trainer is None or trainer.is_global_zero)
 
     def _store_arguments(self, arguments: Mapping[str, Any]) -> None:
-        """Keeps the constructor's arguments as plain data, as the CLI does; what can't be is left out."""
-        plain: dict[str, Any] = {"_instantiator": INSTANTIATOR}
-        self._not_stored = []
-        for name, value in arguments.items():
-            try:
-                plain[name] = to_plain(value)
-            except TypeError:
-                self._not_stored.append(name)
+        """Stores the constructor's arguments as plain data, as the CLI does; others are left out."""
+        plain, self._missing_arguments = plain_arguments(arguments)
         self.hparams.clear()
         self.save_hyperparameters(plain)
-
-
-def _plain_or_itself(value: Any) -> Any:
-    try:
-        return to_plain(value)
-    except TypeError:
-        return value
-
-
-def _add(totals: dict[str, Tensor], sums: Mapping[str, Tensor]) -> None:
-    for name, value in sums.items():
-        totals[name] = totals[name] + value.detach() if name in totals else value.detach()
-
-
-def _means(totals: Mapping[str, Tensor], stage: str) -> dict[str, Tensor]:
-    names = {"correct": "token_accuracy"}
-    count = totals["count"].clamp(min=1)
-    return {f"{stage}/{names.get(n, n)}": total / count for n, total in totals.items() if n != "count"}

@@ -1,4 +1,4 @@
-"""Optimizers and learning-rate schedules; imports nothing of ours."""
+"""Optimizers and learning-rate schedules; imports no other package of the project."""
 
 from optimizers.lion import Lion
 from optimizers.schedules import WarmupCosine, WarmupLinear

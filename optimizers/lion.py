@@ -1,4 +1,4 @@
-"""Lion: the sign of an interpolated momentum as the update, one state tensor a parameter.
+"""The Lion optimizer: the update is the sign of an interpolated momentum, with one state tensor per parameter.
 
 Chen et al., "Symbolic Discovery of Optimization Algorithms", arXiv 2302.06675, Program 1. With gradient g, momentum m,
 parameter p, learning rate η and decay λ::
@@ -7,8 +7,8 @@ parameter p, learning rate η and decay λ::
     p = p - η (u + λ p)
     m = β2 m + (1 - β2) g
 
-Every entry moves by η whatever its gradient's size, so a rate for Lion is 3 to 10 times smaller than one for AdamW, and
-the decay as many times larger, which leaves η λ as it was (section 5 of the paper).
+Every entry moves by η independent of the size of its gradient. A rate for Lion is therefore 3 to 10 times smaller than
+for AdamW, and the decay larger by the same factor, which keeps η λ (section 5 of the paper).
 """
 
 from __future__ import annotations
@@ -22,24 +22,24 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-HIGHEST_USUAL_LR = 5e-4  #: AdamW's usual rates for LoRA, 2e-4 to 1e-3, lie around it; Lion's at 1e-5 to 3e-4
+HIGHEST_USUAL_LR = 5e-4  #: AdamW's usual rates for LoRA are 2e-4 to 1e-3, Lion's are 1e-5 to 3e-4
 
 
 class Lion(Optimizer):
     """Lion with decoupled weight decay.
 
-    The defaults are those of ``torch.optim.AdamW`` (1e-3 and 1e-2) carried over with the paper's factor of 10. A step
-    reads no value back to the host, so it may be captured in a CUDA graph (with ``lr`` as a tensor) or traced by XLA.
-    Parameters may be divided over ranks (FSDP2).
+    The defaults are those of ``torch.optim.AdamW`` (1e-3 and 1e-2) converted with the paper's factor of 10. A step
+    copies no value to the host, so it can be captured in a CUDA graph (with ``lr`` as a tensor) or traced by XLA.
+    Parameters may be sharded over ranks (FSDP2).
 
     Args:
         params: parameters or parameter groups; a group may set ``lr``, ``betas`` and ``weight_decay``.
         lr: learning rate, a float or a tensor of one value.
-        betas: weight of the momentum in the update, and in the momentum itself.
-        weight_decay: λ; a group of norm scales, biases or DoRA magnitudes sets 0, as decay would only rescale a layer.
+        betas: coefficients of the momentum in the update, and in the new momentum.
+        weight_decay: λ; a group of norm scales, biases or DoRA magnitudes sets 0: decay would only rescale a layer.
         master_weights: keeps a float32 copy of each bf16 or fp16 parameter, and its momentum in float32. Half a unit in
-            the last place of a bf16 weight of 0.02 is 6e-5: smaller steps round to nothing without it.
-        foreach: one kernel over many tensors instead of one for each; the same numbers.
+            the last place of a bf16 weight of 0.02 is 6e-5; without the copy, smaller steps are lost to rounding.
+        foreach: one kernel over many tensors instead of one per tensor; the results are the same.
 
     Raises:
         ValueError: an argument out of range, or a parameter that is complex or not floating point.
@@ -63,12 +63,12 @@ class Lion(Optimizer):
         if any(rate > HIGHEST_USUAL_LR for rate in rates):
             warnings.warn(
                 f"Lion: lr {max(map(float, rates)):g} looks like a rate for AdamW; Lion moves every weight by lr, so "
-                "divide it by 3 to 10 and multiply weight_decay by as much",
+                "divide it by 3 to 10 and multiply weight_decay by the same factor",
                 stacklevel=2,
             )
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Adds a group after checking its options."""
+        """Adds a group and validates its options."""
         super().add_param_group(param_group)
         _check_options(self.param_groups[-1])
 
@@ -80,7 +80,7 @@ class Lion(Optimizer):
             closure: evaluates the model again and returns the loss.
 
         Returns:
-            What the closure returned, or None.
+            The result of the closure; None without one.
 
         Raises:
             ValueError: a gradient is sparse.
@@ -98,13 +98,13 @@ class Lion(Optimizer):
         return loss
 
     def create_state(self) -> None:
-        """Makes the state that the first step would make, for compilers that would compile that step apart."""
+        """Creates the state that the first step would create; XLA would compile that step separately."""
         for group in self.param_groups:
             for param in group["params"]:
                 self._state_of(param, group["master_weights"])
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Loads a state; the float32 state beside a master copy stays float32, where torch would round it."""
+        """Loads a state. The float32 state of a parameter with a master copy stays float32; torch would round it."""
         super().load_state_dict(state_dict)
         params = [param for group in self.param_groups for param in group["params"]]
         indices = [index for group in state_dict["param_groups"] for index in group["params"]]
@@ -138,7 +138,7 @@ class Lion(Optimizer):
         return state
 
     def _round_masters(self, group: dict[str, Any]) -> None:
-        """Copies the float32 weights into the parameters that the model computes with."""
+        """Copies the float32 weights, rounded, into the parameters that the model uses."""
         pairs = [
             (_local(param), _local(self.state[param]["master"]))
             for param in group["params"]
@@ -160,7 +160,7 @@ def _single_lion(
     beta2: float,
     weight_decay: float,
 ) -> None:
-    """Steps one tensor after the other; reads like the paper."""
+    """Steps one tensor after the other, in the notation of the paper."""
     for param, grad, moment in zip(params, grads, moments, strict=True):
         grad = grad.to(moment.dtype)
         update = torch.lerp(moment, grad, 1 - beta1).sign_()
@@ -195,12 +195,12 @@ def _foreach_lion(
 
 
 def _local(tensor: Tensor) -> Tensor:
-    """This rank's part of a divided tensor (FSDP2's DTensor), else the tensor: a step goes element by element."""
+    """Returns this rank's shard of an FSDP2 DTensor, or the tensor itself: a step is element-wise."""
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
 def _to(lr: float | Tensor, like: Tensor) -> Any:
-    """A rate that the device can read; a tensor on the host would be read back at each step of a captured graph."""
+    """Returns a rate on the parameter's device; a captured CUDA graph can't read a tensor on the host."""
     return lr.to(like.device, non_blocking=True) if isinstance(lr, Tensor) else lr
 
 
@@ -220,4 +220,6 @@ def _check_options(group: dict[str, Any]) -> None:
         raise ValueError(f"Lion: weight_decay {weight_decay} is negative; give 0 for none")
     for param in group["params"]:
         if not param.is_floating_point():
-            raise ValueError(f"Lion: a parameter of type {param.dtype} has no sign to follow; train real numbers only")
+            raise ValueError(
+                f"Lion: a parameter of type {param.dtype} is not floating point. Fix: train real-valued parameters only"
+            )

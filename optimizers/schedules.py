@@ -1,7 +1,7 @@
-"""Warm-up and decay of the learning rate, as a closed form of the step.
+"""Warm-up and decay of the learning rate, in closed form.
 
-A rate is a function of (step, total_steps) and of nothing that happened before, so that a resumed run goes on with the
-rate that an uninterrupted one would have::
+A rate depends on (step, total_steps) only and has no state, so a resumed run continues with the rate of an
+uninterrupted one::
 
     rate / peak    1 |      .---.._
                      |    /        ''-._          (cosine; a straight line in WarmupLinear)
@@ -30,8 +30,8 @@ class _Warmup(LambdaLR):
             raise ValueError(f"min_lr_ratio {min_lr_ratio} is not in [0, 1]; 0.1 ends at a tenth of the peak")
         decay = self._decay
 
-        # A plain function: LambdaLR would save a callable object's attributes, and on resume put the checkpoint's
-        # schedule silently over the one that the config asks for.
+        # A plain function: LambdaLR would save a callable object's attributes, and on resume silently replace the
+        # schedule of the config by the checkpoint's.
         def factor(step: int) -> float:
             if step < warmup:
                 return (step + 1) / (warmup + 1)
@@ -44,15 +44,15 @@ class _Warmup(LambdaLR):
 
 
 class WarmupCosine(_Warmup):
-    """Linear warm-up, then half a cosine down to a share of the peak (Loshchilov and Hutter, arXiv 1608.03983, eq. 5).
+    """Linear warm-up, then half a cosine to a fraction of the peak (Loshchilov and Hutter, arXiv 1608.03983, eq. 5).
 
     Args:
         optimizer: its groups' rates are the peaks.
         total_steps: optimizer steps of the whole run; the rate stays at its final value after them.
-        warmup_steps: steps before the peak, or their share of ``total_steps`` if below 1. The first step has
-            1 / (warmup_steps + 1) of the peak, never 0, since a step without effect is a batch lost. A run shorter
+        warmup_steps: steps before the peak, or a fraction of ``total_steps`` if below 1. The first step has
+            1 / (warmup_steps + 1) of the peak, not 0, since a step without effect would waste a batch. A run shorter
             than its warm-up (a trial of a few steps) ends before the peak.
-        min_lr_ratio: rate at the end, as a share of the peak.
+        min_lr_ratio: rate at the end, as a fraction of the peak.
 
     Raises:
         ValueError: an argument out of range, or an unknown number of steps.
@@ -64,13 +64,13 @@ class WarmupCosine(_Warmup):
 
 
 class WarmupLinear(_Warmup):
-    """Linear warm-up, then a straight line down to a share of the peak.
+    """Linear warm-up, then a straight line down to a fraction of the peak.
 
     Args:
         optimizer: its groups' rates are the peaks.
         total_steps: optimizer steps of the whole run; the rate stays at its final value after them.
-        warmup_steps: steps before the peak, or their share of ``total_steps`` if below 1.
-        min_lr_ratio: rate at the end, as a share of the peak.
+        warmup_steps: steps before the peak, or a fraction of ``total_steps`` if below 1.
+        min_lr_ratio: rate at the end, as a fraction of the peak.
 
     Raises:
         ValueError: an argument out of range, or an unknown number of steps.
@@ -82,13 +82,13 @@ class WarmupLinear(_Warmup):
 
 
 def _warmup_length(total_steps: int, warmup_steps: int | float) -> int:
-    """Steps of warm-up, from a number or a share."""
+    """Returns the number of warm-up steps from a number or a fraction."""
     if not 1 <= total_steps < math.inf:
         raise ValueError(f"total_steps {total_steps} is not a number of steps; set trainer.max_steps")
-    share = isinstance(warmup_steps, float) and warmup_steps < 1
-    warmup = round(warmup_steps * total_steps) if share else warmup_steps
+    is_fraction = isinstance(warmup_steps, float) and warmup_steps < 1
+    warmup = round(warmup_steps * total_steps) if is_fraction else warmup_steps
     if warmup != int(warmup) or warmup < 0:
         raise ValueError(
-            f"warmup_steps {warmup_steps} is neither a share below 1 nor a number of steps; 0.03 is 3 % of any run"
+            f"warmup_steps {warmup_steps} is neither a fraction below 1 nor a number of steps; 0.03 is 3 % of any run"
         )
     return int(warmup)

@@ -1,4 +1,4 @@
-"""The README's snippet runs as it stands."""
+"""The code example of the README runs without changes."""
 
 import re
 from pathlib import Path
@@ -17,4 +17,4 @@ def test_the_readme_snippet_trains_saves_and_loads(tiny_mistral, tmp_path):
     loaded = dict(again.named_parameters())
     assert trained
     assert all(torch.equal(p.cpu(), loaded[name].cpu()) for name, p in trained.items())
-    assert any(p.abs().sum() > 0 for name, p in trained.items() if "lora_B" in name)  # they begin as zeros
+    assert any(p.abs().sum() > 0 for name, p in trained.items() if "lora_B" in name)  # zeros at the start

@@ -266,7 +266,7 @@ def _exists(path: Path, examples: list[Example], key: str) -> bool:
     keys = np.array([example.key for example in examples], np.uint64)
     try:
         shard = Shard(path, key)
-        if not shard.whole():
+        if not shard.is_intact():
             raise BrokenShard(f"{path.name} was changed after it was written")
     except BrokenShard as error:
         print(f"cache-teacher: {error}; writing it again", file=sys.stderr)

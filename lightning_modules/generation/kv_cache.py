@@ -34,7 +34,7 @@ from transformers.masking_utils import sdpa_mask
 
 from datamodules.errors import one_line
 from lightning_modules.generation.prefix_cache import PrefixCache
-from lightning_modules.models.backend import is_divided
+from lightning_modules.models.backend import is_sharded
 
 POSITIONS_MULTIPLE = 256  #: a GPU's steps attend to a multiple of this; fewer shapes are fewer graphs to record
 WARMUP_STEPS = 1  #: steps of a shape that warm up its kernels before its graph is recorded
@@ -74,7 +74,7 @@ class SlotKVCache:
         self.length = -(-length // multiple) * multiple
         self._start = len(prefix.ids)
         self._layers = [_SlotLayer(layer.keys, layer.values, num_slots, self.length) for layer in prefix.layers]
-        recorded = self.device.type == "cuda" and not any(map(is_divided, prefix.model.parameters()))
+        recorded = self.device.type == "cuda" and not any(map(is_sharded, prefix.model.parameters()))
         self._graphs = _StepGraphs(self._step_logits) if recorded else None
         self._additive_mask = prefix.attention == "eager"
 

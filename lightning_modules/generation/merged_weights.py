@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_modules.models.backend import is_divided
+from lightning_modules.models.backend import is_sharded
 
 MEMORY_SHARE = 0.6  #: fraction of the free memory for the copy; the rest is for keys, values and activations
 DEFAULT_MEMORY = 1 << 33  #: bytes assumed free if the system does not report it: many times the embedded model's need
@@ -82,7 +82,7 @@ def _base(module: Any) -> Any:
 
 def _can_merge(module: Any) -> bool:
     base = _base(module)
-    if not isinstance(base, nn.Linear) or type(base.weight).__name__ == "Int8Params" or is_divided(base.weight):
+    if not isinstance(base, nn.Linear) or type(base.weight).__name__ == "Int8Params" or is_sharded(base.weight):
         return False
     if _is_4bit(base) and getattr(getattr(base.weight, "quant_state", None), "packing_format_for_cpu", False):
         return False

@@ -1,12 +1,12 @@
-"""What is minimised: sums over supervised tokens, in chunks, so that logits of a whole row never exist.
+"""Training objectives: sums over supervised tokens, computed in chunks so that full logits are never in memory.
 
 Shapes in names: N supervised tokens, C channels, V vocabulary.
 
-An objective returns sums, and the module divides them once by the supervised tokens of the whole optimizer step.
-5,000 tokens' logits in float32, their softmax and its gradient would be 2 GB at V = 32,768, so a chunk of them lives at
-a time. Where the head is frozen, the gradient of the hidden states is made in the same breath: the head is multiplied
-twice, not three times, and nothing of size V is kept. A head that is trained computes its chunks again in the backward
-pass.
+An objective returns sums; the module divides them once by the supervised tokens of the whole optimizer step. The logits
+of 5,000 tokens in float32, their softmax and its gradient would take 2 GB at V = 32,768, so only one chunk of them is
+in memory at a time. With a frozen head the gradient of the hidden states is computed in the forward pass as well: the
+head is multiplied twice instead of three times, and nothing of size V is kept. A head that is trained recomputes its
+chunks in the backward pass.
 """
 
 from __future__ import annotations
@@ -37,20 +37,20 @@ Divergence = Literal["forward_kl", "reverse_kl", "jsd"]
 
 
 class Objective(ABC):
-    """A loss over supervised tokens. Subclasses are frozen dataclasses of plain data, so that checkpoints hold them."""
+    """A loss over supervised tokens. Subclasses are frozen dataclasses of plain data, so checkpoints can store them."""
 
     @property
     def teacher_backbone(self) -> Backbone | Literal["base"] | None:
-        """The teacher that has to be built for the call; None for none."""
+        """The teacher that must be built for the call; None without a teacher."""
         return None
 
     @property
     def layers(self) -> dict[str, str]:
-        """Student's layers, each with the teacher's, whose hidden states the call wants."""
+        """The student's layers whose hidden states the call needs, each with the teacher's layer, by name."""
         return {}
 
     def cached_teacher(self, data: FindingsDataModule, student: Backbone) -> CachedTeacher | None:
-        """Opens the cache that holds the teacher's predictions on this data; None for none."""
+        """Opens the cache of the teacher's predictions on this data; returns None without a cache."""
         return None
 
     @abstractmethod
@@ -61,13 +61,12 @@ class Objective(ABC):
 
         Args:
             student: hidden states and head of the model that is trained.
-            labels_N: int64, the token to predict at each position; -100 counts nothing.
-            teacher: the frozen model's predictions at the same positions, or what a cache kept of them, where there is
-                a teacher.
+            labels_N: int64, the token to predict at each position; -100 is ignored.
+            teacher: the frozen model's predictions at the same positions, or their cached form; None without a teacher.
 
         Returns:
-            Scalars: ``loss``, which is minimised; ``correct``, tokens whose label has the highest logit; and whatever
-            parts are worth a curve. All but ``loss`` may be detached.
+            Scalars: ``loss``, which is minimised; ``correct``, the number of tokens whose label has the highest logit;
+            and further parts that are logged. All except ``loss`` may be detached.
         """
 
 
@@ -76,7 +75,7 @@ class CompletionCrossEntropy(Objective):
     """Cross-entropy of the labels: maximum likelihood of the completions."""
 
     chunk_size: int = 1024
-    """Tokens whose logits exist at a time."""
+    """Number of tokens whose logits are in memory at the same time."""
 
     def __call__(
         self, student: Predictions, labels_N: Tensor, teacher: Predictions | Targets | None = None
@@ -93,17 +92,17 @@ class CompletionCrossEntropy(Objective):
 
 @dataclass(frozen=True)
 class HiddenMatch:
-    """Draws named layers' hidden states to the teacher's (FitNets, arXiv 1412.6550).
+    """Hidden-state matching loss: pulls the hidden states of named layers to the teacher's (FitNets, arXiv 1412.6550).
 
-    Of a supervised token it is the mean squared difference over the teacher's mean square: a share of the teacher's
-    signal, so that one weight serves layers and models of any size. Where the widths differ, a linear map of the
-    student's states is learned along with it.
+    The loss of a supervised token is the mean squared difference divided by the mean square of the teacher's state. It
+    is relative to the teacher's signal, so one weight fits layers and models of any size. Where the widths differ, a
+    linear map of the student's states is trained with the model.
     """
 
     layers: dict[str, str]
-    """Student's layer: teacher's layer, by their names in the decoder (``layers.15: layers.23``)."""
+    """Student's layer to teacher's layer, by their names in the decoder (``layers.15: layers.23``)."""
     weight: float = 1.0
-    """Beside ``alpha T^2 D + (1 - alpha) CE``."""
+    """Weight of this loss, which is added to ``alpha T^2 D + (1 - alpha) CE``."""
 
     def __post_init__(self) -> None:
         if not self.layers:
@@ -114,45 +113,45 @@ class HiddenMatch:
             )
 
     def __call__(self, student: Sequence[Tensor], teacher: Sequence[Tensor], labels_N: Tensor) -> Tensor:
-        """Sums the layers' mean over the labelled positions."""
+        """Computes the mean over layers, summed over the labelled positions."""
         total = labels_N.new_zeros((), dtype=torch.float32)
-        for ours_NC, theirs_NC in zip(student, teacher, strict=True):
-            theirs_NC = theirs_NC.to(torch.promote_types(theirs_NC.dtype, torch.float32))
-            share_N = (ours_NC - theirs_NC).square().mean(dim=1) / theirs_NC.square().mean(dim=1)
-            total = total + (share_N * (labels_N != IGNORE_INDEX)).sum() / len(self.layers)
+        for student_NC, teacher_NC in zip(student, teacher, strict=True):
+            teacher_NC = teacher_NC.to(torch.promote_types(teacher_NC.dtype, torch.float32))
+            relative_N = (student_NC - teacher_NC).square().mean(dim=1) / teacher_NC.square().mean(dim=1)
+            total = total + (relative_N * (labels_N != IGNORE_INDEX)).sum() / len(self.layers)
         return total
 
 
 @dataclass(frozen=True)
 class Distillation(Objective):
-    """Follows a teacher: ``alpha T^2 D(teacher, student) + (1 - alpha) CE`` (Hinton et al., arXiv 1503.02531).
+    """Distillation loss: ``alpha T^2 D(teacher, student) + (1 - alpha) CE`` (Hinton et al., arXiv 1503.02531).
 
-    D compares the softmaxes of both models' logits divided by T. T^2 keeps its gradient's size as T grows. ``kl`` of
-    the result is D itself, with the teacher's entropy and without alpha and T^2: zero where both models agree.
+    D compares the softmaxes of both models' logits divided by T. T^2 keeps the size of its gradient as T grows. ``kl``
+    of the result is D itself, with the teacher's entropy and without alpha and T^2: zero where both models agree.
 
-    From a cache D is taken over the teacher's K most probable tokens and one bucket for all others. Merging outcomes
-    never raises a divergence, so that it is a lower bound of the full one.
+    With a cache, D is computed over the teacher's K most probable tokens and one bucket for all others. Merging
+    outcomes never increases a divergence, so this is a lower bound of the full one.
     """
 
     teacher: Backbone | Literal["base"] = "base"
-    """Another model (its tokenizer must be the student's), or base: the student's own base without the adapter, which
-    takes no memory. A Backbone with an adapter, and with the student's model, revision, quantization and dtype, shares
-    the student's weights: it takes the memory of its adapter only."""
+    """Another model with the student's tokenizer, or base: the student's own base without the adapter, which takes no
+    memory. A Backbone with an adapter, and with the student's model, revision, quantization and dtype, shares the
+    student's weights and takes the memory of its adapter only."""
     alpha: float = 0.5
-    """Share of the teacher; at 0 it is neither loaded nor computed."""
+    """Weight of the teacher, in [0, 1]; at 0 it is neither loaded nor computed."""
     temperature: float = 2.0
-    """Divides the logits of both; above 1 it shows what the teacher holds possible beside its first choice."""
+    """Divides the logits of both models; above 1 the teacher's less probable tokens get more weight."""
     divergence: Divergence = "forward_kl"
-    """forward_kl: KL(teacher || student), covers what the teacher does; reverse_kl: KL(student || teacher), keeps to
-    the teacher's best; jsd: the generalised Jensen-Shannon divergence between them (GKD, arXiv 2306.13649, eq. 1)."""
+    """forward_kl: KL(teacher || student), covers all modes of the teacher; reverse_kl: KL(student || teacher), seeks
+    its main mode; jsd: the generalised Jensen-Shannon divergence between them (GKD, arXiv 2306.13649, eq. 1)."""
     beta: float = 0.5
     """Weight of the teacher in the mixture of jsd, in (0, 1)."""
     chunk_size: int = 1024
-    """Tokens whose logits, of both models, exist at a time."""
+    """Number of tokens whose logits, of both models, are in memory at the same time."""
     hidden: HiddenMatch | None = None
-    """Also matches hidden states, which ``hidden`` of the result is the mean of; null matches none."""
+    """Hidden-state matching loss to add, logged as ``hidden``; null for none."""
     cache: TeacherCache | None = None
-    """What the teacher predicted, written before by ``python main.py cache-teacher``: then no teacher is loaded."""
+    """Cache that ``python main.py cache-teacher`` has written; no teacher is loaded then."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.alpha <= 1:
@@ -165,13 +164,13 @@ class Distillation(Objective):
             raise ValueError("objective.hidden: a cache holds no hidden states; leave out objective.hidden or cache")
 
     @property
-    def _wants_teacher(self) -> bool:
+    def _uses_teacher(self) -> bool:
         return self.alpha > 0 or self.hidden is not None
 
     @property
     def teacher_backbone(self) -> Backbone | Literal["base"] | None:
-        """The teacher, or None where it would have no weight, or is in a cache."""
-        return self.teacher if self._wants_teacher and self.cache is None else None
+        """The teacher; None if its weight is 0 or its predictions are in a cache."""
+        return self.teacher if self._uses_teacher and self.cache is None else None
 
     @property
     def layers(self) -> dict[str, str]:
@@ -188,13 +187,13 @@ class Distillation(Objective):
         self, student: Predictions, labels_N: Tensor, teacher: Predictions | Targets | None = None
     ) -> dict[str, Tensor]:
         """See :class:`Objective`; adds ``ce``, ``kl`` and ``hidden``."""
-        if not self._wants_teacher:
-            sums = CompletionCrossEntropy(self.chunk_size)(student, labels_N)
-            return {**sums, "ce": sums["loss"].detach()}
+        if not self._uses_teacher:
+            plain = CompletionCrossEntropy(self.chunk_size)(student, labels_N)
+            return {**plain, "ce": plain["loss"].detach()}
         if teacher is None:
             raise UserError(
-                "objective Distillation: the batches hold no targets of a teacher; data.class_path FindingsDataModule "
-                "reads them from objective.cache"
+                "objective.cache: the batches hold no targets of a teacher. Fix: set data.class_path to "
+                "datamodules.FindingsDataModule, which reads them from the cache"
             )
         weights = (1 - self.alpha, self.alpha * self.temperature**2)
         log_probs: Callable[..., tuple[Tensor, Tensor]]
@@ -216,20 +215,20 @@ class Distillation(Objective):
             return loss + weights[1] * kl, correct, ce, kl.detach()
 
         totals = _chunked(sums_of, self.chunk_size, student, labels_N, *teaching)
-        found = dict(zip(("loss", "correct", "ce", "kl"), totals, strict=True))
+        sums = dict(zip(("loss", "correct", "ce", "kl"), totals, strict=True))
         if self.hidden is None:
-            return found
+            return sums
         assert isinstance(teacher, Predictions)
         hidden = self.hidden(student.states, teacher.states, labels_N)
-        return {**found, "loss": found["loss"] + self.hidden.weight * hidden, "hidden": hidden.detach()}
+        return {**sums, "loss": sums["loss"] + self.hidden.weight * hidden, "hidden": hidden.detach()}
 
     def _over_vocabulary(self, head: Callable[[Tensor], Tensor]) -> Callable[..., tuple[Tensor, Tensor]]:
-        """Makes a function of logits and teacher's hidden states: both models' log-probabilities at T [N, V]."""
+        """Returns a function of logits and the teacher's hidden states: both log-probabilities at T [N, V]."""
 
         def log_probs(logits_NV: Tensor, hidden_NC: Tensor) -> tuple[Tensor, Tensor]:
             with torch.no_grad():
                 teacher_NV = head(hidden_NC).to(logits_NV)
-            # One tokenizer, but some models round their vocabulary up: the rows behind it are no tokens
+            # Some models round their vocabulary up; logits after the end of the tokenizer's vocabulary are no tokens
             vocabulary = min(logits_NV.shape[-1], teacher_NV.shape[-1])
             both = (logits_NV[:, :vocabulary], teacher_NV[:, :vocabulary])
             student_NV, teacher_NV = (log_softmax(logits / self.temperature, dim=-1) for logits in both)
@@ -238,20 +237,20 @@ class Distillation(Objective):
         return log_probs
 
     def _over_buckets(self, vocabulary: int | None) -> Callable[..., tuple[Tensor, Tensor]]:
-        """The same over the cache's K tokens and the rest [N, K + 1]."""
+        """Returns such a function for cached targets, over the K tokens and the rest [N, K + 1]."""
 
         def log_probs(logits_NV: Tensor, ids_NK: Tensor, kept_NK: Tensor, tail_N: Tensor) -> tuple[Tensor, Tensor]:
             scaled_NV = logits_NV[:, :vocabulary] / self.temperature
             rest_N1 = scaled_NV.scatter(1, ids_NK, -torch.inf).logsumexp(dim=-1, keepdim=True)
             student = torch.cat([scaled_NV.gather(1, ids_NK), rest_N1], dim=1)
             teacher = torch.cat([kept_NK.to(student) / self.temperature, tail_N.to(student)[:, None]], dim=1)
-            # log_softmax takes off the log of the sum of all, here of K + 1 parts of it
+            # log_softmax subtracts the log of the sum over the K + 1 parts
             return log_softmax(student, dim=-1), log_softmax(teacher, dim=-1)
 
         return log_probs
 
     def _divergence(self, student: Tensor, teacher: Tensor) -> Tensor:
-        """The divergence [N] between log-probabilities over any outcomes [N, ...]."""
+        """Computes the divergence [N] between log-probabilities over outcomes [N, ...]."""
         if self.divergence == "forward_kl":
             return _kl(teacher, student)
         if self.divergence == "reverse_kl":
@@ -267,20 +266,20 @@ def _kl(log_p_NV: Tensor, log_q_NV: Tensor) -> Tensor:
 def _chunked(
     function: Callable[..., tuple[Tensor, ...]], chunk: int, student: Predictions, *tensors: Tensor
 ) -> tuple[Tensor, ...]:
-    """Adds up a function over pieces of the student's hidden states and other tensors along their first axis.
+    """Adds up the results of a function over chunks of the student's hidden states and of other tensors.
 
     Args:
-        function: pieces -> a loss, and other sums that no gradient is wanted of.
-        chunk: length of a piece.
-        student: its head is called by ``function``.
-        *tensors: cut as the hidden states are.
+        function: takes one chunk of each tensor; returns a loss, and other sums that need no gradient.
+        chunk: length of a chunk along the first axis.
+        student: ``function`` calls its head.
+        *tensors: split along the first axis in the same way as the hidden states.
     """
     backend = student.backend
     pieces = list(zip(*(backend.split(tensor, chunk) for tensor in (student.hidden_NC, *tensors)), strict=True))
     if not torch.is_grad_enabled():
         results = [function(*piece) for piece in pieces]
     elif student.frozen_head and student.hidden_NC.requires_grad:
-        return _GradientAtOnce.apply(student.hidden_NC, function, pieces, backend.join)
+        return _FusedForwardBackward.apply(student.hidden_NC, function, pieces, backend.join)
     else:
         results = [backend.checkpoint(function, *piece) for piece in pieces]
     return _add_up(results)
@@ -290,8 +289,8 @@ def _add_up(results: list[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
     return tuple(sum(parts[1:], parts[0]) for parts in zip(*results, strict=True))
 
 
-class _GradientAtOnce(torch.autograd.Function):
-    """A sum over chunks whose gradient is made chunk by chunk in the forward pass, and only scaled in the backward."""
+class _FusedForwardBackward(torch.autograd.Function):
+    """A sum over chunks whose gradient is computed in the forward pass and only scaled in the backward pass."""
 
     @staticmethod
     def forward(

@@ -1,21 +1,20 @@
-"""What a teacher predicts at supervised positions, kept on disk: the format of a shard.
+"""The file format of a teacher's predictions at supervised positions.
 
-Shapes in names: E examples, N supervised tokens, K kept tokens a position, M temperatures, V vocabulary.
+Shapes in names: E examples, N supervised tokens, K kept tokens per position, M temperatures, V vocabulary.
 
-A shard is one safetensors file, so that a piece of it is read without the rest:
+A shard is one safetensors file, so parts of it can be read without the rest:
 
-- ``keys`` uint64 [E], the examples' own; ``ends`` int64 [E], behind the last of each one's positions;
+- ``keys`` uint64 [E], the keys of the examples; ``ends`` int64 [E], the index after the last position of each example;
 - ``ids`` uint16 or int32 [N, K], the teacher's most probable tokens, and ``log_probs`` float16 [N, K] at temperature 1;
 - ``tails`` float16 [N, M], the log of the sum of ``p ** (1 / T)`` over all other tokens, for each kept temperature T.
 
-So the softmax at T over the K tokens and one bucket for the rest is known exactly, but for float16's rounding. A
+The softmax at T over the K tokens and one bucket for the rest is therefore exact up to the rounding of float16. A
 position takes ``4 K + 2 M`` bytes with a vocabulary of up to 65,536 tokens.
 """
 
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
@@ -26,24 +25,27 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from datamodules.errors import one_line
+from datamodules.files import atomic_write
+
 NAMES = ("keys", "ends", "ids", "log_probs", "tails")
-EXAMPLE_BYTES = 16  #: of an example's key and end
-CHUNK = 1024  #: positions whose logits exist at a time
+EXAMPLE_BYTES = 16  #: bytes of an example's key and end
+CHUNK = 1024  #: positions whose logits are in memory at the same time
 
 
 class BrokenShard(Exception):
-    """A shard's file is cut off, changed, or of another cache; the message says which."""
+    """The file of a shard is truncated, changed, or belongs to another cache; the message names the problem."""
 
 
 @dataclass(frozen=True)
 class Targets:
-    """A teacher's most probable tokens at some positions; see the module's docstring.
+    """A teacher's most probable tokens at N positions; see the module's docstring.
 
     Attributes:
         ids_NK: int64.
-        log_probs_NK: at temperature 1.
-        tail_N: log of the rest's sum at the objective's temperature.
-        vocabulary: tokens that the teacher tells apart; None for the student's.
+        log_probs_NK: their log-probabilities at temperature 1.
+        tail_N: log of the sum over all other tokens at the objective's temperature.
+        vocabulary: number of tokens of the teacher; None for that of the student.
     """
 
     ids_NK: Tensor
@@ -53,36 +55,42 @@ class Targets:
 
 
 def position_bytes(k: int, temperatures: int, vocabulary: int) -> int:
-    """Bytes that one supervised position takes on disk."""
+    """Returns the number of bytes of one supervised position on disk.
+
+    Args:
+        k: K.
+        temperatures: M.
+        vocabulary: V.
+    """
     return k * (np.dtype(id_type(vocabulary)).itemsize + 2) + 2 * temperatures
 
 
 def id_type(vocabulary: int) -> type[np.generic]:
-    """The smallest type of token ids."""
+    """Returns the smallest type that holds the token ids of a vocabulary."""
     return np.uint16 if vocabulary <= 1 << 16 else np.int32
 
 
 def summarize(logits_NV: Tensor, k: int, temperatures: Sequence[float]) -> tuple[Tensor, Tensor, Tensor]:
-    """Keeps the most probable tokens and the mass of the rest.
+    """Reduces logits to the most probable tokens and the mass of the rest.
 
     Args:
         logits_NV: of the teacher.
-        k: K, below V.
-        temperatures: whose tails are kept.
+        k: K, less than V.
+        temperatures: the temperatures of the tails.
 
     Returns:
-        ``ids`` int64 [N, K] from the most probable on, ``log_probs`` [N, K], ``tails`` [N, M].
+        ``ids`` int64 [N, K] in descending order of probability, ``log_probs`` [N, K], ``tails`` [N, M].
     """
     log_probs_NV = logits_NV.log_softmax(dim=-1)
     top, ids_NK = log_probs_NV.topk(k, dim=-1)
     rest_NV = log_probs_NV.scatter(1, ids_NK, -torch.inf)
     tails = torch.stack([(rest_NV / t).logsumexp(dim=-1) for t in temperatures], dim=-1)
-    lowest = torch.finfo(torch.float16).min  # a rest of nothing: 0 x -inf would be no number
+    lowest = torch.finfo(torch.float16).min  # the mass of the rest may be 0, and 0 x -inf is NaN
     return ids_NK, top.clamp(min=lowest), tails.clamp(min=lowest)
 
 
 def save_shard(path: Path, arrays: dict[str, NDArray[np.generic]], key: str) -> None:
-    """Writes a shard under another name and renames it, so that it is there whole or not at all.
+    """Writes a shard; its file is complete whenever it exists.
 
     Args:
         path: of the file.
@@ -91,25 +99,19 @@ def save_shard(path: Path, arrays: dict[str, NDArray[np.generic]], key: str) -> 
     """
     from safetensors.numpy import save
 
-    waiting = path.with_suffix(f".{os.getpid()}.part")
     record = json.dumps({"key": key, "digest": _digest(arrays)}, sort_keys=True)
-    content = save({name: np.ascontiguousarray(arrays[name]) for name in NAMES}, {"shard": record})
-    with waiting.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    waiting.replace(path)
+    atomic_write(path, save({name: np.ascontiguousarray(arrays[name]) for name in NAMES}, {"shard": record}))
 
 
 class Shard:
-    """An opened shard, whose positions are read when asked for.
+    """An open shard, whose positions are read on demand.
 
     Args:
         path: of the file.
         key: digest of the cache's key.
 
     Raises:
-        BrokenShard: the file is cut off, or belongs to another cache.
+        BrokenShard: the file is missing or truncated, or belongs to another cache.
     """
 
     def __init__(self, path: Path, key: str) -> None:
@@ -121,18 +123,18 @@ class Shard:
             self.keys: NDArray[np.uint64] = self._file.get_tensor("keys")
             self.ends: NDArray[np.int64] = self._file.get_tensor("ends")
         except (OSError, SafetensorError, KeyError, ValueError) as error:
-            raise BrokenShard(f"{path.name} can't be read ({' '.join(str(error).split())[:120]})") from error
+            raise BrokenShard(f"{path.name} can't be read ({one_line(error, 120)})") from error
         if self._record["key"] != key:
             raise BrokenShard(f"{path.name} belongs to another cache")
         self._slices = [self._file.get_slice(name) for name in ("ids", "log_probs", "tails")]
 
     def read(self, index: int) -> list[NDArray[np.generic]]:
-        """``ids``, ``log_probs`` and ``tails`` of one of its examples."""
+        """Reads ``ids``, ``log_probs`` and ``tails`` of the example at an index."""
         start = int(self.ends[index - 1]) if index else 0
         return [part[start : int(self.ends[index])] for part in self._slices]
 
-    def whole(self) -> bool:
-        """Whether every byte is what was written."""
+    def is_intact(self) -> bool:
+        """Checks the digest of all tensors against the one that was written."""
         digest: bool = self._record["digest"] == _digest({name: self._file.get_tensor(name) for name in NAMES})
         return digest
 

@@ -1,4 +1,4 @@
-"""The recipe of a model: which base, how it is stored, and what of it is trained."""
+"""Description of a model: which base it has, how the base is stored, and which weights are trained."""
 
 from __future__ import annotations
 
@@ -10,42 +10,45 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from datamodules.errors import UserError
+from datamodules.errors import UserError, one_line
 from datamodules.pretrained.locate import loading_error, resolve
 from lightning_modules.models.attention_masks import AttnImplementation, register_attention
 
 Quantization = Literal["nf4", "int8", "none"]
 ActivationCheckpointing = Literal["none", "selective", "full", "offload"]
-RANDOM = "random:"  #: prefix of a model name: the architecture of a folder's config.json with random weights
+RANDOM = "random:"  #: prefix of a model name: random weights in the architecture of a folder's config.json
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
 @dataclass(frozen=True)
 class LoRA:
-    """Low-rank adapters beside frozen weights, built by PEFT (Hu et al., arXiv 2106.09685)."""
+    """Low-rank adapters next to frozen weights, built by PEFT (Hu et al., arXiv 2106.09685)."""
 
     rank: int = 16
     """Inner width r of the update B A."""
     alpha: float = 32
     """The update is scaled by alpha / rank (with use_rslora by alpha / sqrt(rank))."""
     dropout: float = 0.0
-    """Share of the adapter's inputs that are dropped in training."""
+    """Fraction of the adapter's inputs that are dropped in training."""
     target_modules: tuple[str, ...] | Literal["all-linear"] = PROJECTIONS
-    """Names of the linear layers that get one, or all-linear: every one but the head, whatever they are called."""
+    """Names of the linear layers that get an adapter; all-linear is every linear layer except the head."""
     num_top_layers: int | None = None
-    """Only the top so many layers; the backward pass stops below them. None for all."""
+    """Number of layers, counted from the top, that get adapters; the backward pass stops below them. None for all."""
     use_dora: bool = False
-    """Trains each column's magnitude apart from its direction (DoRA, arXiv 2402.09353)."""
+    """Trains the magnitude of each column separately from its direction (DoRA, arXiv 2402.09353)."""
     use_rslora: bool = False
-    """Scales by alpha / sqrt(rank), so that large ranks learn as fast (rsLoRA, arXiv 2312.03732)."""
+    """Scales by alpha / sqrt(rank), so that large ranks learn as fast as small ones (rsLoRA, arXiv 2312.03732)."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Type of the adapter's weights; products use the base's type all the same. A step of Lion, 5e-5, is lost on a
-    bfloat16 weight of 0.02: 3.9 % more held-out loss on SmolLM2-135M, none with the optimizer's ``master_weights``."""
+    """Type of the adapter's weights; products use the type of the base. A step of Lion, 5e-5, is lost on a bfloat16
+    weight of 0.02: 3.9 % more held-out loss on SmolLM2-135M, none with the optimizer's ``master_weights``."""
 
 
 @dataclass(frozen=True)
 class Backbone:
-    """A causal language model, to be trained or to teach."""
+    """A causal language model that is trained, or that is a teacher.
+
+    The types of weights and products are set here. ``trainer.precision`` must be 32-true, which converts nothing.
+    """
 
     model_name_or_path: str
     """Local folder, name on the Hugging Face hub, embedded:smollm2-135m-instruct, or random:FOLDER (the architecture of
@@ -53,12 +56,13 @@ class Backbone:
     quantization: Quantization = "none"
     """How the frozen linear layers are stored: nf4 (4 bits, double quantisation), int8, or none."""
     dtype: Literal["bfloat16", "float32", "float16", "auto"] = "auto"
-    """Type of all other weights and of the products; auto takes the checkpoint's."""
+    """Type of all other weights and of the products; auto is the type of the checkpoint."""
     attn_implementation: AttnImplementation = "sdpa"
-    """Attention implementation: flex_attention skips empty blocks of packed rows, on GPUs; blockwise needs no T x T
-    scores anywhere, for long rows on TPUs; pallas is torch_xla's flash attention, on TPUs, without a shared prefix."""
+    """Attention implementation: flex_attention skips empty blocks of packed rows, on GPUs; blockwise never computes a
+    T x T matrix of scores, for long rows on TPUs; pallas is torch_xla's flash attention, on TPUs, without a shared
+    prefix."""
     lora: LoRA | None = None
-    """Adapters to train; null trains every weight (of an unquantised model)."""
+    """Adapters to train; null trains every weight of an unquantised model."""
     kernels: Literal["auto", "fused", "eager"] = "auto"
     """Forward and backward pass in training: fused uses this project's fused blocks, for Llama and Mistral; eager uses
     the modules of transformers and PEFT, for every architecture; auto uses fused where it is supported."""
@@ -67,43 +71,43 @@ class Backbone:
     of the MLP); full (each layer, from its input); offload (as full, and the inputs of the layers are kept in host
     memory). selective and offload need fused kernels."""
     fp8: bool = False
-    """Products with the frozen base in FP8 on the fast path (Ada, Hopper and newer): 1.4 times as fast on an H100, 2
-    bytes a weight more memory, 1.4 % more held-out loss after 300 steps of SmolLM2-135M: off by default."""
+    """Computes products with the frozen base in FP8, with fused kernels (Ada, Hopper and newer): 1.4 times as fast on
+    an H100, 2 bytes more per weight, 1.4 % more held-out loss after 300 steps of SmolLM2-135M. Off by default."""
     revision: str | None = None
     """Branch, tag or commit on the hub."""
     adapter: str | None = None
-    """Folder (or hub name) of a PEFT adapter to start from, or to teach with."""
+    """Folder (or hub name) of a PEFT adapter to start from, or of the teacher."""
 
     def build(self, device: torch.device | str | None = None) -> Any:
-        """Loads the weights and wraps them by PEFT.
+        """Loads the weights and adds the adapter with PEFT.
 
         Args:
-            device: where the weights go; the CPU if None.
+            device: device of the weights; the CPU if None.
 
         Returns:
             A PeftModel, or without ``lora`` and ``adapter`` the transformers model itself, frozen if quantised.
 
         Raises:
-            UserError: no such model or adapter, no access, or a setting that this machine or model can't serve.
+            UserError: no such model or adapter, no access, or a setting that this machine or model does not support.
         """
         target = torch.device(device) if device is not None else torch.device("cpu")
-        with _float32_default(), out_of_memory_advice():
+        with out_of_memory_advice():
             model = self._load(target)
             if self.activation_checkpointing != "none":  # the fused blocks have their own and ignore this
-                _enable_checkpointing(model)
+                enable_activation_checkpointing(model)
             if self.quantization != "none":
                 model.requires_grad_(False)
             return self.wrap(model)
 
     def wrap(self, model: Any) -> Any:
-        """Adds the adapter to a base that is loaded already; see :meth:`build`."""
+        """Adds the adapter to a base that is already loaded; see :meth:`build`."""
         if self.adapter is not None:
             return self._with_adapter(model)
         return model if self.lora is None else self._with_lora(model, self.lora)
 
     @property
     def location(self) -> str:
-        """What ``from_pretrained`` takes: a local folder or a hub name."""
+        """The argument of ``from_pretrained``: a local folder or a hub name."""
         return (
             self.model_name_or_path.removeprefix(RANDOM)
             if self.model_name_or_path.startswith(RANDOM)
@@ -111,9 +115,9 @@ class Backbone:
         )
 
     def shares_weights_with(self, other: Backbone) -> bool:
-        """Whether both describe the same stored base, whatever their adapters are."""
-        ours, theirs = ((b.model_name_or_path, b.revision, b.quantization, b.dtype) for b in (self, other))
-        return ours == theirs
+        """Checks whether both describe the same stored base, independent of their adapters."""
+        first, second = ((b.model_name_or_path, b.revision, b.quantization, b.dtype) for b in (self, other))
+        return first == second
 
     def _load(self, device: torch.device) -> Any:
         from transformers import AutoConfig, AutoModelForCausalLM
@@ -142,7 +146,7 @@ class Backbone:
                 location,
                 dtype=dtype,
                 quantization_config=_quantization_config(self.quantization, dtype),
-                device_map={"": device},  # pinned: "auto" would put layers of a rank on its neighbour's GPU
+                device_map={"": device},  # pinned: "auto" would put some layers of a rank on the GPU of another rank
                 attn_implementation=self.attn_implementation,
                 use_safetensors=True,  # no pickles
                 **options,
@@ -151,9 +155,8 @@ class Backbone:
             if isinstance(error, OSError) or "trust_remote_code" in str(error):
                 raise loading_error("model", self.model_name_or_path, error) from error
             settings = f"quantization {self.quantization}, dtype {self.dtype}, attention {self.attn_implementation}"
-            raise UserError(
-                f"model {self.model_name_or_path} can't be built with {settings}: {_cause(error)}"
-            ) from error
+            message = f"model {self.model_name_or_path} can't be built with {settings}: {one_line(error)}"
+            raise UserError(message) from error
 
     def _dtype(self, config: Any) -> torch.dtype:
         if self.dtype != "auto":
@@ -166,7 +169,8 @@ class Backbone:
 
         if lora.use_dora and self.quantization == "int8":
             raise UserError(
-                "backbone.lora.use_dora true with backbone.quantization int8 is not served; use nf4 or none"
+                "backbone.lora.use_dora=true: not supported with backbone.quantization=int8. Fix: set quantization to "
+                "nf4 or none"
             )
         config = LoraConfig(
             task_type="CAUSAL_LM",
@@ -193,7 +197,7 @@ class Backbone:
         try:
             config = PeftConfig.from_pretrained(adapter)
         except (OSError, ValueError) as error:
-            message = f"backbone.adapter {adapter}: no PEFT adapter there ({_cause(error)}); give a folder with one"
+            message = f"backbone.adapter {adapter}: no PEFT adapter there ({one_line(error)}); give a folder with one"
             raise UserError(message) from error
         if self.lora is not None:
             _check_same_shape(self.lora, config, adapter)
@@ -205,7 +209,7 @@ class Backbone:
         return self._finish(wrapped, self.lora.dtype if self.lora is not None else "float32")
 
     def _finish(self, wrapped: Any, dtype: str) -> Any:
-        """Gives the adapter its type, and the name under which plain PEFT finds the base again."""
+        """Sets the adapter's type, and the name under which plain PEFT finds the base."""
         for parameter in wrapped.parameters():
             if parameter.requires_grad:
                 parameter.data = parameter.data.to(_torch_dtype(dtype))
@@ -217,10 +221,10 @@ class Backbone:
 
 @contextmanager
 def out_of_memory_advice(rows: str = "data.init_args.sequence_length or batch_size") -> Iterator[None]:
-    """Turns an accelerator's out-of-memory error into a UserError that says what to set.
+    """Converts an accelerator's out-of-memory error into a UserError that names the settings to change.
 
     Args:
-        rows: what to lower, with the values where they are known.
+        rows: the settings to lower, with their values if they are known.
     """
     try:
         yield
@@ -232,31 +236,21 @@ def out_of_memory_advice(rows: str = "data.init_args.sequence_length or batch_si
         ) from error
 
 
-@contextmanager
-def _float32_default() -> Iterator[None]:
-    """Undoes a strategy's bf16 default type: bitsandbytes' look-up tables would be rounded to it."""
-    default = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float32)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(default)
-
-
-def _enable_checkpointing(model: Any) -> None:
+def enable_activation_checkpointing(model: Any) -> None:
+    """Has transformers recompute the activations of each layer in the backward pass."""
     # the method's name is activation_checkpointing_enable in the newest transformers, which deprecate the old one
     name = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
     getattr(model, f"{name}_checkpointing_enable")({"use_reentrant": False})
 
 
 def _check_bitsandbytes(quantization: str, device: torch.device) -> None:
-    way_out = f"backbone.quantization {quantization}: %s; set backbone.quantization none (and dtype bfloat16)"
+    message = f"backbone.quantization {quantization}: %s; set backbone.quantization none (and dtype bfloat16)"
     if device.type == "xla":
-        raise UserError(way_out % "bitsandbytes does not run on a TPU")
+        raise UserError(message % "bitsandbytes does not run on a TPU")
     try:
         import bitsandbytes  # noqa: F401
     except (ImportError, OSError, RuntimeError) as error:
-        raise UserError(way_out % f"bitsandbytes can't be used, pip install -e '.[gpu]' ({_cause(error)})") from error
+        raise UserError(message % f"bitsandbytes can't be used, pip install -e '.[gpu]' ({one_line(error)})") from error
 
 
 def _quantization_config(quantization: str, dtype: torch.dtype) -> Any:
@@ -272,7 +266,7 @@ def _quantization_config(quantization: str, dtype: torch.dtype) -> Any:
 
 
 def _target_modules(model: Any, lora: LoRA) -> list[str] | str:
-    """PEFT takes no number of layers beside all-linear, so that the names are looked up here then."""
+    """Returns PEFT's ``target_modules``. PEFT takes no number of layers with all-linear, so names replace it then."""
     if lora.target_modules != "all-linear":
         return list(lora.target_modules)
     if lora.num_top_layers is None:
@@ -293,20 +287,17 @@ def _top_layers(model: Any, layers: int | None) -> list[int] | None:
 
 
 def _check_same_shape(lora: LoRA, config: Any, adapter: str) -> None:
-    for name, ours, theirs in (("rank", lora.rank, config.r), ("alpha", lora.alpha, config.lora_alpha)):
-        if ours != theirs:
+    for name, configured, stored in (("rank", lora.rank, config.r), ("alpha", lora.alpha, config.lora_alpha)):
+        if configured != stored:
             raise UserError(
-                f"backbone.lora.{name} {ours}, but the adapter {adapter} has {theirs}; set it so, or backbone.lora null"
+                f"backbone.lora.{name} {configured}, but the adapter {adapter} has {stored}. Fix: set it to {stored}, "
+                "or backbone.lora to null"
             )
 
 
 def _adapter_message(setting: str, model: Any, error: Exception) -> str:
     names = {name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    return f"{setting} does not fit the model; its linear layers are {', '.join(sorted(names))} ({_cause(error)})"
-
-
-def _cause(error: Exception) -> str:
-    return " ".join(str(error).split())[:200]
+    return f"{setting} does not fit the model; its linear layers are {', '.join(sorted(names))} ({one_line(error)})"
 
 
 def _torch_dtype(name: str) -> torch.dtype:

@@ -19,7 +19,7 @@ from torch import Tensor
 from datamodules.batch import Batch
 from datamodules.errors import UserError
 from lightning_modules.models.attention_masks import attention_mask, attn_implementation
-from lightning_modules.models.backend import EAGER, Backend, gather_positions
+from lightning_modules.models.backend import DEFAULT_BACKEND, Backend, gather_positions
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -171,4 +171,4 @@ class Predictions:
     head: Callable[[Tensor], Tensor]
     frozen_head: bool = False
     states: Sequence[Tensor] = ()
-    backend: Backend = EAGER
+    backend: Backend = DEFAULT_BACKEND

@@ -1,4 +1,4 @@
-"""What Lightning lacks: strategies, accelerators and precision plugins, named by class path."""
+"""Strategies, accelerators and precision plugins in addition to Lightning's, for use by class path."""
 
 from lightning_modules.strategies.fsdp2 import FSDP2Strategy
 from lightning_modules.strategies.fsdp2_backend import FSDP2Backend

@@ -1,9 +1,9 @@
-"""A base too large for one GPU: weights divided over all of them (FSDP2), checkpoints as on one.
+"""The strategy for a base that is too large for one GPU: weights sharded over all GPUs (FSDP2), ordinary checkpoints.
 
-Lightning's own ``ModelParallelStrategy`` leaves the division to the module and, at each checkpoint, gathers the frozen
-base too or writes a folder that only it can read. Here the backend divides (:class:`FSDP2Backend`), and a checkpoint is
-the same small file of whole trainable tensors that every other strategy writes: a run may go on with another number of
-GPUs, or on one.
+Lightning's own ``ModelParallelStrategy`` leaves sharding to the module. At each checkpoint it gathers the frozen base
+too, or writes a folder that only it can read. Here the backend shards (:class:`FSDP2Backend`), and a checkpoint is the
+same small file of full trainable tensors as with every other strategy, so a run can resume on another number of GPUs,
+or on one.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ from torch.distributed.distributed_c10d import default_pg_timeout
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from lightning_modules.strategies.fsdp2_backend import FSDP2Backend, divided_like, gather
+from lightning_modules.strategies.fsdp2_backend import FSDP2Backend, gather, shard_like
 
 
 class FSDP2Strategy(ModelParallelStrategy):
-    """Divides a frozen base and its adapters over every GPU of every host, layer by layer.
+    """Shards a frozen base and its adapters over every GPU of every host, layer by layer.
 
     Args:
-        process_group_backend: nccl or gloo; None takes what fits the device.
-        timeout: of a collective; the ranks wait so long for rank zero to load the weights.
+        process_group_backend: nccl or gloo; None for the one that fits the device.
+        timeout: of a collective; also the limit of the time in which rank zero loads the weights.
     """
 
     def __init__(
@@ -43,33 +43,33 @@ class FSDP2Strategy(ModelParallelStrategy):
 
     @property
     def backend(self) -> FSDP2Backend:
-        """What the model's parts ask for."""
+        """The backend of the model's parts."""
         return FSDP2Backend(self.device_mesh["data_parallel"], self.root_device)
 
     @property
     def lightning_restore_optimizer(self) -> bool:
-        """Lightning hands over the optimizers' states, as it does for strategies on one device."""
+        """True: Lightning passes the optimizers' states to :meth:`load_optimizer_state_dict`, as on one device."""
         return True
 
     def setup_environment(self) -> None:
-        """Opens the processes, all in one line."""
+        """Starts the processes, with all ranks in one data-parallel dimension."""
         self._data_parallel_size = self.num_nodes * self.num_processes
         super().setup_environment()
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
-        """Gathers what is trained, which takes every rank; the base is left out."""
+        """Gathers the trained parameters, without the base; every rank must call it."""
         assert self.model is not None
         trained = {name: parameter for name, parameter in self.model.named_parameters() if parameter.requires_grad}
         state: dict[str, Any] = self._gather(trained)
         return state
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
-        """Gathers an optimizer's state, as one device would write it."""
+        """Gathers an optimizer's state in the form of a single device; every rank must call it."""
         state: dict[str, Any] = self._gather(getattr(optimizer, "optimizer", optimizer).state_dict())
         return state
 
     def _gather(self, data: Any) -> Any:
-        """Copies to the host on rank zero; the others, which write nothing, let the copies go."""
+        """Gathers all tensors of nested data; rank zero keeps copies on the host, the other ranks keep nothing."""
 
         def gathered(tensor: DTensor) -> Tensor:
             copy = gather(tensor.detach())
@@ -86,19 +86,19 @@ class FSDP2Strategy(ModelParallelStrategy):
         return ParallelStrategy.load_checkpoint(self, checkpoint_path, weights_only)
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
-        """Loads the trained tensors, each rank its part."""
+        """Loads the trained tensors, each rank its shards."""
         assert self.lightning_module is not None
         parameters = dict(self.lightning_module.named_parameters())
-        state = {n: divided_like(t, parameters.get(n, t)) for n, t in checkpoint["state_dict"].items()}
+        state = {n: shard_like(t, parameters.get(n, t)) for n, t in checkpoint["state_dict"].items()}
         self.lightning_module.load_state_dict(state, strict=strict)
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
-        """Loads the optimizers' states, divided as their parameters are."""
+        """Loads the optimizers' states, sharded as their parameters are."""
         for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
             parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
             numbers = [number for group in state["param_groups"] for number in group["params"]]
-            divided = {
-                number: apply_to_collection(state["state"].get(number, {}), Tensor, divided_like, like=parameter)
+            sharded = {
+                number: apply_to_collection(state["state"].get(number, {}), Tensor, shard_like, like=parameter)
                 for number, parameter in zip(numbers, parameters, strict=True)
             }
-            optimizer.load_state_dict({**state, "state": divided})
+            optimizer.load_state_dict({**state, "state": sharded})

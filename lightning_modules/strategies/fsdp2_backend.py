@@ -1,4 +1,4 @@
-"""What the model's parts do where FSDP2 divides weights over GPUs: built on the host, gathered layer by layer."""
+"""The backend for FSDP2: weights are built on the host, sharded over GPUs and gathered layer by layer."""
 
 from __future__ import annotations
 
@@ -28,77 +28,76 @@ ANOTHER_STRATEGY = "or trainer.strategy ddp, which keeps the base whole on every
 class FSDP2Backend(Backend):
     """See :class:`lightning_modules.models.backend.Backend`.
 
-    Each decoder layer is a group of its own: its weights are whole on a GPU while the layer is computed, forward and
-    backward, and divided over all GPUs otherwise, with the adapter's gradients and optimizer state. Embeddings, final
-    norm and head stay whole on every GPU: they are frozen, the head is computed a chunk at a time (their number
-    differs between ranks, which may not gather apart from each other), and FSDP2 would keep its root whole anyway.
+    Each decoder layer is one FSDP2 group. Its weights are gathered on a GPU while the layer is computed, forward and
+    backward, and sharded over all GPUs otherwise, with the adapter's gradients and optimizer state. Embeddings, final
+    norm and head are replicated on every GPU: they are frozen, the head is computed in chunks (whose number differs
+    between ranks, and a gathering needs all ranks), and FSDP2 would keep its root gathered anyway.
 
     Args:
-        mesh: of one dimension, the ranks that weights are divided over.
-        device: this rank's.
+        mesh: of one dimension, the ranks that weights are sharded over.
+        device: of this rank.
     """
 
     fused_unsupported_reason = (
-        "trainer.strategy divides the weights over GPUs, which gathers them for modules' own forward pass only"
+        "trainer.strategy shards the weights over GPUs and gathers them only for the forward pass of modules"
     )
 
     def __init__(self, mesh: DeviceMesh, device: torch.device) -> None:
         self.mesh, self.device = mesh, device
 
     def check(self, quantization: str, teacher: bool = False) -> None:
-        """Refuses a teacher, which would read divided weights outside of their modules."""
+        """Refuses a teacher, which would read sharded weights outside of their modules."""
         if teacher:
             raise UserError(
-                "objective.teacher with trainer.strategy FSDP2Strategy: no teacher can run beside a divided model; set "
+                "objective.teacher with trainer.strategy FSDP2Strategy: a teacher can't read sharded weights; set "
                 f"objective.cache and run cache-teacher on one GPU first, {ANOTHER_STRATEGY}"
             )
 
-    def build(self, recipe: Backbone, device: torch.device) -> Any:
-        """Builds the model without content, divides it, and fills it from rank zero's copy, a weight at a time.
+    def build(self, backbone: Backbone, device: torch.device) -> Any:
+        """Builds the model without content, shards it, and fills it from rank zero's copy, one weight at a time.
 
-        Rank zero holds the whole model in host memory meanwhile (14.5 GB for Mistral-7B in bf16), the others nothing; a
-        GPU holds its part, embeddings and head, and one whole weight.
+        Meanwhile rank zero holds the full model in host memory (14.5 GB for Mistral-7B in bf16), the other ranks
+        nothing. A GPU holds its shards, embeddings and head, and one full weight.
 
         Raises:
-            UserError: the recipe can't be built, or asks for what can't be divided.
+            UserError: the backbone can't be built, or has a setting that sharded weights do not support.
         """
-        _check_recipe(recipe)
+        _check_backbone(backbone)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", ".*meta parameter.*")  # an adapter's file is read on rank zero
-            model = recipe.build("meta").to("meta")
-        self._divide(model)
+            model = backbone.build("meta").to("meta")
+        self._shard(model)
         model.to_empty(device=self.device)
-        Decoder(model).model.tie_weights()  # a head that is the embeddings' tensor was made apart
-        whole = self._on_rank_zero(recipe)
+        Decoder(model).model.tie_weights()  # a tied head became a tensor of its own
+        full = self._build_on_rank_zero(backbone)
         for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-            self._fill(tensor, whole[name] if self._first else None)
+            self._fill(tensor, full[name] if self._is_first else None)
         return model
 
     @property
-    def _first(self) -> bool:
+    def _is_first(self) -> bool:
         return self.mesh.get_local_rank() == 0
 
-    def _divide(self, model: nn.Module) -> None:
+    def _shard(self, model: nn.Module) -> None:
         decoder = Decoder(model).model.get_decoder()
         for name, module in decoder.named_modules():
-            if re.fullmatch(r"[^\d.]+\.\d+", name):  # layers.7, and not the experts within
+            if re.fullmatch(r"[^\d.]+\.\d+", name):  # layers.7, but not the experts in it
                 fully_shard(module, mesh=self.mesh)
-        whole = {p for p in model.parameters() if not isinstance(p, DTensor)}
-        if trained := [n for n, p in model.named_parameters() if p in whole and p.requires_grad]:
+        replicated = {p for p in model.parameters() if not isinstance(p, DTensor)}
+        if trained := [n for n, p in model.named_parameters() if p in replicated and p.requires_grad]:
             raise UserError(
-                f"backbone.lora.target_modules: {trained[0]} lies outside of the decoder's layers, which "
-                "FSDP2Strategy can't "
-                f"train; name projections of the layers only, {ANOTHER_STRATEGY}"
+                f"backbone.lora.target_modules: {trained[0]} is outside of the decoder's layers, where FSDP2Strategy "
+                f"can't train; name projections of the layers only, {ANOTHER_STRATEGY}"
             )
-        fully_shard(decoder, mesh=self.mesh, ignored_params=whole)  # the root, which has one layer fetch the next
+        fully_shard(decoder, mesh=self.mesh, ignored_params=replicated)  # the root prefetches the next layer
 
-    def _on_rank_zero(self, recipe: Backbone) -> dict[str, Tensor]:
-        """The tensors of a whole model in host memory on rank zero, none elsewhere; all fail where that one does."""
+    def _build_on_rank_zero(self, backbone: Backbone) -> dict[str, Tensor]:
+        """Returns the full model's tensors in host memory on rank zero, none on others; all ranks raise its error."""
         tensors: dict[str, Tensor] = {}
         failure: list[UserError | None] = [None]
-        if self._first:
+        if self._is_first:
             try:
-                model = recipe.build("cpu")
+                model = backbone.build("cpu")
                 tensors = dict((*model.named_parameters(), *model.named_buffers()))
             except UserError as error:
                 failure = [error]
@@ -108,37 +107,38 @@ class FSDP2Backend(Backend):
         return tensors
 
     @torch.no_grad()
-    def _fill(self, tensor: Tensor, whole: Tensor | None) -> None:
-        here = torch.empty(tensor.shape, dtype=tensor.dtype, device=self.device)
-        if whole is not None:
-            here.copy_(whole)
+    def _fill(self, tensor: Tensor, full: Tensor | None) -> None:
+        """Copies a tensor of rank zero, which is None on other ranks, into a sharded or replicated tensor."""
+        content = torch.empty(tensor.shape, dtype=tensor.dtype, device=self.device)
+        if full is not None:
+            content.copy_(full)
         if isinstance(tensor, DTensor):
-            part = distribute_tensor(here, tensor.device_mesh, tensor.placements)  # rank zero's, scattered
-            tensor.to_local().copy_(part.to_local())
+            shard = distribute_tensor(content, tensor.device_mesh, tensor.placements)  # scatters rank zero's content
+            tensor.to_local().copy_(shard.to_local())
         else:
-            torch.distributed.broadcast(here, 0)
-            tensor.copy_(here)
+            torch.distributed.broadcast(content, 0)
+            tensor.copy_(content)
 
     def to_host(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Gathers tensors, which takes every rank."""
+        """Gathers tensors and copies them to the host; every rank must call it."""
         return {name: gather(tensor).cpu() for name, tensor in tensors.items()}
 
     @contextmanager
     def uneven_forward_context(self, model: nn.Module) -> Iterator[None]:
-        """Has ranks that are done take part in the gathering of the others' calls.
+        """Has ranks that are done take part in the gathering for the calls of the other ranks.
 
-        Before every call each rank says that it makes one; a rank that is done says so instead, and computes one token
-        for nobody as long as any rank goes on.
+        Before each call a rank announces it in a collective. A rank that is done announces none, and computes one
+        unused token for as long as any rank announces a call.
         """
         decoder = Decoder(model).model.get_decoder()
 
-        def callers(mine: int) -> Tensor:
-            count = torch.tensor(mine, device=self.device)
+        def num_callers(calls: int) -> Tensor:
+            count = torch.tensor(calls, device=self.device)
             torch.distributed.all_reduce(count)
             return count
 
         def announce(*_: Any) -> None:
-            callers(1)
+            num_callers(1)
 
         hook = decoder.register_forward_pre_hook(announce, prepend=True)  # before FSDP2 gathers
         try:
@@ -146,40 +146,39 @@ class FSDP2Backend(Backend):
         finally:
             hook.remove()
         with torch.no_grad():
-            while callers(0):
+            while num_callers(0):
                 decoder(input_ids=torch.zeros(1, 1, dtype=torch.long, device=self.device), use_cache=False)
 
     def total_norm(self, gradients: Sequence[Tensor]) -> Tensor:
-        """The norm of whole gradients, of which each rank has a part."""
+        """Computes the norm of the full gradients, of which each rank has shards."""
         return gather(super().total_norm(gradients))
 
-    def local(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """This rank's parts, for what is done element by element."""
+    def local_shards(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """Returns this rank's shards, for element-wise operations."""
         return [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors]
 
 
 def gather(tensor: Tensor) -> Tensor:
-    """Gathers a divided tensor, on every rank; another is returned as it is."""
+    """Gathers a sharded tensor; every rank must call it. Any other tensor is returned unchanged."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 @torch.no_grad()
-def divided_like(tensor: Tensor, like: Tensor) -> Tensor:
-    """This rank's part of a tensor that every rank has, divided as another of its shape is; else the tensor itself."""
+def shard_like(tensor: Tensor, like: Tensor) -> Tensor:
+    """Shards a tensor that every rank has as another tensor of its shape; returns it unchanged without such a one."""
     if not isinstance(like, DTensor) or tensor.shape != like.shape:
         return tensor
     return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
 
 
-def _check_recipe(recipe: Backbone) -> None:
-    if recipe.lora is None and recipe.adapter is None:
+def _check_backbone(backbone: Backbone) -> None:
+    if backbone.lora is None and backbone.adapter is None:
         raise UserError(
-            "backbone.lora null with trainer.strategy FSDP2Strategy: it divides a frozen base and its adapters; set "
+            "backbone.lora null with trainer.strategy FSDP2Strategy: it shards a frozen base and its adapters; set "
             f"backbone.lora (rank 16, alpha 32), {ANOTHER_STRATEGY}"
         )
-    if recipe.activation_checkpointing in ("selective", "offload"):
+    if backbone.activation_checkpointing in ("selective", "offload"):
         raise UserError(
-            f"backbone.activation_checkpointing={recipe.activation_checkpointing}: needs fused kernels, which "
-            "do not run with "
-            "trainer.strategy FSDP2Strategy. Fix: set activation_checkpointing to full"
+            f"backbone.activation_checkpointing={backbone.activation_checkpointing}: needs fused kernels, which do not "
+            "run with trainer.strategy FSDP2Strategy. Fix: set activation_checkpointing to full"
         )

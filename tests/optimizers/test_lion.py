@@ -1,3 +1,5 @@
+"""Lion against the paper's program in NumPy, with master weights, on resuming, and in a CUDA graph."""
+
 import warnings
 from collections.abc import Callable, Iterable
 
@@ -16,7 +18,7 @@ IMPLEMENTATIONS = pytest.mark.parametrize("foreach", [False, True], ids=["single
 
 
 def program_1(weight, gradients, lr, beta1, beta2, decay):
-    """The paper's Program 1 on NumPy float64 arrays; ``lr`` is a function of the step."""
+    """Runs the paper's Program 1 on NumPy float64 arrays; ``lr`` is a function of the step."""
     momentum = np.zeros_like(weight)
     for step, gradient in enumerate(gradients):
         update = np.sign(beta1 * momentum + (1 - beta1) * gradient)
@@ -100,7 +102,7 @@ def test_two_runs_are_equal(foreach):
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
-def test_a_parameter_without_gradient_stays():
+def test_a_parameter_without_gradient_is_unchanged():
     params = make([(3,), (4,)], torch.float32)
     before = params[1].detach().clone()
     params[0].grad = torch.ones(3)
@@ -112,7 +114,7 @@ def test_a_parameter_without_gradient_stays():
 
 @IMPLEMENTATIONS
 def test_master_weights_keep_steps_that_bf16_loses(foreach):
-    """200 steps of 1e-5 from 1.0, whose neighbours in bf16 are 0.0039 and more away."""
+    """Takes 400 steps of 1e-5 from 1.0, whose neighbours in bf16 are at least 0.0039 away."""
     ends = {}
     for master in (False, True):
         param = nn.Parameter(torch.ones(5, dtype=torch.bfloat16))
@@ -165,7 +167,7 @@ def test_all_state_is_in_state_and_param_groups():
     assert set(state["param_groups"][0]) >= {"lr", "betas", "weight_decay", "master_weights", "foreach"}
 
 
-def test_closure_is_evaluated_with_gradients_and_its_loss_returned():
+def test_a_closure_is_evaluated_with_gradients_and_its_loss_is_returned():
     param = nn.Parameter(torch.tensor([2.0]))
     optimizer = Lion([param], lr=1e-4, weight_decay=0.0)
 
@@ -190,7 +192,7 @@ class CountReads(TorchDispatchMode):
 
 
 @IMPLEMENTATIONS
-def test_a_step_reads_no_value_back(foreach):
+def test_a_step_copies_no_value_to_the_host(foreach):
     """With a float rate; on the CPU, foreach reads a tensor rate in its fallback (a GPU's kernels do not)."""
     params = make([(3, 5), (4,)], torch.bfloat16)
     optimizer = Lion(params, lr=1e-4, master_weights=True, foreach=foreach)
@@ -204,7 +206,7 @@ def test_a_step_reads_no_value_back(foreach):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("master", [False, True])
-def test_a_step_on_a_gpu_waits_for_nothing_and_may_be_captured(master):
+def test_a_step_on_a_gpu_does_not_synchronise_and_can_be_captured(master):
     if not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")
     gradients = gradients_of(SHAPES, 6)
@@ -259,7 +261,7 @@ def test_bad_parameters_are_refused():
         Lion(embedding.parameters()).step()
 
 
-def test_warns_once_of_a_rate_for_adamw():
+def test_one_warning_for_a_rate_of_adamw():
     params = make([(3,), (4,)])
     with pytest.warns(UserWarning, match=r"lr 0\.001 looks like a rate for AdamW") as caught:
         Lion([{"params": params[:1], "lr": 1e-3}, {"params": params[1:], "lr": 6e-4}])
@@ -279,7 +281,7 @@ def test_warns_once_of_a_rate_for_adamw():
         ("bitsandbytes.optim.Lion8bit", {"lr": 1e-4, "betas": [0.9, 0.99]}),
     ],
 )
-def test_optimizers_are_named_by_class_path_alone(class_path, arguments):
+def test_optimizers_are_built_from_a_class_path(class_path, arguments):
     """At 4,096 elements and above bitsandbytes quantises its state."""
     if class_path.startswith("bitsandbytes"):
         pytest.importorskip("bitsandbytes")

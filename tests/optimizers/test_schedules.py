@@ -1,3 +1,5 @@
+"""Rates of the schedules against values computed by hand, and on resuming."""
+
 import math
 from collections.abc import Callable
 
@@ -43,13 +45,13 @@ def test_no_warmup_and_one_step(schedule):
 
 
 @pytest.mark.parametrize("schedule", [WarmupCosine, WarmupLinear])
-def test_a_trial_shorter_than_its_warmup(schedule):
+def test_a_run_shorter_than_its_warmup(schedule):
     assert rates_of(schedule(make_optimizer(), 2, warmup_steps=4), 2) == pytest.approx([1 / 5, 2 / 5])
 
 
-def test_a_share_of_the_run():
-    by_share = rates_of(WarmupCosine(make_optimizer(), 200, warmup_steps=0.03), 200)
-    assert by_share == rates_of(WarmupCosine(make_optimizer(), 200, warmup_steps=6), 200)
+def test_warmup_as_a_fraction_of_the_run():
+    by_fraction = rates_of(WarmupCosine(make_optimizer(), 200, warmup_steps=0.03), 200)
+    assert by_fraction == rates_of(WarmupCosine(make_optimizer(), 200, warmup_steps=6), 200)
 
 
 def test_each_group_has_its_own_peak():
@@ -99,7 +101,7 @@ def test_bad_arguments_are_refused(arguments, message):
 
 @pytest.mark.parametrize("name", ["WarmupCosine", "WarmupLinear"])
 @pytest.mark.parametrize("warmup_steps", [0.25, 2])
-def test_schedules_are_named_by_class_path(name, warmup_steps):
+def test_schedules_are_built_from_a_class_path(name, warmup_steps):
     parser = ArgumentParser(exit_on_error=False)
     parser.add_argument("--scheduler", type=Callable[[Optimizer, int], LRScheduler] | None)
     arguments = {"warmup_steps": warmup_steps, "min_lr_ratio": 0.5}

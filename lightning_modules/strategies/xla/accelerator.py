@@ -1,4 +1,4 @@
-"""XLA devices as PJRT finds them: a TPU, or a CPU that stands in for several devices."""
+"""The accelerator for XLA devices: a TPU, or a CPU that is divided into several virtual devices."""
 
 from __future__ import annotations
 
@@ -10,33 +10,35 @@ import torch
 from lightning.pytorch.accelerators import XLAAccelerator
 
 from datamodules.errors import UserError
+from lightning_modules.strategies.xla.compat import num_tpu_chips
 
-_ELSEWHERE = "`python main.py fit --config configs/tpu_smoke.yaml` runs the same on this CPU"
+_WITHOUT_TPU = "`python main.py fit --config configs/tpu_smoke.yaml` runs the same code on this CPU"
+_MEMORY_KEYS = {"memory in use": "bytes_used", "peak memory": "peak_bytes_used", "memory limit": "bytes_limit"}
 
 
 class PJRTAccelerator(XLAAccelerator):
-    """Lightning's XLA accelerator, which also runs without a TPU and shows all devices as one (SPMD).
+    """Lightning's XLA accelerator, which also runs without a TPU and presents all devices as one (SPMD).
 
-    Lightning's own looks for a TPU on the PCI bus whatever the platform, and starts a process for each device.
+    Lightning's own class looks for a TPU on the PCI bus on every platform, and starts one process per device.
 
     Args:
-        platform: ``tpu``, or ``cpu``: the same compiler for this machine's cores.
-        virtual_devices: devices that the CPU is divided into; a TPU has those it has.
+        platform: ``tpu``, or ``cpu``, for which the same compiler compiles.
+        virtual_devices: number of devices that the CPU is divided into; ignored on a TPU.
     """
 
     def __init__(self, platform: Literal["tpu", "cpu"] = "tpu", virtual_devices: int = 4) -> None:
-        # not Lightning's constructor, which raises its own error where torch_xla is missing
+        # Lightning's constructor is not called: it raises an error of its own if torch_xla is missing
         if virtual_devices < 1:
             raise ValueError(f"accelerator.virtual_devices {virtual_devices} is less than 1")
         self.platform, self.virtual_devices = platform, virtual_devices
-        # read when the devices are opened
+        # PJRT reads the variables when it opens the devices
         os.environ["PJRT_DEVICE"] = platform.upper()
         if platform == "cpu":
             os.environ["CPU_NUM_DEVICES"] = str(virtual_devices)
 
     @staticmethod
     def is_available() -> bool:  # type: ignore[override]
-        """True; where it is not, the error says what is missing and what works without it.
+        """Returns True, or raises an error that names what is missing and what works without it.
 
         Raises:
             UserError: torch_xla or the TPU is missing.
@@ -48,7 +50,7 @@ class PJRTAccelerator(XLAAccelerator):
 
     @staticmethod
     def auto_device_count() -> int:  # type: ignore[override]
-        """One: the compiler divides each operation over the devices."""
+        """Returns one: the compiler partitions each operation over the devices."""
         return 1
 
     @staticmethod
@@ -56,41 +58,38 @@ class PJRTAccelerator(XLAAccelerator):
         """Accepts ``auto``, -1 and 1.
 
         Raises:
-            UserError: another number.
+            UserError: it is another number.
         """
         if devices not in ("auto", -1, "-1", 1, "1"):
             raise UserError(
-                f"trainer.devices {devices}: one process drives all XLA devices of this host; set it to 1 (and "
-                "accelerator.init_args.virtual_devices for more of them on a CPU)"
+                f"trainer.devices {devices}: one process drives all XLA devices of this host; set it to 1 (on a CPU, "
+                "accelerator.init_args.virtual_devices is their number)"
             )
         return 1
 
     @staticmethod
     def get_parallel_devices(devices: int | list[int]) -> list[torch.device]:
-        """The one device that PyTorch sees."""
+        """Returns the one device that PyTorch sees."""
         return [torch.device("xla", 0)]
 
     def get_device_stats(self, device: Any) -> dict[str, Any]:
-        """Memory in use and at most in use, in MiB, where the platform tells."""
+        """Returns current and peak memory in MiB; nothing on platforms without memory statistics."""
         import torch_xla.core.xla_model as xm
 
         try:
             info = xm.get_memory_info(device)
-        except RuntimeError:  # CPUs do not count
+        except RuntimeError:  # a CPU has no statistics
             return {}
-        return {f"{name} (MiB)": info[key] / 2**20 for name, key in _MEMORY.items() if key in info}
+        return {f"{name} (MiB)": info[key] / 2**20 for name, key in _MEMORY_KEYS.items() if key in info}
 
     @staticmethod
     def name() -> str:
-        """Name in messages."""
+        """Returns the name in messages."""
         return "xla"
 
 
-_MEMORY = {"memory in use": "bytes_used", "peak memory": "peak_bytes_used", "memory limit": "bytes_limit"}
-
-
 def check_torch_xla() -> None:
-    """Refuses a machine without torch_xla.
+    """Checks that torch_xla is installed.
 
     Raises:
         UserError: it is not installed.
@@ -104,15 +103,13 @@ def check_torch_xla() -> None:
 
 
 def check_tpu() -> None:
-    """Refuses a machine without a TPU.
+    """Checks that this machine has a TPU.
 
     Raises:
         UserError: torch_xla finds none.
     """
-    from torch_xla._internal import tpu
-
-    if not tpu.num_available_chips():
+    if not num_tpu_chips():
         raise UserError(
             "accelerator.platform tpu: this machine has no TPU (torch_xla._internal.tpu.num_available_chips() finds "
-            f"none of Google's on the PCI bus); {_ELSEWHERE}"
+            f"none of Google's on the PCI bus); {_WITHOUT_TPU}"
         )

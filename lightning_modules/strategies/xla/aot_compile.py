@@ -1,7 +1,7 @@
-"""Has the TPU's own compiler compile a graph for a TPU that is not there, and says what a core would need.
+"""Compiles a graph with the TPU's own compiler, without a TPU, and reports the memory per core.
 
-Run as a program (``python -m lightning_modules.strategies.xla.aot_compile FILE TPU``), since libtpu wants a process of
-its own. Uses JAX's internal interfaces, so that jaxlib and libtpu are pinned (extra ``tpu_compile``).
+Run it as a program (``python -m lightning_modules.strategies.xla.aot_compile FILE TPU``): libtpu needs a process of its
+own. The versions of jaxlib and libtpu are pinned by the extra ``tpu_compile``.
 """
 
 from __future__ import annotations
@@ -9,22 +9,29 @@ from __future__ import annotations
 import json
 import os
 import sys
-import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from lightning_modules.strategies.xla.compat import compile_for_topology
+
+#: names of the results, and those of the compiler's statistics
+MEMORY_STATS = {
+    "argument": "argument_size_in_bytes", "output": "output_size_in_bytes", "alias": "alias_size_in_bytes",
+    "temporary": "temp_size_in_bytes", "code": "generated_code_size_in_bytes", "peak": "peak_memory_in_bytes",
+}  # fmt: skip
+
 
 @dataclass(frozen=True)
 class TPU:
-    """A TPU that can be rented.
+    """A TPU that Google Cloud rents out.
 
     Attributes:
-        topology: as libtpu names it.
-        cores: devices that XLA sees.
-        memory_gib: of each.
-        options: of the topology: one chip is less than the host that libtpu takes for granted, and a v4's chip is one
-            device, as torch_xla runs it.
+        topology: its name in libtpu.
+        cores: number of devices that XLA sees.
+        memory_gib: memory of each device.
+        options: of the topology. A single chip is less than the host that libtpu assumes, and both cores of a v4 chip
+            are one device, as in torch_xla.
     """
 
     topology: str
@@ -48,44 +55,24 @@ def compile_graph(graph: str, name: str) -> dict[str, float]:
     """Compiles StableHLO for a TPU.
 
     Args:
-        graph: of as many partitions as the TPU has cores.
-        name: one of :data:`TPUS`.
+        graph: StableHLO as text, with as many partitions as the TPU has cores.
+        name: a key of :data:`TPUS`.
 
     Returns:
-        Bytes a core (``argument``, ``output``, ``alias``, ``temporary``, ``code``, ``peak``) and ``seconds``.
+        Bytes per core (``argument``, ``output``, ``alias``, ``temporary``, ``code``, ``peak``) and ``seconds``.
     """
-    import numpy as np
-    from jax._src.interpreters import mlir
-    from jax._src.lib import xla_client
-    from jax._src.lib.mlir import ir
-    from jax.experimental import topologies
-
     tpu = TPUS[name]
-    devices = list(topologies.get_topology_desc(platform="tpu", topology_name=tpu.topology, **tpu.options).devices)
-    for unknown in ("mhlo.is_dynamic = false,", "mhlo.cross_program_prefetches = [],", "mhlo.input_output_alias = [],"):
-        graph = graph.replace(unknown, "")
-    with mlir.make_ir_context():
-        module = str(ir.Module.parse(graph)).encode()
-    options = xla_client.CompileOptions()
-    options.num_replicas, options.num_partitions = 1, tpu.cores
-    options.device_assignment = xla_client.DeviceAssignment.create(np.array([[device.id for device in devices]]))
-    build = options.executable_build_options
-    build.num_replicas, build.num_partitions = 1, tpu.cores
-    build.use_spmd_partitioning, build.use_shardy_partitioner = True, False
-    build.device_assignment = options.device_assignment
-    began = time.monotonic()
-    client: Any = devices[0].client
-    executable = client.compile(module, xla_client.DeviceList(tuple(devices)), options)
+    executable, seconds = compile_for_topology(graph, tpu.topology, tpu.cores, **tpu.options)
     stats = executable.get_compiled_memory_stats()
-    names = {
-        "argument": "argument_size_in_bytes", "output": "output_size_in_bytes", "alias": "alias_size_in_bytes",
-        "temporary": "temp_size_in_bytes", "code": "generated_code_size_in_bytes", "peak": "peak_memory_in_bytes",
-    }  # fmt: skip
-    return {key: float(getattr(stats, field)) for key, field in names.items()} | {"seconds": time.monotonic() - began}
+    return {key: float(getattr(stats, name)) for key, name in MEMORY_STATS.items()} | {"seconds": seconds}
 
 
 def main(arguments: list[str]) -> None:
-    """Prints the result as one line of JSON."""
+    """Prints the result as one line of JSON.
+
+    Args:
+        arguments: file of the graph, and the name of the TPU.
+    """
     file, name = arguments
     os.environ |= {
         "JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "TPU_ACCELERATOR_TYPE": name,

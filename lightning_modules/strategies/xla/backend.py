@@ -1,4 +1,4 @@
-"""What the model's parts do on XLA: static shapes, pieces of each device's rows, checkpoints behind barriers."""
+"""The backend for XLA: static shapes, chunks of each device's rows, checkpoints with barriers."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from datamodules.errors import UserError
 from lightning_modules.models.backend import Backend
+from lightning_modules.strategies.xla.compat import copy_to_host
 from lightning_modules.strategies.xla.layer_scan import scan_layers
 
 if TYPE_CHECKING:
@@ -20,22 +21,22 @@ if TYPE_CHECKING:
     from lightning_modules.strategies.xla.sharding import Sharding
 
 
-GROUP_BYTES = 256 << 20  #: of whole copies that a device holds on their way to the host
+GROUP_BYTES = 256 << 20  #: limit of the unsharded copies that a device holds during a transfer to the host
 
 
 class XLABackend(Backend):
     """See :class:`lightning_modules.models.backend.Backend`.
 
     Args:
-        sharding: the mesh and how tensors lie on it.
-        device: the one that PyTorch sees.
+        sharding: the mesh and the placement of tensors on it.
+        device: the one device that PyTorch sees.
     """
 
     def __init__(self, sharding: Sharding, device: torch.device) -> None:
         self.sharding, self.device = sharding, device
 
     def check(self, quantization: str, teacher: bool = False) -> None:
-        """Refuses bitsandbytes."""
+        """Refuses quantised weights, which need bitsandbytes."""
         if quantization != "none":
             raise UserError(
                 f"backbone.quantization {quantization}: bitsandbytes does not run on a TPU; set backbone.quantization "
@@ -43,46 +44,45 @@ class XLABackend(Backend):
             )
 
     def build_device(self, device: torch.device) -> torch.device:
-        """The host: weights are divided on their way to the devices."""
+        """Returns the host: weights are sharded when they are sent to the devices."""
         return torch.device("cpu")
 
     def place(self, model: nn.Module) -> None:
-        """Divides weights over the devices, and has layers recomputed as XLA can, in a loop where they are alike."""
+        """Shards weights over the devices and sets up XLA's recomputation of layers, as a loop if possible."""
         self.sharding.place(model, self.device)
         self.use_own_checkpoints(model)
         scan_layers(model, self.sharding)
 
     def to_host(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Collects tensors; see :meth:`collect`."""
+        """Gathers tensors on the host; see :meth:`collect`."""
         hosted: dict[str, Tensor] = self.collect(dict(tensors))
         return hosted
 
     def collect(self, data: Any) -> Any:
         """Copies all tensors of nested dictionaries and lists to the host.
 
-        ``tensor.cpu()`` compiles a graph for each divided tensor, at each checkpoint anew. Here whole copies are made
-        on the devices first, some at a time, by graphs that are compiled once.
+        ``tensor.cpu()`` compiles a graph for each sharded tensor, again at each checkpoint. Here unsharded copies are
+        made on the devices first, a group of tensors at a time, by graphs that are compiled once.
         """
-        divided: list[Tensor] = []
+        sharded: list[Tensor] = []
         apply_to_collection(
-            data, Tensor, lambda tensor: divided.append(tensor) if tensor.device.type == "xla" else None
+            data, Tensor, lambda tensor: sharded.append(tensor) if tensor.device.type == "xla" else None
         )
-        whole = iter([tensor for group in _groups(divided) for tensor in self._whole(group)])
-        return apply_to_collection(data, Tensor, lambda tensor: next(whole) if tensor.device.type == "xla" else tensor)
+        hosted = iter([tensor for group in _groups(sharded) for tensor in self._gather(group)])
+        return apply_to_collection(data, Tensor, lambda tensor: next(hosted) if tensor.device.type == "xla" else tensor)
 
-    def _whole(self, tensors: list[Tensor]) -> list[Tensor]:
+    def _gather(self, tensors: list[Tensor]) -> list[Tensor]:
         import torch_xla
 
         with torch.no_grad():
             copies = [tensor.detach() * 1 for tensor in tensors]
-        for whole in copies:
-            self.sharding.annotate(whole, (None,) * whole.ndim)
+        for copied in copies:
+            self.sharding.annotate(copied, (None,) * copied.ndim)
         torch_xla.sync()
-        hosted: list[Tensor] = torch_xla._XLAC._xla_get_cpu_tensors(copies)
-        return hosted
+        return copy_to_host(copies)
 
     def generation_model(self, model: nn.Module) -> nn.Module:
-        """A copy on the host, where answers of any length cost no compilation; it takes the weights' size of memory."""
+        """Returns a copy on the host, of the size of the weights; answers of any length need no compilation there."""
         tensors = {id(tensor): tensor.detach() for tensor in (*model.parameters(), *model.buffers())}
         hosted = dict(zip(tensors, self.collect(list(tensors.values())), strict=True))
 
@@ -101,19 +101,22 @@ class XLABackend(Backend):
         return view(model)
 
     def positions(self, batch: Batch) -> None:
-        """All: their number is the same in every batch, and no row leaves its device. Costs the head on each token."""
+        """Returns None, for all positions: their number is equal in all batches, and no row leaves its device.
+
+        The cost is that the head is computed for every token.
+        """
 
     def split(self, tensor_N: Tensor, size: int) -> Sequence[Tensor]:
-        """Cuts each device's part of the first axis, which no piece then has to be gathered for."""
+        """Splits each device's part of the first axis, so that no chunk has to be gathered."""
         parts = tensor_N.unflatten(0, (self.sharding.devices, -1)).split(size, 1)
         return [part.flatten(0, 1) for part in parts]
 
     def join(self, pieces: Sequence[Tensor]) -> Tensor:
-        """Undoes :meth:`split`."""
+        """Reverses :meth:`split`."""
         return torch.cat([piece.unflatten(0, (self.sharding.devices, -1)) for piece in pieces], 1).flatten(0, 1)
 
     def checkpoint(self, function: Callable[..., Any], *args: Any) -> Any:
-        """Recomputes behind a barrier, without which the compiler would find the same operations and keep them."""
+        """Recomputes after a barrier, without which the compiler would merge the equal operations."""
         from torch_xla.utils.checkpoint import checkpoint
 
         return checkpoint(function, *args)
@@ -121,26 +124,27 @@ class XLABackend(Backend):
     def _checkpoint_layer(self, weights: list[nn.Parameter], function: Callable[..., Any], *args: Any) -> Any:
         hidden, *others = args
         trained = [weight for weight in weights if weight.requires_grad]
-        return self.checkpoint(function, _GradientsFirst.apply(hidden, trained), *others)
+        return self.checkpoint(function, _WeightGradientsFirst.apply(hidden, trained), *others)
 
     def use_own_checkpoints(self, model: nn.Module) -> None:
-        """Replaces PyTorch's function in the layers of a transformers model that are checkpointed."""
+        """Replaces PyTorch's checkpoint function in the checkpointed layers of a transformers model."""
         layers = [layer for layer in model.modules() if getattr(layer, "gradient_checkpointing", False)]
         for layer in layers:
             if hasattr(layer, "_gradient_checkpointing_func"):
                 recompute = partial(self._checkpoint_layer, list(layer.parameters()))
-                setattr(layer, "_gradient_checkpointing_func", recompute)  # noqa: B010 (it is no tensor)
-        if layers:  # reentrant: a layer's input must want a gradient, and frozen embeddings give none
+                # transformers has no public way to set the function; setattr, since mypy takes attributes for tensors
+                setattr(layer, "_gradient_checkpointing_func", recompute)  # noqa: B010
+        if layers:  # torch_xla's checkpoint is reentrant: the input of a layer must require a gradient
             for module in model.modules():
                 if isinstance(module, nn.Embedding):
-                    module.register_forward_hook(_want_gradient)
+                    module.register_forward_hook(_require_gradient)
 
 
-class _GradientsFirst(torch.autograd.Function):
-    """Has a layer's weight gradients computed before the backward pass goes on to the layer below.
+class _WeightGradientsFirst(torch.autograd.Function):
+    """Identity whose backward pass waits for a layer's weight gradients before the layer below is computed.
 
-    Nothing else waits for them, so the compiler would leave them to the end of the step and keep what they are made of:
-    450 MB a layer of a 7B model with 8,192 tokens a core.
+    Nothing else depends on them, so the compiler would compute them at the end of the step and keep their inputs until
+    then: 450 MB per layer of a 7B model with 8,192 tokens per core.
     """
 
     @staticmethod
@@ -157,12 +161,8 @@ class _GradientsFirst(torch.autograd.Function):
         return grad, None
 
 
-def _on_xla(tensor: Tensor) -> bool:
-    return tensor.device.type == "xla"
-
-
 def _groups(tensors: list[Tensor]) -> Iterator[list[Tensor]]:
-    """Neighbours of some hundred megabytes together."""
+    """Yields consecutive tensors in groups of at most :data:`GROUP_BYTES`."""
     group: list[Tensor] = []
     for tensor in tensors:
         if group and sum(t.nbytes for t in group) + tensor.nbytes > GROUP_BYTES:
@@ -173,6 +173,6 @@ def _groups(tensors: list[Tensor]) -> Iterator[list[Tensor]]:
         yield group
 
 
-def _want_gradient(module: nn.Module, args: Any, output: Tensor) -> None:
+def _require_gradient(module: nn.Module, args: Any, output: Tensor) -> None:
     if torch.is_grad_enabled():
         output.requires_grad_(True)

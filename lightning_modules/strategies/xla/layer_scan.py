@@ -1,9 +1,9 @@
-"""A decoder's layers as one loop: the compiler sees a layer once, not 32 times, and is done in a fraction of the time.
+"""The layers of a decoder as one loop: the compiler compiles one layer, not 32, in a fraction of the time.
 
-Layers that are alike differ in their weights only. Here those are stacked, and XLA's ``While`` runs one layer over
-them. The backward pass is such a loop too: it computes a layer again from its input, which is all that the forward pass
-keeps, and has the layer's gradients before it goes on to the one below. So this is gradient checkpointing as well.
-For the length of a step each device holds its share of the weights twice, apart and stacked.
+Identical layers differ only in the values of their weights. The weights are stacked, and XLA's ``While`` runs one layer
+over them. The backward pass is a loop as well: it recomputes a layer from its input, which is all that the forward pass
+keeps, and computes the layer's gradients before those of the layer below. So this is gradient checkpointing too.
+During a step each device holds its shards of the weights twice, separate and stacked.
 
 Shapes in names: B rows, T tokens a row, C channels, L layers.
 """
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.amp.autocast_mode import custom_bwd, custom_fwd
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from lightning_modules.strategies.xla.compat import scan
 from lightning_modules.strategies.xla.sharding import row_spec, weight_spec
 
 if TYPE_CHECKING:
@@ -28,18 +29,19 @@ if TYPE_CHECKING:
 
     Layer = Callable[[Tensor, Sequence[Tensor], Sequence[Tensor]], Tensor]  # hidden states, other tensors, weights
 
-STACKED_BYTES = 4 << 30  #: of a device's memory that may go to stacked weights; a 7B model has 1.8 GiB on a v3-8's core
+STACKED_BYTES = 4 << 30  #: limit of a device's memory for stacked weights; a 7B model takes 1.8 GiB of a v3-8's core
 
 
 class LayerScan(nn.ModuleList):
-    """The layers of a transformers model, which calls all of them one after the other: it is given a loop to call.
+    """The layers of a transformers model, which slices the list and calls each item of the slice in order.
 
-    A layer with hooks is called itself, between two loops. So are all where activations are to be kept, with dropout
-    (the backward pass would draw other numbers), and elsewhere than on XLA.
+    A slice of this list holds loops over layers (:meth:`layer_calls`), so the model calls the loops. A layer with hooks
+    is called separately, between two loops. All layers are called separately if their activations are kept, with
+    dropout (the backward pass would draw other numbers), and on devices other than XLA.
 
     Args:
-        layers: alike, see :func:`alike`.
-        sharding: how tensors lie on the mesh.
+        layers: identical layers, see :func:`are_identical`.
+        sharding: the placement of tensors on the mesh.
     """
 
     def __init__(self, layers: nn.ModuleList, sharding: Sharding) -> None:
@@ -47,24 +49,26 @@ class LayerScan(nn.ModuleList):
         self.sharding = sharding
 
     def __getitem__(self, index: Any) -> Any:
-        """One layer; for a slice, what is to be called for it."""
-        if not isinstance(index, slice):
-            return super().__getitem__(index)
-        runs = [list(run) for _, run in groupby(list(self)[index], key=_is_hooked)]
-        return [call for run in runs for call in ([partial(self._run, run)] if _can_loop(run) else run)]
+        """Returns one layer; for a slice, the result of :meth:`layer_calls` for its layers."""
+        return self.layer_calls(list(self)[index]) if isinstance(index, slice) else super().__getitem__(index)
 
-    def _run(self, layers: list[nn.Module], hidden_BTC: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def layer_calls(self, layers: Sequence[nn.Module]) -> list[Callable[..., Tensor]]:
+        """Returns the callables that compute the layers: one loop per run of layers without hooks, or single layers."""
+        runs = [list(run) for _, run in groupby(layers, key=_is_hooked)]
+        return [call for run in runs for call in ([partial(self._run_loop, run)] if _can_loop(run) else run)]
+
+    def _run_loop(self, layers: list[nn.Module], hidden_BTC: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Computes the last layer's output [B, T, C]; other arguments are the same for all layers."""
-        given, structure = tree_flatten((args, kwargs))
-        tensors = [value for value in given if isinstance(value, Tensor)]
+        leaves, structure = tree_flatten((args, kwargs))
+        tensors = [value for value in leaves if isinstance(value, Tensor)]
         names, columns = zip(*_columns(layers), strict=True)
 
         def layer(hidden_BTC: Tensor, tensors: Sequence[Tensor], weights: Sequence[Tensor]) -> Tensor:
-            left = iter(tensors)
-            args, kwargs = tree_unflatten([next(left) if isinstance(v, Tensor) else v for v in given], structure)
+            remaining = iter(tensors)
+            args, kwargs = tree_unflatten([next(remaining) if isinstance(v, Tensor) else v for v in leaves], structure)
             self._place([hidden_BTC], weights)
             named = dict(zip(names, weights, strict=True))
-            with _computed_once(layers[0]):
+            with _without_checkpointing(layers[0]):
                 output_BTC: Tensor = torch.func.functional_call(layers[0], named, (hidden_BTC, *args), kwargs)
             self._place([output_BTC], [])
             return output_BTC
@@ -73,25 +77,27 @@ class LayerScan(nn.ModuleList):
         for weights in stacked:
             self.sharding.constrain(weights, (None, *weight_spec(weights.shape[1:], self.sharding.fsdp)))
         if not torch.is_grad_enabled():
-            return _over(layer, hidden_BTC, tensors, stacked)[0]
-        output_BTC: Tensor = _Loop.apply(layer, self._place, hidden_BTC, tensors, *stacked)
+            return _scan_layers(layer, hidden_BTC, tensors, stacked)[0]
+        output_BTC: Tensor = _LayerLoop.apply(layer, self._place, hidden_BTC, tensors, *stacked)
         return output_BTC
 
     def _place(self, rows: Sequence[Tensor], weights: Sequence[Tensor]) -> None:
-        """Says within a loop how tensors lie, which the compiler does not carry into it."""
+        """Sets layouts within a loop; the compiler does not propagate them into it."""
         for tensor in rows:
             self.sharding.constrain(tensor, row_spec(tensor.ndim))
         for tensor in weights:
             self.sharding.constrain(tensor, weight_spec(tensor.shape, self.sharding.fsdp))
 
 
-class _Loop(torch.autograd.Function):
+class _LayerLoop(torch.autograd.Function):
+    """The loop over layers, which keeps each layer's input and recomputes the layer in the backward pass."""
+
     @staticmethod
     @custom_fwd(device_type="xla")
     def forward(
         ctx: Any, layer: Layer, place: Any, hidden_BTC: Tensor, tensors: list[Tensor], *stacked: Tensor
     ) -> Tensor:
-        output_BTC, inputs_LBTC = _over(layer, hidden_BTC, tensors, stacked)
+        output_BTC, inputs_LBTC = _scan_layers(layer, hidden_BTC, tensors, stacked)
         ctx.save_for_backward(inputs_LBTC, *tensors, *stacked)
         ctx.layer, ctx.place, ctx.tensors = layer, place, len(tensors)
         return output_BTC
@@ -115,35 +121,27 @@ class _Loop(torch.autograd.Function):
             ctx.place([grad_BTC], grads)
             return [grad_BTC, *tensors], grads
 
-        (grad_BTC, *_), grads = _scan(step, [grad_BTC, *tensors], [inputs_LBTC, *stacked], reverse=True)
-        found = dict(zip(trained, grads, strict=True))
-        return None, None, grad_BTC, None, *(found.get(index) for index in range(len(stacked)))
+        (grad_BTC, *_), grads = scan(step, [grad_BTC, *tensors], [inputs_LBTC, *stacked], reverse=True)
+        by_index = dict(zip(trained, grads, strict=True))
+        return None, None, grad_BTC, None, *(by_index.get(index) for index in range(len(stacked)))
 
 
-def _over(
+def _scan_layers(
     layer: Layer, hidden_BTC: Tensor, tensors: Sequence[Tensor], stacked: Sequence[Tensor]
 ) -> tuple[Tensor, Tensor]:
-    """Runs a layer over stacked weights: the last one's output [B, T, C], and each one's input [L, B, T, C]."""
+    """Runs a layer over stacked weights; returns the last output [B, T, C] and the input of each layer [L, B, T, C]."""
 
     def step(carry: list[Tensor], weights: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         hidden_BTC, *tensors = carry
         return [layer(hidden_BTC, tensors, weights), *tensors], [hidden_BTC]
 
-    (output_BTC, *_), (inputs_LBTC,) = _scan(step, [hidden_BTC, *tensors], list(stacked))
+    (output_BTC, *_), (inputs_LBTC,) = scan(step, [hidden_BTC, *tensors], list(stacked))
     return output_BTC, inputs_LBTC
 
 
-def _scan(step: Any, carry: list[Tensor], over: list[Tensor], reverse: bool = False) -> tuple[list[Tensor], ...]:
-    """Loops as ``jax.lax.scan`` does; torch_xla's public form has AOTAutograd make the backward pass."""
-    from torch_xla.experimental.scan import _scan_impl_flat
-
-    result: tuple[list[Tensor], ...] = _scan_impl_flat(step, carry, over, reverse)
-    return result
-
-
 @contextmanager
-def _computed_once(layer: Any) -> Iterator[None]:
-    """Switches transformers' checkpointing off: the loop itself computes a layer again."""
+def _without_checkpointing(layer: Any) -> Iterator[None]:
+    """Disables transformers' checkpointing: the loop itself recomputes a layer."""
     was, layer.gradient_checkpointing = layer.gradient_checkpointing, False
     try:
         yield
@@ -152,17 +150,17 @@ def _computed_once(layer: Any) -> Iterator[None]:
 
 
 def scan_layers(model: nn.Module, sharding: Sharding) -> None:
-    """Puts a loop in the place of a transformers model's layers, where they are alike and fit a device twice."""
+    """Replaces the layers of a transformers model by a loop, if they are identical and fit on a device twice."""
     lists = [(parent, *child) for parent in model.modules() for child in parent.named_children()]
     for parent, name, layers in lists:
-        if not isinstance(layers, nn.ModuleList) or isinstance(layers, LayerScan) or not alike(layers):
+        if not isinstance(layers, nn.ModuleList) or isinstance(layers, LayerScan) or not are_identical(layers):
             continue
         if sum(weight.nbytes for weight in layers.parameters()) <= STACKED_BYTES * sharding.fsdp:
             setattr(parent, name, LayerScan(layers, sharding))
 
 
-def alike(layers: nn.ModuleList) -> bool:
-    """Whether there are several layers that differ in nothing but the numbers in their weights, and their place."""
+def are_identical(layers: nn.ModuleList) -> bool:
+    """Checks whether there are several layers that differ only in the values of their weights and in their index."""
     signatures = [_signature(layer) for layer in layers if hasattr(layer, "gradient_checkpointing")]
     return len(signatures) > 1 and all(signature == signatures[0] for signature in signatures)
 
@@ -185,7 +183,7 @@ def _tensors(layer: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def _columns(layers: list[nn.Module]) -> Iterator[tuple[str, list[Tensor]]]:
-    """Each weight's name in a layer, and that weight of every layer."""
+    """Yields the name of each weight in a layer, and that weight of every layer."""
     for entries in zip(*(_tensors(layer) for layer in layers), strict=True):
         yield entries[0][0], [tensor for _, tensor in entries]
 

@@ -1,6 +1,7 @@
-"""How tensors lie on a mesh of devices.
+"""Layouts of tensors on a mesh of devices.
 
-The mesh has two axes: weights are divided along ``fsdp`` (and repeated along ``data``), rows of a batch along both.
+The mesh has two axes. Weights are sharded along ``fsdp`` and replicated along ``data``; the rows of a batch are sharded
+along both.
 """
 
 from __future__ import annotations
@@ -12,20 +13,21 @@ import numpy as np
 from torch import Tensor, nn
 
 from datamodules.errors import UserError
+from lightning_modules.strategies.xla.compat import annotate_sharding, mark_sharding
 
 if TYPE_CHECKING:
     import torch
 
 AXES = ("data", "fsdp")
-Spec = tuple[Any, ...]  #: of each dimension: None (whole on every device), or the axes along which it is divided
+Spec = tuple[Any, ...]  #: for each dimension None (replicated), or the mesh axes along which it is sharded
 
 
 def weight_spec(shape: Sequence[int], devices: int) -> Spec:
-    """Divides the largest dimension that can be; a tensor without one is whole on every device.
+    """Returns the layout of a weight: its largest divisible dimension is sharded; without one it is replicated.
 
     Args:
         shape: of the weight.
-        devices: along ``fsdp``.
+        devices: number of devices along ``fsdp``.
     """
     divisible = [dimension for dimension, size in enumerate(shape) if size and size % devices == 0]
     largest = max(divisible, key=lambda dimension: shape[dimension], default=None)
@@ -33,16 +35,16 @@ def weight_spec(shape: Sequence[int], devices: int) -> Spec:
 
 
 def row_spec(dimensions: int) -> Spec:
-    """Divides the first dimension over all devices."""
+    """Returns the layout of rows: the first dimension is sharded over all devices."""
     return (AXES, *(None,) * (dimensions - 1))
 
 
 class Sharding:
-    """A mesh over all devices, and where tensors lie on it.
+    """A mesh over all devices, and the placement of tensors on it.
 
     Args:
-        data_parallel_size: devices along ``data``; the others along ``fsdp``.
-        devices: how many there are.
+        data_parallel_size: number of devices along ``data``; the others are along ``fsdp``.
+        devices: number of all devices.
 
     Raises:
         UserError: ``data_parallel_size`` does not divide the devices.
@@ -61,35 +63,35 @@ class Sharding:
         spmd.set_global_mesh(self.mesh)
 
     def place(self, model: nn.Module, device: torch.device) -> None:
-        """Moves a module to the devices, a tensor at a time: the host never holds a second copy of the weights."""
+        """Moves a module to the devices, one tensor at a time, so the host never holds a second copy of the weights."""
         for module in model.modules():
             module._apply(lambda tensor: tensor.to(device), recurse=False)
             self.mark((*module._parameters.values(), *module._buffers.values()))
 
     def mark(self, tensors: Iterable[Tensor | None]) -> None:
-        """Divides weights, gradients or optimizer states; those that are marked already stay."""
+        """Shards weights, gradients or optimizer states; tensors that are sharded already are unchanged."""
         for tensor in tensors:
             if tensor is not None and tensor.device.type == "xla":
                 self.annotate(tensor, weight_spec(tensor.shape, self.fsdp))
 
     def annotate(self, tensor: Tensor, spec: Spec) -> None:
-        """Says how a tensor lies; a copy on the host is sent so."""
-        import torch_xla
-
-        # xs.mark_sharding without its search for jax at every call
-        torch_xla._XLAC._xla_mark_sharding(tensor, self.mesh.get_op_sharding(spec))
+        """Sets the layout of a tensor."""
+        mark_sharding(tensor, self.mesh.get_op_sharding(spec))
 
     def constrain(self, tensor: Tensor, spec: Spec) -> None:
-        """Says in the graph how a tensor lies that is computed there, also within a loop."""
-        import torch_xla
-
-        torch_xla._XLAC._xla_annotate_custom_sharding(tensor, self.mesh.get_op_sharding(spec))
+        """Sets the layout of an intermediate result in the graph, also within a loop."""
+        annotate_sharding(tensor, self.mesh.get_op_sharding(spec))
 
     def send_rows(self, tensor: Tensor, device: torch.device, hosts: int) -> Tensor:
-        """Sends a tensor, divided by its first dimension; each host has its own part of it.
+        """Sends a tensor that is sharded along its first dimension; each host has its own rows of it.
+
+        Args:
+            tensor: this host's rows.
+            device: the device that PyTorch sees.
+            hosts: number of hosts.
 
         Raises:
-            UserError: it can't be divided.
+            UserError: the devices do not divide the number of rows.
         """
         import torch_xla.core.xla_model as xm
         from torch_xla.distributed.spmd import ShardingSpec

@@ -1,9 +1,9 @@
-"""One process, all XLA devices: the compiler divides each operation over a mesh (GSPMD, arXiv 2105.04663).
+"""The strategy for XLA devices: one process, and a compiler that partitions operations (GSPMD, arXiv 2105.04663).
 
-Lightning's XLA strategies keep a whole copy of the model on each device; a 7B model in bf16 leaves a TPU v3 core with
-nothing. Here weights, gradients and optimizer states are divided over the devices (as FSDP does), and rows of a batch
-too. On several hosts the same command is started on each (PyTorch/XLA SPMD guide, "Multi-host"): each reads its own
-share of the data.
+Lightning's XLA strategies keep a full copy of the model on each device; a 7B model in bf16 would fill the memory of a
+TPU v3 core. Here weights, gradients and optimizer states are sharded over the devices, as in FSDP, and so are the rows
+of a batch. With several hosts, start the same command on each (PyTorch/XLA SPMD guide, "Multi-host"): each host reads
+its own part of the data.
 """
 
 from __future__ import annotations
@@ -36,16 +36,15 @@ if TYPE_CHECKING:
 
 
 class XLASPMDStrategy(SingleDeviceXLAStrategy):
-    """Trains on every device of every host, each with its part of weights and rows.
+    """Trains on every device of every host, each with its shards of weights and rows.
 
     Args:
-        data_parallel_size: groups of devices that have a whole copy of the weights each; 1 divides them over all
-            devices.
-        compilation_cache_dir: folder where compiled graphs are kept, so that a resumed run starts in seconds; None
-            keeps none.
-        accelerator: given by the trainer.
-        checkpoint_io: given by the trainer.
-        precision_plugin: given by the trainer.
+        data_parallel_size: number of groups of devices, each with a full copy of the weights; 1 shards the weights
+            over all devices.
+        compilation_cache_dir: folder of compiled graphs, so that a resumed run starts in seconds; None for no cache.
+        accelerator: set by the trainer.
+        checkpoint_io: set by the trainer.
+        precision_plugin: set by the trainer.
 
     Attributes:
         sharding: the mesh; None until the trainer is set up.
@@ -72,13 +71,13 @@ class XLASPMDStrategy(SingleDeviceXLAStrategy):
 
     @property
     def backend(self) -> XLABackend:
-        """What the model's parts ask for."""
-        assert self.sharding is not None, "the backend is there once the trainer has set up its environment"
+        """The backend of the model's parts."""
+        assert self.sharding is not None, "there is no backend before the trainer has set up its environment"
         return XLABackend(self.sharding, self.root_device)
 
     @property
     def distributed_sampler_kwargs(self) -> dict[str, int]:
-        """Which share of the data this host reads."""
+        """The part of the data that this host reads."""
         return {"num_replicas": self.hosts, "rank": self.global_rank}
 
     @property
@@ -89,17 +88,17 @@ class XLASPMDStrategy(SingleDeviceXLAStrategy):
     # ------------------------------------------------------------------ set up
 
     def set_world_ranks(self) -> None:
-        """Opens the devices; the trainer calls it once the accelerator is known to be there.
+        """Opens the devices; the trainer calls it after it has checked that the accelerator is available.
 
         Raises:
-            UserError: the precision is Lightning's own, or ``data_parallel_size`` does not divide the devices.
+            UserError: the precision plugin is Lightning's own, or ``data_parallel_size`` does not divide the devices.
         """
         import torch_xla.runtime as xr
 
         if not isinstance(self.precision_plugin, TruePrecision):
             raise UserError(
                 "trainer.precision: on XLA Lightning's bf16-true is an environment variable that rounds the loss too; "
-                "leave it out and give plugins: [lightning_modules.strategies.TruePrecision]"
+                "leave it out and set trainer.plugins: [lightning_modules.strategies.TruePrecision]"
             )
         if self.sharding is None:
             if self.compilation_cache_dir is not None:
@@ -114,32 +113,35 @@ class XLASPMDStrategy(SingleDeviceXLAStrategy):
 
     @contextmanager
     def tensor_init_context(self, empty_init: bool | None = None) -> Generator[None, None, None]:
-        """Builds models on the host: on the device every initialisation would be a graph, and other numbers."""
+        """Builds models on the host: on the device each initialisation would be a graph, with other random numbers."""
         with self.precision_plugin.tensor_init_context():
             yield
 
     def model_to_device(self) -> None:
-        """Divides the weights over the devices."""
+        """Shards the weights over the devices."""
         assert self.model is not None
         self.backend.place(self.model)
-        self.model.to(self.root_device)  # moves nothing; the module learns where it is
+        self.model.to(self.root_device)  # moves no tensor; it sets the module's device
         self.sync()
 
     def setup(self, trainer: Trainer) -> None:
-        """Prepares the model, and optimizer states where an optimizer makes them beforehand: one compilation less."""
+        """Prepares the model, and the states of optimizers that can create them before the first step.
+
+        The step that creates states would be compiled separately.
+        """
         super().setup(trainer)
         if trainer.state.fn == TrainerFn.FITTING:
             for optimizer in self.optimizers:
                 if hasattr(optimizer, "create_state"):
                     optimizer.create_state()
-            self._divide_states()
+            self._shard_states()
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
-        """Loads the optimizers' states, divided as the weights are."""
+        """Loads the optimizers' states, sharded as the weights are."""
         super().load_optimizer_state_dict(checkpoint)
-        self._divide_states()
+        self._shard_states()
 
-    def _divide_states(self) -> None:
+    def _shard_states(self) -> None:
         assert self.sharding is not None
         for optimizer in self.optimizers:
             for state in optimizer.state.values():
@@ -149,73 +151,79 @@ class XLASPMDStrategy(SingleDeviceXLAStrategy):
     # ------------------------------------------------------------------ steps
 
     def batch_to_device(self, batch: Any, device: torch.device | None = None, dataloader_idx: int = 0) -> Any:
-        """Sends a batch, each device its rows.
+        """Sends a batch to the devices, each its own rows.
 
         Raises:
-            UserError: rows can't be divided, or hold what can't be served on these devices.
+            UserError: the devices do not divide the rows, or the batch holds something that they do not support.
         """
         batch = super().batch_to_device(batch, torch.device("cpu"), dataloader_idx)
         if isinstance(batch, Batch):
-            self._check(batch)
-            return batch._map(self._send)
+            self.check_batch(batch)
+            return batch.map_tensors(self._send)
         return apply_to_collection(batch, Tensor, self._send)
 
     def _send(self, tensor: Tensor) -> Tensor:
         assert self.sharding is not None
         return self.sharding.send_rows(tensor, self.root_device, self.hosts)
 
-    def _check(self, batch: Batch) -> None:
+    def check_batch(self, batch: Batch) -> None:
+        """Refuses batches that XLA devices do not support.
+
+        Raises:
+            UserError: it holds targets of a cached teacher, or a shared prefix for a kernel without support for it.
+        """
         if batch.extras:
             raise UserError(
-                "objective.cache: a cached teacher's targets are not divided over XLA devices; set it to null, and "
+                "objective.cache: a cached teacher's targets can't be sharded over XLA devices; set it to null, and "
                 "teacher to base, which takes no memory"
             )
         backbone = getattr(self.lightning_module, "backbone", None)
         if getattr(backbone, "attn_implementation", None) == "pallas" and bool((batch.segment_ids_BT == PREFIX).any()):
             raise UserError(
-                "backbone.attn_implementation pallas: it knows no shared prefix; set data.init_args.packing packed"
+                "backbone.attn_implementation=pallas: does not support a shared prefix. Fix: set "
+                "data.init_args.packing to packed"
             )
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        """Computes what is left from before: a micro-batch's gradients, or a callback's sums.
+        """Runs the operations recorded so far: the gradients of a micro-batch, or the sums of a callback.
 
-        So a step's graph holds one micro-batch and nothing that callbacks do now and then.
+        So the graph of a step holds one micro-batch, and no operation that a callback runs only at times.
         """
         self.sync()
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> Any:
-        """Steps, and has everything since the last step computed."""
+        """Steps, and runs everything recorded since the last step."""
         result = super().optimizer_step(*args, **kwargs)
         self.sync()
         return result
 
     def validation_step(self, *args: Any, **kwargs: Any) -> Any:
-        """Computes a batch: Lightning would trace all of them into one graph."""
-        return self._computed(super().validation_step(*args, **kwargs))
+        """Runs one batch; Lightning would trace all batches into one graph."""
+        return self._synced(super().validation_step(*args, **kwargs))
 
     def test_step(self, *args: Any, **kwargs: Any) -> Any:
-        """Computes a batch."""
-        return self._computed(super().test_step(*args, **kwargs))
+        """Runs one batch; see :meth:`validation_step`."""
+        return self._synced(super().test_step(*args, **kwargs))
 
-    def _computed(self, output: Any) -> Any:
+    def _synced(self, output: Any) -> Any:
         self.sync()
         return output
 
     def sync(self) -> None:
-        """Has the devices compute what was only noted so far."""
+        """Has the devices run the operations that were only recorded so far."""
         import torch_xla
 
         torch_xla.sync()
 
     def post_backward(self, closure_loss: Tensor) -> None:
-        """Divides the gradients as the weights are."""
+        """Shards the gradients as the weights are."""
         assert self.sharding is not None and self.model is not None
         self.sharding.mark(p.grad for p in self.model.parameters() if p.grad is not None)
 
     # ------------------------------------------------------------------ checkpoints and the end
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None) -> None:
-        """Collects the tensors, which takes every host, and lets one of them write."""
+        """Gathers the tensors on the host, which every host must do, and writes them on one."""
         super().save_checkpoint(self.backend.collect(checkpoint), filepath, storage_options)
 
     def barrier(self, name: str | None = None, *args: Any, **kwargs: Any) -> None:
@@ -226,16 +234,16 @@ class XLASPMDStrategy(SingleDeviceXLAStrategy):
             xm.rendezvous(name or "barrier")
 
     def teardown(self) -> None:
-        """Leaves the weights on the devices: the host would have to collect all of them, for nothing."""
+        """Leaves the weights on the devices; gathering all of them on the host would have no use."""
         self.precision_plugin.teardown()
 
 
 class HostCheckpointIO(XLACheckpointIO):
-    """Writes as for any other device, whole or not at all; the strategy has brought the tensors to the host."""
+    """Writes checkpoints as for other devices; the strategy has copied the tensors to the host."""
 
     def __init__(self) -> None:
         pass
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
-        """Writes a checkpoint of tensors on the host."""
+        """Writes a checkpoint of tensors on the host, in one step."""
         TorchCheckpointIO.save_checkpoint(self, checkpoint, path, storage_options)

@@ -1,7 +1,7 @@
-"""A training step as the TPU's compiler would get it, without weights and without a TPU.
+"""Traces a training step into the graph that the TPU's compiler would get, without weights and without a TPU.
 
-The trainer runs the module's own step on the strategy's own mesh, over tensors that have a shape and a place but no
-content. Where a real run would have the devices compute, the graph is written out instead.
+The trainer runs the module's own step on the strategy's own mesh, over tensors that have a shape and a layout but no
+content. The graph is written out instead of being executed.
 """
 
 from __future__ import annotations
@@ -18,32 +18,34 @@ from torch.utils.data import DataLoader, IterableDataset
 from datamodules.batch import Batch
 from lightning_modules.strategies.xla.accelerator import PJRTAccelerator
 from lightning_modules.strategies.xla.backend import XLABackend
+from lightning_modules.strategies.xla.compat import annotate_sharding
 from lightning_modules.strategies.xla.precision import TruePrecision
 from lightning_modules.strategies.xla.sharding import Sharding, Spec, weight_spec
 from lightning_modules.strategies.xla.spmd import XLASPMDStrategy
+from lightning_modules.token_sums import RunningSums
 
 
 class _Traced(BaseException):
-    """Ends the run when the graph is known; no Exception, so that nothing takes it for a failure."""
+    """Ends the run once the graph is known. It is not an Exception, so no handler treats it as a failure."""
 
 
 class _PlaceholderSharding(Sharding):
-    """Lays out tensors without content."""
+    """Places tensors without content."""
 
     def place(self, model: nn.Module, device: torch.device) -> None:
-        made: dict[int, nn.Parameter] = {}  # tied weights stay tied
+        placed: dict[int, nn.Parameter] = {}  # tied weights stay tied
         for module in model.modules():
             for name, parameter in module._parameters.items():
                 if parameter is not None and parameter.device.type != "xla":
-                    if id(parameter) not in made:
-                        made[id(parameter)] = nn.Parameter(self.placeholder(parameter), parameter.requires_grad)
-                    module._parameters[name] = made[id(parameter)]
+                    if id(parameter) not in placed:
+                        placed[id(parameter)] = nn.Parameter(self.placeholder(parameter), parameter.requires_grad)
+                    module._parameters[name] = placed[id(parameter)]
             for name, buffer in module._buffers.items():
                 if buffer is not None and buffer.device.type != "xla":
                     module._buffers[name] = self.placeholder(buffer)
 
     def placeholder(self, like: Tensor) -> Tensor:
-        """A tensor of a shape and type, placed as a weight would be."""
+        """Returns a tensor without content, with the shape and type of another and the layout of a weight."""
         from torch_xla.core.xla_builder import create_placeholder_tensor
 
         tensor: Tensor = create_placeholder_tensor(tuple(like.shape), like.dtype)
@@ -51,10 +53,8 @@ class _PlaceholderSharding(Sharding):
         return tensor
 
     def annotate(self, tensor: Tensor, spec: Spec) -> None:
-        """Notes the place in the graph; there is nothing to be moved."""
-        import torch_xla
-
-        torch_xla._XLAC._xla_annotate_custom_sharding(tensor, self.mesh.get_op_sharding(spec))
+        """Adds the layout to the graph; there is no content to move."""
+        annotate_sharding(tensor, self.mesh.get_op_sharding(spec))
 
 
 class _TracingBackend(XLABackend):
@@ -63,13 +63,13 @@ class _TracingBackend(XLABackend):
 
 
 class TracingStrategy(XLASPMDStrategy):
-    """Writes the graph of the last micro-batch and the optimizer step, which holds everything a step needs.
+    """Writes the graph of the last micro-batch and the optimizer step, which determine the memory of a step.
 
     Args:
         data_parallel_size: see :class:`lightning_modules.strategies.XLASPMDStrategy`.
 
     Attributes:
-        graph: StableHLO as text; empty until the step was traced.
+        graph: StableHLO as text; empty until the step has been traced.
     """
 
     def __init__(self, data_parallel_size: int = 1) -> None:
@@ -78,7 +78,7 @@ class TracingStrategy(XLASPMDStrategy):
 
     @property
     def backend(self) -> XLABackend:
-        """As in a run, but weights are only shapes."""
+        """The backend of a run, with weights that are only shapes."""
         assert self.sharding is not None
         return _TracingBackend(self.sharding, self.root_device)
 
@@ -86,9 +86,9 @@ class TracingStrategy(XLASPMDStrategy):
         return _PlaceholderSharding(self.data_parallel_size, devices)
 
     def sync(self) -> None:
-        """Computes nothing."""
+        """Does nothing: no device runs the graph."""
 
-    def _divide_states(self) -> None:
+    def _shard_states(self) -> None:
         assert isinstance(self.sharding, _PlaceholderSharding)
         for optimizer in self.optimizers:
             for state in optimizer.state.values():
@@ -97,13 +97,14 @@ class TracingStrategy(XLASPMDStrategy):
                         state[name] = self.sharding.placeholder(value)
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        """Forgets how an earlier micro-batch's gradients and sums came about: a run would have computed them."""
+        """Replaces gradients and sums of earlier micro-batches by placeholders; a run would have computed them."""
         assert isinstance(self.sharding, _PlaceholderSharding) and self.model is not None
         for parameter in self.model.parameters():
             if parameter.grad is not None:
                 parameter.grad = self.sharding.placeholder(parameter.grad)
-        pending = getattr(self.lightning_module, "_pending", {})
-        pending |= {name: self.sharding.placeholder(value) for name, value in pending.items()}
+        sums = getattr(self.lightning_module, "step_sums", None)
+        if isinstance(sums, RunningSums):
+            sums.values = {name: self.sharding.placeholder(value) for name, value in sums.values.items()}
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> Any:
         """Steps, writes the graph and ends the run."""
@@ -119,15 +120,15 @@ class TracingStrategy(XLASPMDStrategy):
         graph = xm.get_stablehlo(
             [value for value in outputs if isinstance(value, Tensor) and value.device.type == "xla"]
         )
-        self.graph = place_arguments(graph)
+        self.graph = shard_arguments(graph)
         results = self.lightning_module.trainer._results
         if results is not None:
-            results.clear()  # the trainer would read what was logged
+            results.clear()  # the trainer would read the logged values
         raise _Traced
 
 
 class _SameRows(IterableDataset[Batch]):
-    """The same rows again and again; their content does not matter, only their shape."""
+    """Yields the same rows forever; only their shape matters."""
 
     def __init__(self, rows: int, tokens: int) -> None:
         ids_BT, positions_BT, labels_BT, segments_BT = torch.zeros(4, rows, tokens, dtype=torch.int64).unbind()
@@ -143,13 +144,13 @@ def trace_step(
 ) -> str:
     """Runs a module up to its first optimizer step over tensors without content.
 
-    The process belongs to it afterwards: its XLA devices are virtual.
+    The process can't train afterwards: its XLA devices are virtual.
 
     Args:
-        module: its weights are not loaded.
-        rows: of a batch, over all devices.
-        tokens: of a row.
-        devices: of the mesh.
+        module: the module, whose weights are not loaded.
+        rows: number of rows of a batch, over all devices.
+        tokens: length of a row.
+        devices: number of devices of the mesh.
         data_parallel_size: see :class:`lightning_modules.strategies.XLASPMDStrategy`.
         **trainer: options of Lightning's trainer that change a step.
 
@@ -168,14 +169,18 @@ def trace_step(
     raise AssertionError("the run ended without an optimizer step")
 
 
-def place_arguments(graph: str) -> str:
-    """Gives the graph's arguments the places that it notes right behind them, as a run's arguments have them."""
-    main = graph.partition("func.func private")[0]  # behind it are the bodies of loops, with arguments of their own
-    noted = dict(re.findall(r'custom_call @Sharding\(%(arg\d+)\)[^\n]*?mhlo\.sharding = ("[^"]*")', main))
+def shard_arguments(graph: str) -> str:
+    """Adds to the arguments of a graph the layouts that the graph annotates them with, as in a run.
+
+    Args:
+        graph: StableHLO as text, whose first function annotates its arguments with calls of ``@Sharding``.
+    """
+    main = graph.partition("func.func private")[0]  # after it come the bodies of loops, which have other arguments
+    layouts = dict(re.findall(r'custom_call @Sharding\(%(arg\d+)\)[^\n]*?mhlo\.sharding = ("[^"]*")', main))
     head, body = graph.split("{\n", 2)[:2], graph.split("{\n", 2)[2]
     signature = re.sub(
         r"%(arg\d+): (tensor<[^>]*>)(?! \{)",
-        lambda m: f"%{m[1]}: {m[2]}" + (f" {{mhlo.sharding = {noted[m[1]]}}}" if m[1] in noted else ""),
+        lambda m: f"%{m[1]}: {m[2]}" + (f" {{mhlo.sharding = {layouts[m[1]]}}}" if m[1] in layouts else ""),
         head[1],
     )
     return "{\n".join([head[0], signature, body])

@@ -114,7 +114,7 @@ def test_fit_with_a_cache_equals_fit_with_an_online_teacher(tiny_llama, tmp_path
         cli.trainer.fit(cli.model, cli.datamodule)
         results.append({name: float(value) for name, value in cli.trainer.callback_metrics.items()})
         weights.append({n: p.detach() for n, p in cli.model.named_parameters() if p.requires_grad})
-        assert (cli.model._teacher is None) == (folder is not None)
+        assert (cli.model.teacher_source.teacher is None) == (folder is not None)
     cached, online = results
     assert cached.keys() == online.keys()
     assert online["val/kl"] > 1e-3

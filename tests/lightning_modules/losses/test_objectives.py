@@ -17,7 +17,7 @@ DIVERGENCES = ("forward_kl", "reverse_kl", "jsd")
 
 @pytest.fixture
 def case():
-    """Hidden states, labels (two of them ignored), a student's head and a teacher's predictions, in float64."""
+    """Returns hidden states, labels (two are ignored), a student's head and a teacher's predictions, in float64."""
     hidden = torch.randn(N, C, dtype=torch.float64, requires_grad=True)
     head = torch.nn.Linear(C, V, bias=False, dtype=torch.float64)
     labels = torch.randint(V, (N,))
@@ -32,14 +32,14 @@ def gradients(loss, hidden, head):
 
 
 def frozen_gradient(objective, hidden, head, *others):
-    """Sums, and the gradient of three times the loss, where the head is frozen."""
+    """Returns the sums and the gradient of three times the loss, with a frozen head."""
     frozen = copy.deepcopy(head).requires_grad_(False)
     sums = objective(Predictions(hidden, frozen, frozen_head=True), *others)
     return sums, torch.autograd.grad(3 * sums["loss"], hidden)[0]
 
 
 def reference_divergence(student, teacher, temperature, divergence, beta):
-    """Sum over rows by torch.nn.KLDivLoss, which takes log q as input and log p as target for KL(p || q)."""
+    """Sums over rows with torch.nn.KLDivLoss, which takes log q as input and log p as target for KL(p || q)."""
     kl = torch.nn.KLDivLoss(reduction="sum", log_target=True)
     s, t = log_softmax(student / temperature, -1), log_softmax(teacher / temperature, -1)
     if divergence == "forward_kl":
@@ -57,8 +57,8 @@ def test_cross_entropy_equals_torch_in_chunks_of_any_size(case, chunk):
     expected = cross_entropy(head(hidden), labels, reduction="sum")
     torch.testing.assert_close(sums["loss"], expected, rtol=0, atol=1e-9)
     reference = gradients(expected, hidden, head)
-    for ours, theirs in zip(gradients(sums["loss"], hidden, head), reference, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-9)
+    for gradient, expected_gradient in zip(gradients(sums["loss"], hidden, head), reference, strict=True):
+        torch.testing.assert_close(gradient, expected_gradient, rtol=0, atol=1e-9)
     assert sums["correct"] == (head(hidden).argmax(-1) == labels).sum()
     frozen, gradient = frozen_gradient(CompletionCrossEntropy(chunk_size=chunk), hidden, head, labels)
     assert all(torch.equal(frozen[name], value) for name, value in sums.items())
@@ -82,23 +82,23 @@ def test_distillation_equals_torch(case, divergence, temperature, alpha):
     if alpha:
         torch.testing.assert_close(sums["kl"], kl.detach(), rtol=0, atol=1e-6)
     reference = gradients(expected, hidden, head)
-    for ours, theirs in zip(gradients(sums["loss"], hidden, head), reference, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-6)
+    for gradient, expected_gradient in zip(gradients(sums["loss"], hidden, head), reference, strict=True):
+        torch.testing.assert_close(gradient, expected_gradient, rtol=0, atol=1e-6)
     frozen, gradient = frozen_gradient(objective, hidden, head, labels, teacher)
     assert all(torch.equal(frozen[name], value) for name, value in sums.items())
     torch.testing.assert_close(gradient, 3 * reference[0], rtol=0, atol=1e-6)
 
 
-def test_alpha_0_is_plain_training_bit_for_bit_and_wants_no_teacher(case):
+def test_alpha_0_equals_cross_entropy_bit_for_bit_and_needs_no_teacher(case):
     hidden, head, labels, _ = (x.float() if torch.is_tensor(x) and x.is_floating_point() else x for x in case)
     hidden = hidden.detach().requires_grad_()
     head = head.float()
     objective = Distillation(teacher=Backbone("never/loaded"), alpha=0.0, chunk_size=5)
     assert objective.teacher_backbone is None
-    ours = objective(Predictions(hidden, head), labels)["loss"]
+    distilled = objective(Predictions(hidden, head), labels)["loss"]
     plain = CompletionCrossEntropy(chunk_size=5)(Predictions(hidden, head), labels)["loss"]
-    assert torch.equal(ours, plain)
-    for a, b in zip(gradients(ours, hidden, head), gradients(plain, hidden, head), strict=True):
+    assert torch.equal(distilled, plain)
+    for a, b in zip(gradients(distilled, hidden, head), gradients(plain, hidden, head), strict=True):
         assert torch.equal(a, b)
 
 
@@ -138,7 +138,7 @@ def test_a_teacher_gets_no_gradient(case):
     assert teacher.head.weight.grad is None
 
 
-def test_rows_behind_the_shorter_vocabulary_are_no_tokens(case):
+def test_logits_after_the_shorter_vocabulary_are_ignored(case):
     hidden, head, labels, teacher = case
     labels = labels.clamp(max=V - 5)
     longer = torch.nn.Linear(C, V + 3, dtype=torch.float64)
@@ -149,15 +149,15 @@ def test_rows_behind_the_shorter_vocabulary_are_no_tokens(case):
 
 
 @pytest.mark.parametrize("objective", [CompletionCrossEntropy(), Distillation()])
-def test_no_token_gives_zero(case, objective):
+def test_no_tokens_give_zero(case, objective):
     _, head, _, teacher = case
-    nothing = Predictions(torch.zeros(0, C, dtype=torch.float64), head)
-    sums = objective(nothing, torch.zeros(0, dtype=torch.long), Predictions(nothing.hidden_NC, teacher.head))
+    empty = Predictions(torch.zeros(0, C, dtype=torch.float64), head)
+    sums = objective(empty, torch.zeros(0, dtype=torch.long), Predictions(empty.hidden_NC, teacher.head))
     assert all(value == 0 for value in sums.values())
 
 
-def test_full_logits_never_exist(case):
-    """The head sees at most a chunk, in the backward pass too."""
+def test_full_logits_are_never_computed(case):
+    """The head gets at most one chunk, in the backward pass too."""
     hidden, head, labels, _ = case
     seen = []
 
@@ -204,14 +204,14 @@ def test_arguments_out_of_range(arguments, message):
 def test_hidden_states_are_matched_on_supervised_tokens_alone(case, alpha):
     hidden, head, labels, teacher = case
     states = [torch.randn(N, 3, dtype=torch.float64, requires_grad=True) for _ in range(2)]
-    theirs = [torch.randn(N, 3, dtype=torch.float64) for _ in range(2)]
+    targets = [torch.randn(N, 3, dtype=torch.float64) for _ in range(2)]
     objective = Distillation(alpha=alpha, hidden=HiddenMatch({"layers.0": "layers.1", "layers.1": "layers.3"}, 0.7))
     student = Predictions(hidden, head, states=states)
-    sums = objective(student, labels, Predictions(teacher.hidden_NC, teacher.head, states=theirs))
+    sums = objective(student, labels, Predictions(teacher.hidden_NC, teacher.head, states=targets))
     kept = labels != -100
     expected = sum(
         torch.nn.functional.mse_loss(s[n], t[n]) / t[n].pow(2).mean()
-        for s, t in zip(states, theirs, strict=True)
+        for s, t in zip(states, targets, strict=True)
         for n in range(N)
         if kept[n]
     ) / len(states)
@@ -235,6 +235,6 @@ def test_hidden_states_are_matched_on_supervised_tokens_alone(case, alpha):
         ),
     ],
 )
-def test_hidden_matching_that_can_not_be(build, message):
+def test_invalid_hidden_matching_is_refused(build, message):
     with pytest.raises(ValueError, match=message):
         build()

@@ -1,7 +1,6 @@
-"""A cached teacher: buckets against full softmaxes in float64, shards on disk, targets at the labels they belong to."""
+"""A cached teacher: buckets against full softmaxes in float64, and targets at the positions of their labels."""
 
 import copy
-import json
 
 import numpy as np
 import pytest
@@ -11,20 +10,20 @@ from torch.nn.functional import cross_entropy, log_softmax
 from datamodules.batch import IGNORE_INDEX
 from datamodules.errors import UserError
 from datamodules.packing import pack, to_batch
-from datamodules.tokenization.chat_format import Example
 from lightning_modules.losses.objectives import Distillation
-from lightning_modules.losses.teacher_cache import CachedTeacher, TeacherCache, check_key, digest, targets_of
-from lightning_modules.losses.teacher_shards import BrokenShard, Shard, Targets, position_bytes, save_shard, summarize
+from lightning_modules.losses.teacher_cache import CachedTeacher, TeacherCache, check_key, targets_of
+from lightning_modules.losses.teacher_shards import Targets, summarize
 from lightning_modules.models.backend import supervised_positions
 from lightning_modules.models.decoder import Predictions
+from tests.helpers.teacher_cache_data import EXAMPLES, KEY, V, arrays_of, example, write_cache
 
-N, C, V = 13, 7, 41
+N, C = 13, 7
 DIVERGENCES = ("forward_kl", "reverse_kl", "jsd")
 TEMPERATURES = (0.5, 1.0, 2.0, 5.0)
 
 
 def full(student, teacher, temperature, divergence, beta=0.5):
-    """The divergence [N] between whole softmaxes, by torch.nn.KLDivLoss."""
+    """Computes the divergence [N] between full softmaxes with torch.nn.KLDivLoss."""
     return over(log_softmax(student / temperature, -1), log_softmax(teacher / temperature, -1), divergence, beta)
 
 
@@ -39,7 +38,7 @@ def over(s, t, divergence, beta=0.5):
 
 
 def bucketed(logits, ids, temperature):
-    """Log-probabilities of some tokens and of all others together, by summing probabilities."""
+    """Computes the log-probabilities of given tokens and of all others together, by summing probabilities."""
     p = torch.softmax(logits / temperature, -1)
     kept = p.gather(1, ids)
     return torch.cat([kept, 1 - kept.sum(-1, keepdim=True)], 1).log()
@@ -85,14 +84,14 @@ def test_buckets_are_a_lower_bound_that_rises_with_k_to_the_full_divergence(case
     hidden, head, labels, teacher = case
     labels = labels.clamp(min=0)
     objective = Distillation(temperature=temperature, divergence=divergence)
-    whole = float(full(head(hidden).detach(), teacher, temperature, divergence).sum())
+    upper = float(full(head(hidden).detach(), teacher, temperature, divergence).sum())
     bounds = [
         float(objective(Predictions(hidden, head), labels, targets(teacher, k, temperature))["kl"])
         for k in (1, 3, 8, 20, V - 1)
     ]
     assert bounds == sorted(bounds)
-    assert 0 <= bounds[0] < whole
-    assert bounds[-1] == pytest.approx(whole, abs=1e-9)
+    assert 0 <= bounds[0] < upper
+    assert bounds[-1] == pytest.approx(upper, abs=1e-9)
 
 
 @pytest.mark.parametrize("divergence", DIVERGENCES)
@@ -104,7 +103,7 @@ def test_a_cached_teacher_equal_to_the_student_gives_zero(case, divergence):
     assert torch.autograd.grad(sums["loss"], hidden)[0].abs().max() < 1e-12
 
 
-def test_a_certain_teacher_has_a_tail_of_nothing(case):
+def test_a_teacher_with_probability_1_has_an_empty_tail(case):
     hidden, head, labels, teacher = case
     teacher[:, 0] = 1e6
     kept = targets(teacher, 4, 2.0)
@@ -114,7 +113,7 @@ def test_a_certain_teacher_has_a_tail_of_nothing(case):
     assert torch.autograd.grad(sums["loss"], hidden)[0].isfinite().all()
 
 
-def test_rows_behind_the_teachers_vocabulary_are_no_tokens(case):
+def test_logits_after_the_teachers_vocabulary_are_ignored(case):
     hidden, head, labels, teacher = case
     labels = labels.clamp(max=V - 5)
     kept = targets(teacher, 4, 2.0)
@@ -128,37 +127,9 @@ def test_rows_behind_the_teachers_vocabulary_are_no_tokens(case):
 # ---------------------------------------------------------------------- on disk
 
 
-def example(key, prompt, completion, prefix=3, task="risk"):
-    ids = np.random.default_rng(key).integers(5, V, prompt + completion).astype(np.int32)
-    ids[:prefix] = np.arange(prefix)
-    return Example(task, prefix, ids[:prompt], ids[prompt:], key, key, "info", "", 1)
-
-
-def arrays_of(examples, k=4):
-    """Targets whose first id is the token to predict, and whose numbers tell positions apart."""
-    ends = np.cumsum([len(e.completion_ids) for e in examples])
-    ids = np.concatenate([e.completion_ids for e in examples]).astype(np.uint16)
-    noise = np.random.default_rng(0).standard_normal((int(ends[-1]), k))
-    return {
-        "keys": np.array([e.key for e in examples], np.uint64), "ends": ends,
-        "ids": np.stack([ids] * k, 1), "log_probs": noise.astype(np.float16), "tails": noise[:, :2].astype(np.float16),
-    }  # fmt: skip
-
-
-EXAMPLES = [example(2**63 + 7 * n, 5 + n % 4, 1 + 5 * n % 8) for n in range(12)]
-KEY = {"version": 1, "tokenizer": "a", "data": {"seed": 0, "task_weights": {"risk": 1.0}}, "top_k": 4}
-RECORD = {**KEY, "vocabulary": V, "temperatures": [1.0, 2.0]}
-
-
 @pytest.fixture
 def folder(tmp_path):
-    (tmp_path / "key.json").write_text(json.dumps(RECORD))
-    names = []
-    for number, some in enumerate((EXAMPLES[:5], EXAMPLES[5:])):
-        names.append(f"train-{number:05}.safetensors")
-        save_shard(tmp_path / names[-1], arrays_of(some), digest(RECORD))
-    (tmp_path / "done.json").write_text(json.dumps({"rows": 10, "shards": names}))
-    return tmp_path
+    return write_cache(tmp_path)
 
 
 def opened(folder, key=KEY, temperature=2.0):
@@ -166,18 +137,18 @@ def opened(folder, key=KEY, temperature=2.0):
 
 
 @pytest.mark.parametrize("mode", ["none", "packed", "shared_prefix"])
-def test_targets_stand_at_the_labels_they_belong_to(folder, mode):
+def test_targets_are_at_the_positions_of_their_labels(folder, mode):
     cache = opened(folder)
     rows = pack(EXAMPLES[::-1], sequence_length=32, mode=mode)
     batch = to_batch(rows, 32, batch_size=len(rows) + 1)
     batch.extras = cache(rows)
     labels = batch.labels_BT.flatten()[supervised_positions(batch)]
-    found = targets_of(batch, labels, cache.vocabulary)
-    assert (found.ids_NK == labels[:, None]).all()
+    read = targets_of(batch, labels, cache.vocabulary)
+    assert (read.ids_NK == labels[:, None]).all()
     expected = {e.key: a for part in (EXAMPLES[:5], EXAMPLES[5:]) for e, a in split(part)}
     ordered = [expected[e.key] for row in rows for e in row.examples]
-    assert np.array_equal(found.log_probs_NK.numpy(), np.concatenate([a for a, _ in ordered]))
-    assert np.array_equal(found.tail_N.numpy(), np.concatenate([a for _, a in ordered]))
+    assert np.array_equal(read.log_probs_NK.numpy(), np.concatenate([a for a, _ in ordered]))
+    assert np.array_equal(read.tail_N.numpy(), np.concatenate([a for _, a in ordered]))
 
 
 def split(examples):
@@ -187,8 +158,8 @@ def split(examples):
         yield e, (arrays["log_probs"][a:b], arrays["tails"][a:b, 1])
 
 
-def test_positions_without_a_label_count_nothing(folder):
-    """Where all positions reach the objective, as on a TPU, targets are still those of their labels."""
+def test_positions_without_a_label_add_nothing(folder):
+    """With all positions in the objective, as on a TPU, targets are still those of their labels."""
     cache = opened(folder)
     rows = pack(EXAMPLES[:5], sequence_length=40, mode="shared_prefix")
     batch = to_batch(rows, 40)
@@ -197,30 +168,17 @@ def test_positions_without_a_label_count_nothing(folder):
     hidden, head = torch.randn(len(labels), C), torch.nn.Linear(C, V)
     losses = []
     for positions in (supervised_positions(batch), supervised_positions(batch, 16), torch.arange(len(labels))):
-        found = targets_of(batch, labels[positions], V)
-        assert (found.ids_NK[:, 0] == labels[positions])[labels[positions] >= 0].all()
-        losses.append(Distillation()(Predictions(hidden[positions], head), labels[positions], found)["kl"])
+        read = targets_of(batch, labels[positions], V)
+        assert (read.ids_NK[:, 0] == labels[positions])[labels[positions] >= 0].all()
+        losses.append(Distillation()(Predictions(hidden[positions], head), labels[positions], read)["kl"])
     torch.testing.assert_close(losses[1:], losses[:1] * 2)
 
 
-def test_a_trainer_in_bf16_does_not_round_them(folder):
-    from lightning.pytorch.plugins import HalfPrecision
-
-    rows = pack(EXAMPLES, sequence_length=64, mode="packed")
-    batch = to_batch(rows, 64)
-    batch.extras = opened(folder)(rows)
-    labels = batch.labels_BT.flatten()
-    before = targets_of(batch, labels, V)
-    after = targets_of(HalfPrecision("bf16-true").convert_input(batch), labels, V)
-    names = ("ids_NK", "log_probs_NK", "tail_N")
-    assert all(torch.equal(getattr(before, name), getattr(after, name)) for name in names)
-
-
-def test_no_row_has_no_targets(folder):
+def test_an_empty_batch_has_a_loss_of_0(folder):
     batch = to_batch([], 16, batch_size=1)
     batch.extras = opened(folder)([])
-    objective, nothing = Distillation(chunk_size=4), torch.zeros(0, dtype=torch.long)
-    for labels in (nothing, batch.labels_BT.flatten()):
+    objective, empty = Distillation(chunk_size=4), torch.zeros(0, dtype=torch.long)
+    for labels in (empty, batch.labels_BT.flatten()):
         student = Predictions(torch.randn(len(labels), C), torch.nn.Linear(C, V))
         assert float(objective(student, labels, targets_of(batch, labels, V))["loss"]) == 0
 
@@ -241,7 +199,7 @@ def test_a_batch_without_targets_has_none():
         ({"top_k": 8}, "top_k was 4, is 8"),
     ],
 )
-def test_a_key_that_differs_is_refused_by_its_part(folder, change, message):
+def test_another_key_is_refused_with_the_part_that_differs(folder, change, message):
     with pytest.raises(UserError, match=message):
         opened(folder, KEY | change)
 
@@ -250,7 +208,7 @@ def test_a_machine_without_the_teacher_can_use_its_cache(folder):
     check_key({"teacher": {"weights": "abc", "dtype": "x"}}, {"teacher": {"weights": "absent", "dtype": "x"}}, folder)
 
 
-def test_caches_that_can_not_serve(folder):
+def test_unusable_caches_are_refused(folder):
     with pytest.raises(UserError, match=r"temperature 3: the cache .* has 1, 2"):
         opened(folder, temperature=3.0)
     with pytest.raises(UserError, match="covers 10 rows of training and the run takes 11"):
@@ -267,42 +225,10 @@ def test_caches_that_can_not_serve(folder):
         opened(folder / "nowhere")
 
 
-@pytest.mark.parametrize("share", [0.0, 0.5, 0.999])
-def test_a_shard_that_was_cut_off_is_noticed(folder, share):
-    file = folder / "train-00001.safetensors"
-    content = file.read_bytes()
-    file.write_bytes(content[: int(share * len(content))])
-    with pytest.raises(UserError, match=r"train-00001\.safetensors can't be read"):
-        opened(folder)
-    file.unlink()
-    with pytest.raises(UserError, match=r"train-00001\.safetensors can't be read"):
-        opened(folder)
-
-
-def test_a_shard_that_was_changed_or_is_another_caches(folder):
-    file = folder / "train-00000.safetensors"
-    assert Shard(file, digest(RECORD)).whole()
-    content = bytearray(file.read_bytes())
-    content[-3] ^= 1
-    file.write_bytes(content)
-    assert not Shard(file, digest(RECORD)).whole()
-    with pytest.raises(BrokenShard, match="another cache"):
-        Shard(file, digest(KEY))
-
-
-def test_bytes_a_position(tmp_path):
-    examples, sizes = [example(1, 5, 1000), example(2, 5, 3000)], []
-    for number, some in enumerate((examples[:1], examples[1:])):
-        save_shard(tmp_path / f"{number}.safetensors", arrays_of(some, k=8), "")
-        sizes.append((tmp_path / f"{number}.safetensors").stat().st_size)
-    assert position_bytes(8, 2, V) == pytest.approx((sizes[1] - sizes[0]) / 2000, abs=0.1)
-    assert position_bytes(32, 1, 128_000) == 32 * 6 + 2
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [({"top_k": 0}, "top_k 0"), ({"temperatures": (1.0, 0.0)}, r"temperatures \[1\.0, 0\.0\]")],
 )
-def test_recipes_out_of_range(arguments, message):
+def test_arguments_out_of_range(arguments, message):
     with pytest.raises(ValueError, match=message):
         TeacherCache("folder", **arguments)

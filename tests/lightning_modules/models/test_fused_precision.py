@@ -86,7 +86,7 @@ def exact_model(folder, **options):
 def run(module, batches):
     """Mean loss, and the gradients of all adapters."""
     module.zero_grad()
-    sums = [module._step(module.transfer_batch_to_device(batch, module.device, 0)) for batch in batches]
+    sums = [module.compute_sums(module.transfer_batch_to_device(batch, module.device, 0)) for batch in batches]
     loss = sum(s["loss"] for s in sums) / sum(s["count"] for s in sums)
     loss.backward()
     return float(loss), {n: p.grad.double().flatten() for n, p in module.named_parameters() if p.requires_grad}

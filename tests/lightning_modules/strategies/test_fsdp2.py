@@ -1,9 +1,7 @@
-"""A divided base against a whole one: two processes on the CPU, which talk by gloo, against one."""
+"""A base sharded over two processes on the CPU (gloo) against the same base in one process."""
 
 import json
-import os
 import shutil
-import socket
 from functools import partial
 from pathlib import Path
 
@@ -22,6 +20,7 @@ from lightning_modules import Backbone, CausalLMModule, CompletionCrossEntropy, 
 from lightning_modules.strategies import FSDP2Strategy
 from main import main
 from optimizers import Lion, WarmupCosine
+from tests.helpers.lm_training import join_ranks, run_two_ranks
 
 GPU_FSDP = Path(__file__).parents[3] / "configs/gpu_fsdp.yaml"
 ROWS, TOKENS, STEPS, MICRO_BATCHES = 16, 24, 4, 4
@@ -29,7 +28,7 @@ IDS = torch.arange(40, 50)[None]
 
 
 def make_batch(index):
-    """One row: an example of uneven length, labels behind its fifth token."""
+    """Returns one row: an example whose length depends on the index, with labels after its fifth token."""
     generator = torch.Generator().manual_seed(index)
     length = 8 + 3 * index % 16
     ids = torch.randint(3, 250, (1, TOKENS), generator=generator)
@@ -40,7 +39,7 @@ def make_batch(index):
 
 
 class Rows(torch.utils.data.IterableDataset):
-    """Of no length: with one, Lightning would count a resumed epoch's batches from its beginning."""
+    """A loader without a length; with one, Lightning would count the batches of a resumed epoch from its start."""
 
     def __init__(self, numbers):
         self.numbers = numbers
@@ -50,16 +49,16 @@ class Rows(torch.utils.data.IterableDataset):
 
 
 class Data(LightningDataModule):
-    """The rows from one on; each rank has its share."""
+    """The rows from a given one on; each rank reads every second row."""
 
     def __init__(self, start=0):
         super().__init__()
         self.start = start
 
     def loader(self, start):
-        share = self.trainer.distributed_sampler_kwargs or {"num_replicas": 1, "rank": 0}
-        mine = range(start + share["rank"], ROWS, share["num_replicas"])
-        return torch.utils.data.DataLoader(Rows(mine), batch_size=None)
+        ranks = self.trainer.distributed_sampler_kwargs or {"num_replicas": 1, "rank": 0}
+        own_rows = range(start + ranks["rank"], ROWS, ranks["num_replicas"])
+        return torch.utils.data.DataLoader(Rows(own_rows), batch_size=None)
 
     def train_dataloader(self):
         return self.loader(self.start)
@@ -74,10 +73,10 @@ class SaveHalf(Callback):
             trainer.save_checkpoint(f"{trainer.default_root_dir}/half.ckpt", weights_only=False)
 
 
-def module_of(model, adapter, rank=3, **recipe):
-    lora = LoRA(rank=rank, alpha=6)  # two do not divide three
+def module_of(model, adapter, rank=3, **backbone):
+    lora = LoRA(rank=rank, alpha=6)  # a rank of 3 does not divide evenly over 2 processes
     return CausalLMModule(
-        Backbone(str(model), lora=lora, adapter=str(adapter), **recipe),
+        Backbone(str(model), lora=lora, adapter=str(adapter), **backbone),
         CompletionCrossEntropy(chunk_size=5),
         partial(Lion, lr=3e-4, weight_decay=5.0),
         partial(WarmupCosine, warmup_steps=1),
@@ -96,7 +95,7 @@ def fit(module, folder, ranks, callbacks=(), start=0, **options):
 
 
 def adapter_folder(model, path, **lora):
-    """An adapter with weights of its own; a new one's are half zeros."""
+    """Saves an adapter of random weights; half of a new adapter's weights are zeros."""
     wrapped = Backbone(str(model), lora=LoRA(rank=3, alpha=6, **lora)).build()
     for name, parameter in wrapped.named_parameters():
         if "lora_" in name and parameter.ndim == 2:
@@ -106,30 +105,28 @@ def adapter_folder(model, path, **lora):
 
 
 def half_precision(folder):
-    """A Llama in bfloat16 whose head is its embeddings."""
+    """Saves a Llama in bfloat16 whose head is tied to its embeddings."""
     model = AutoModelForCausalLM.from_pretrained(folder["tiny_llama"], tie_word_embeddings=True)
     model.lm_head.weight = model.model.embed_tokens.weight
     model.to(torch.bfloat16).save_pretrained(folder["tied"])
 
 
-# ---------------------------------------------------------------------- what each of two processes does
+# ---------------------------------------------------------------------- the two processes
 
 
 def run_rank(rank, port, folder):
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_RUN_ID": "test"}
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
-    torch.set_num_threads(1)
+    join_ranks(rank, port)
     whole_run(folder, rank)
     resumed_run(folder)
     tied_run(folder)
     refusals(folder)
-    through_the_door(folder)
+    command_line_run(folder)
 
 
 def whole_run(folder, rank):
     module = module_of(folder["tiny_llama"], folder["adapter"])
     trainer = fit(module, folder["two"], 2, [AdapterCheckpoint(), SaveHalf()])
-    assert_divided(module.model)
+    assert_sharded(module.model)
     metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
     trainer.save_checkpoint(folder["two"] / "whole.ckpt", weights_only=False)
     logits = []
@@ -139,7 +136,7 @@ def whole_run(folder, rank):
     torch.save({"metrics": metrics, "logits": logits}, folder["two"] / f"{rank}.pt")
 
 
-def assert_divided(model):
+def assert_sharded(model):
     for name, parameter in model.named_parameters():
         assert isinstance(parameter, DTensor) == (".layers." in name), name
         if ".layers." in name:
@@ -155,15 +152,15 @@ def resumed_run(folder):
 
 
 def tied_run(folder):
-    """bfloat16 weights beside float32 adapters, vectors among them (DoRA), layers computed twice."""
+    """Trains float32 adapters, with DoRA's vectors, on bfloat16 weights, with recomputed layers."""
     module = module_of(folder["tied"], folder["dora"], activation_checkpointing="full")
     trainer = fit(module, folder["two"], 2)
     trainer.save_checkpoint(folder["two"] / "tied.ckpt", weights_only=False)
 
 
 def refusals(folder):
-    """The same on both ranks, though the first alone reads the weights."""
-    for message, recipe, objective in (
+    """Both ranks raise the same errors, although only the first reads the weights."""
+    for message, settings, objective in (
         (r"quantization nf4.*issue 20855.*strategy ddp", {"quantization": "nf4"}, CompletionCrossEntropy()),
         (r"lora null.*strategy ddp", {"lora": None}, CompletionCrossEntropy()),
         (
@@ -171,29 +168,29 @@ def refusals(folder):
             {"activation_checkpointing": "offload"},
             CompletionCrossEntropy(),
         ),
-        (r"kernels=fused: trainer.strategy divides.*set it to auto", {"kernels": "fused"}, CompletionCrossEntropy()),
+        (r"kernels=fused: trainer.strategy shards.*set it to auto", {"kernels": "fused"}, CompletionCrossEntropy()),
         (r"objective\.teacher.*cache-teacher", {}, Distillation()),
         (
-            r"target_modules: .*lm_head.* outside",
+            r"target_modules: .*lm_head.* is outside",
             {"lora": LoRA(target_modules=("q_proj", "lm_head"))},
             CompletionCrossEntropy(),
         ),
         (r"safetensors is missing", {"model_name_or_path": str(folder["empty"])}, CompletionCrossEntropy()),
     ):
-        recipe = {"model_name_or_path": str(folder["tiny_llama"]), "lora": LoRA(rank=2)} | recipe
+        settings = {"model_name_or_path": str(folder["tiny_llama"]), "lora": LoRA(rank=2)} | settings
         with pytest.raises(UserError, match=message):
-            fit(CausalLMModule(Backbone(**recipe), objective, partial(Lion, lr=1e-4)), folder["two"], 2)
+            fit(CausalLMModule(Backbone(**settings), objective, partial(Lion, lr=1e-4)), folder["two"], 2)
 
 
-def through_the_door(folder):
-    """Evaluation before and after, the best checkpoint's weights put in place for it, and a second fit that goes on."""
-    command = ["fit", "--config", str(GPU_FSDP), "--config", str(folder["door"] / "small.yaml")]
+def command_line_run(folder):
+    """Runs fit with evaluation of the untuned and the best model, then resumes it."""
+    command = ["fit", "--config", str(GPU_FSDP), "--config", str(folder["cli"] / "small.yaml")]
     assert main([*command, "--trainer.max_steps=2"]) == 0
     assert main([*command, "--trainer.max_steps=3", "--ckpt_path=last"]) == 0
 
 
 def small_config(folder):
-    """What makes the shipped config's run one of seconds."""
+    """Returns settings with which the shipped config runs in seconds."""
     evaluation = {"class_path": "callbacks.Evaluation", "init_args": {
         "tasks": ["risk"], "num_samples": 3, "max_new_tokens": 4, "constrained": False, "baseline_train_size": 20,
     }}  # fmt: skip
@@ -210,29 +207,26 @@ def small_config(folder):
         }},
         "trainer": {
             "accelerator": "cpu", "devices": 2, "val_check_interval": 1, "log_every_n_steps": 1,
-            "logger": {"init_args": {"save_dir": str(folder["door"])}}, "callbacks": [*others, evaluation, best],
+            "logger": {"init_args": {"save_dir": str(folder["cli"])}}, "callbacks": [*others, evaluation, best],
             "enable_model_summary": False, "enable_progress_bar": False,
         },
     }  # fmt: skip
 
 
-# ---------------------------------------------------------------------- and what comes of it
+# ---------------------------------------------------------------------- the results
 
 
 @pytest.fixture(scope="module")
 def folder(tiny_llama, tmp_path_factory):
-    names = ("two", "one", "resumed", "adapter", "tied", "dora", "empty", "door")
+    names = ("two", "one", "resumed", "adapter", "tied", "dora", "empty", "cli")
     folder = {name: tmp_path_factory.mktemp(name) for name in names} | {"tiny_llama": tiny_llama}
     half_precision(folder)
     torch.manual_seed(0)
     adapter_folder(tiny_llama, folder["adapter"])
     adapter_folder(folder["tied"], folder["dora"], use_dora=True)
     shutil.copy(tiny_llama / "config.json", folder["empty"])
-    (folder["door"] / "small.yaml").write_text(yaml.safe_dump(small_config(folder)))
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    torch.multiprocessing.spawn(run_rank, (port, folder), nprocs=2)
+    (folder["cli"] / "small.yaml").write_text(yaml.safe_dump(small_config(folder)))
+    run_two_ranks(run_rank, folder)
     return folder
 
 
@@ -241,7 +235,7 @@ def read(path):
 
 
 def assert_same_run(one, two):
-    """Equal to rounding; where a momentum is all but zero, rounding may turn the sign that Lion goes by."""
+    """Equal up to rounding. Where a momentum is almost zero, rounding may change the sign that Lion uses."""
     first, second = one["optimizer_states"][0], two["optimizer_states"][0]
     assert first["param_groups"] == second["param_groups"]
     torch.testing.assert_close(first["state"], second["state"], rtol=1e-4, atol=1e-7)
@@ -263,12 +257,12 @@ def test_two_ranks_equal_one_with_twice_the_accumulation(folder):
         AutoModelForCausalLM.from_pretrained(folder["tiny_llama"]), folder["adapter"], is_trainable=True
     )
     moved = [(a - b).abs().max() for a, b in zip(start.parameters(), module.model.parameters(), strict=True)]
-    assert max(moved) > 5e-4, "the steps were large enough to tell"
+    assert max(moved) > 5e-4, "the steps were too small for a comparison"
     logits = module.model.eval()(IDS).logits
     for rank in range(2):
         result = read(folder["two"] / f"{rank}.pt")
         assert result["metrics"] == pytest.approx({n: float(v) for n, v in trainer.callback_metrics.items()}, rel=1e-5)
-        assert result["metrics"]["train/grad_norm"] > 0.05, "the gradient was clipped"
+        assert result["metrics"]["train/grad_norm"] > 0.05, "the gradient was not clipped"
         assert len(result["logits"]) == 3 - 2 * rank
         torch.testing.assert_close(result["logits"][-1], logits, rtol=0, atol=1e-4)
 
@@ -279,7 +273,7 @@ def test_resuming_is_exact(folder):
         torch.testing.assert_close(whole[part], resumed[part], rtol=0, atol=0)
 
 
-def test_a_checkpoint_of_two_ranks_goes_on_with_one(folder):
+def test_a_checkpoint_of_two_ranks_resumes_on_one(folder):
     module = module_of(folder["tiny_llama"], folder["adapter"])
     checkpoint = read(folder["two"] / "half.ckpt")
     assert all("lora_" in name for name in checkpoint["state_dict"]), "the base is in the checkpoint"
@@ -296,17 +290,19 @@ def test_half_precision_tied_embeddings_and_dora(folder):
     assert_same_run(read(folder["one"] / "tied.ckpt"), read(folder["two"] / "tied.ckpt"))
 
 
-def test_the_adapter_is_whole_and_loads_with_plain_peft(folder):
+def test_the_adapter_is_complete_and_loads_with_plain_peft(folder):
     saved = folder["two"] / "adapter/last"
     model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folder["tiny_llama"]), saved)
     expected = read(folder["two"] / "whole.ckpt")["state_dict"]
-    found = {f"model.{name}": tensor for name, tensor in model.state_dict().items() if "lora_" in name}
-    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+    loaded = {f"model.{name}": tensor for name, tensor in model.state_dict().items() if "lora_" in name}
+    torch.testing.assert_close(loaded, expected, rtol=0, atol=0)
 
 
-def test_a_run_through_the_door(folder):
-    run = folder["door"] / "gpu_fsdp/version_0"
-    assert [path.name for path in run.parent.iterdir()] == ["version_0"], "the second fit went on in its folder"
+def test_a_run_from_the_command_line(folder):
+    run = folder["cli"] / "gpu_fsdp/version_0"
+    assert [path.name for path in run.parent.iterdir()] == ["version_0"], (
+        "the second fit resumed in the folder of the first"
+    )
     columns = json.loads((run / "evaluation.json").read_text())["tasks"]["risk"]["columns"]
     assert all(len(columns[heading]["outcomes"]) == 3 for heading in ("untuned", "tuned"))
     assert columns["tuned"]["about"]["checkpoint"].startswith("best")

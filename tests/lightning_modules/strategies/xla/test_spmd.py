@@ -1,4 +1,4 @@
-"""Runs through the door on 4 virtual XLA devices, against the same runs on the CPU. Needs a process of its own."""
+"""Commands on 4 virtual XLA devices against the same commands on the CPU. Needs a process of its own."""
 
 import os
 
@@ -30,7 +30,7 @@ CALLBACKS = [
 
 @pytest.fixture(scope="module")
 def command(tiny_mistral, tmp_path_factory):
-    """Makes the arguments of a run: the smoke config, a tiny model, every callback, a checkpoint every 15 steps."""
+    """Returns a function from a name to the arguments of a run: a tiny model, every callback, frequent checkpoints."""
     folder = tmp_path_factory.mktemp("xla")
     checkpoint = {"every_n_train_steps": 15, "save_top_k": -1, "save_last": True, "filename": "{step}"}
     callbacks = [{"class_path": name} for name in CALLBACKS] + [
@@ -38,7 +38,7 @@ def command(tiny_mistral, tmp_path_factory):
         {
             "class_path": "callbacks.ConsoleProgress",
             "init_args": {"log_interval_seconds": 1e6},
-        },  # it reads the loss when it shows it
+        },  # it reads the loss when it prints a line
         {"class_path": "lightning.pytorch.callbacks.ModelCheckpoint", "init_args": checkpoint},
     ]
     trainer = {"max_steps": 30, "log_every_n_steps": 10, "val_check_interval": 60, "callbacks": callbacks}
@@ -57,14 +57,14 @@ def command(tiny_mistral, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def sharded(command):
-    """30 steps in float32 on 4 devices: (the probe, the run's folder)."""
+    """Runs 30 steps in float32 on 4 devices: (the probe, the run's folder)."""
     assert main(command("sharded", *FP32)) == 0
     return Probe.last, command.folder / "sharded" / "version_0"
 
 
 @pytest.fixture(scope="module")
 def on_cpu(command, sharded):
-    """The same on the CPU, after it: a backward pass on the CPU before XLA's first would break those."""
+    """Runs the same on the CPU, afterwards: a backward pass on the CPU before XLA's first one would break XLA's."""
     assert main(command("on_cpu", *FP32, *ON_CPU, *PLAIN)) == 0
     return Probe.last
 
@@ -75,8 +75,12 @@ def test_losses_in_float32_are_those_of_the_cpu(sharded, on_cpu):
     assert on_cpu.losses[9] < on_cpu.losses[0]
 
 
-def test_groups_of_devices_with_a_copy_of_the_weights_each_lose_the_same(command, on_cpu):
-    few = ["--trainer.max_steps=3", "--trainer.limit_val_batches=0", "--trainer.strategy.init_args.data=2"]
+def test_groups_of_devices_with_full_copies_of_the_weights_have_the_same_losses(command, on_cpu):
+    few = [
+        "--trainer.max_steps=3",
+        "--trainer.limit_val_batches=0",
+        "--trainer.strategy.init_args.data_parallel_size=2",
+    ]
     assert main(command("groups", *FP32, *few)) == 0
     assert Probe.last.losses == pytest.approx(on_cpu.losses[:3], abs=1e-5)
 
@@ -98,15 +102,15 @@ def test_nothing_is_compiled_or_read_after_the_warm_up(sharded):
     after_checkpoint = next(counts for step, counts in probe.counts if step == 16)
     assert probe.counts[-1][1].compilations == after_checkpoint.compilations
     steps = {step: counts.transfers for step, counts in probe.counts}
-    read = {step: steps[step] - steps[step - 1] for step in range(4, 31)}
-    # what is logged after a step is read behind it: loss, accuracy and norm, three scalars; step 15 saves a checkpoint
-    assert {step: n for step, n in read.items() if n and step != 15} == {10: 3, 20: 3}
+    reads = {step: steps[step] - steps[step - 1] for step in range(4, 31)}
+    # the values logged at a step are read after it: loss, accuracy and norm, three scalars; step 15 saves a checkpoint
+    assert {step: n for step, n in reads.items() if n and step != 15} == {10: 3, 20: 3}
 
 
 def test_checkpoints_are_compiled_once(sharded):
     probe, _ = sharded
     last = {step: counts.compilations for step, counts in probe.counts}
-    assert last[16] - last[14] <= 4  # collecting adapters and optimizer states
+    assert last[16] - last[14] <= 4  # gathering adapters and optimizer states
 
 
 def test_a_loop_over_layers_has_the_gradients_of_the_layers(sharded, monkeypatch):
@@ -117,12 +121,12 @@ def test_a_loop_over_layers_has_the_gradients_of_the_layers(sharded, monkeypatch
 
     def gradients():
         strategy = module.trainer.strategy
-        module._decoder.hidden_states(strategy.batch_to_device(batch)).square().mean().backward()
-        found = strategy.backend.collect({n: p.grad for n, p in module.named_parameters() if p.requires_grad})
+        module.decoder.hidden_states(strategy.batch_to_device(batch)).square().mean().backward()
+        gathered = strategy.backend.collect({n: p.grad for n, p in module.named_parameters() if p.requires_grad})
         module.zero_grad()
-        return found
+        return gathered
 
-    layers = module._decoder.model.model.layers
+    layers = module.decoder.model.model.layers
     assert isinstance(layers, LayerScan) and len(layers[:]) == 1
     looped = gradients()
     monkeypatch.setattr("lightning_modules.strategies.xla.layer_scan._can_loop", lambda layers: False)
@@ -134,7 +138,7 @@ HIDDEN = "--model.init_args.objective.init_args.hidden={layers: {layers.0: layer
 
 
 @pytest.mark.parametrize(("name", "more"), [("logits", []), ("states", [HIDDEN])])
-def test_distillation_follows_the_base_and_evaluation_answers_on_the_host(command, sharded, name, more):
+def test_distillation_from_the_base_and_evaluation_on_the_host(command, sharded, name, more):
     arguments = [
         *FP32, "--trainer.max_steps=3", "--trainer.limit_val_batches=0",
         "--model.init_args.objective=lightning_modules.Distillation", "--data.init_args.packing=packed", *more,
@@ -148,19 +152,19 @@ def test_distillation_follows_the_base_and_evaluation_answers_on_the_host(comman
     assert losses == pytest.approx(Probe.last.losses, abs=1e-5)
 
 
-def test_a_mistake_is_one_line(command, sharded, capsys):
+def test_a_user_error_is_one_line(command, sharded, capsys):
     for argument, word in {
         "--model.init_args.backbone.quantization=nf4": "bitsandbytes does not run on a TPU",
         "--data.init_args.batch_size=6": "6 rows can't be divided over the 4 devices",
         "--trainer.plugins=null": "plugins: [lightning_modules.strategies.TruePrecision]",
         "--trainer.devices=4": "one process drives all XLA devices",
-        "--model.init_args.backbone.attn_implementation=pallas": "it knows no shared prefix",
+        "--model.init_args.backbone.attn_implementation=pallas": "does not support a shared prefix",
     }.items():
-        assert main(command("mistaken", *FP32, argument)) == 2
+        assert main(command("refused", *FP32, argument)) == 2
         errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
         assert len(errors) == 1 and word in errors[0]
     flash = ["--model.init_args.backbone.attn_implementation=pallas", "--data.init_args.packing=packed"]
-    assert main(command("mistaken", *FP32, *flash)) == 2
+    assert main(command("refused", *FP32, *flash)) == 2
     assert "pallas: its kernel needs a TPU" in capsys.readouterr().err
 
 
@@ -189,8 +193,8 @@ def test_adapter_loads_in_plain_peft_with_the_same_logits(sharded, on_cpu, tiny_
     batch = Batch(ids, positions, torch.full_like(ids, -100), segments)
     with torch.no_grad():
         module = probe.module.eval()
-        hidden_BTC = module._decoder.hidden_states(batch.to("xla"))
-        logits = module._decoder.head(hidden_BTC.flatten(0, 1)).cpu().unflatten(0, (4, 32))
+        hidden_BTC = module.decoder.hidden_states(batch.to("xla"))
+        logits = module.decoder.head(hidden_BTC.flatten(0, 1)).cpu().unflatten(0, (4, 32))
         plain = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_mistral), run / "adapter" / "last")
         torch.testing.assert_close(logits, plain(ids).logits, atol=1e-5, rtol=1e-5)
     assert any(tensor.abs().max() > 0 for name, tensor in plain.state_dict().items() if "lora_B" in name)

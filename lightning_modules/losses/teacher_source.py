@@ -1,0 +1,79 @@
+"""The source of a teacher's predictions for a batch: a frozen model, a cache, or none."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from datamodules.batch import Batch
+from lightning_modules.losses.objectives import Objective
+from lightning_modules.losses.teacher import Teacher, build_teacher
+from lightning_modules.losses.teacher_cache import CachedTeacher, targets_of
+from lightning_modules.losses.teacher_shards import Targets
+from lightning_modules.models.backbone import Backbone
+from lightning_modules.models.backend import Backend
+from lightning_modules.models.decoder import Decoder, Predictions
+
+
+class TeacherSource:
+    """Provides a teacher's predictions.
+
+    It is not an ``nn.Module``, so the teacher is not in the training module's ``state_dict()`` or ``parameters()``, and
+    is never in training mode.
+
+    Attributes:
+        teacher: the frozen model; None until :meth:`build`, and for an objective without one.
+        cache: the opened cache; None without one.
+    """
+
+    def __init__(self) -> None:
+        self.teacher: Teacher | None = None
+        self.cache: CachedTeacher | None = None
+
+    def build(
+        self,
+        objective: Objective,
+        student: Backbone,
+        model: Any,
+        decoder: Decoder,
+        backend: Backend,
+        device: torch.device,
+    ) -> None:
+        """Builds the objective's teacher, once; does nothing for an objective without one.
+
+        Args:
+            objective: names the teacher.
+            student: backbone of the model that is trained.
+            model: that model, whose base the teacher may share.
+            decoder: of that model.
+            backend: of the strategy.
+            device: the device that trains.
+
+        Raises:
+            UserError: the teacher can't be built, or its tokenizer is not the student's.
+        """
+        backbone = objective.teacher_backbone
+        if backbone is None or self.teacher is not None:
+            return
+        if backbone != "base":
+            backend.check(backbone.quantization)
+        self.teacher = build_teacher(backbone, student, model, backend.build_device(device), decoder)
+        backend.place(self.teacher.model)
+
+    def predict(
+        self, batch: Batch, positions_N: Tensor | None, labels_N: Tensor, layers: Sequence[str]
+    ) -> Predictions | Targets | None:
+        """Returns the predictions at the given positions; None without a teacher and without cached targets.
+
+        Args:
+            batch: on the device.
+            positions_N: of the flattened rows; None for all.
+            labels_N: labels at these positions.
+            layers: names of the teacher's layers whose hidden states are wanted.
+        """
+        if self.teacher is not None:
+            return self.teacher.predict(batch, positions_N, layers)
+        return targets_of(batch, labels_N, self.cache.vocabulary if self.cache is not None else None)
