@@ -215,7 +215,7 @@ def memory_and_time(
         return (
             None,
             None,
-            "the cores of a TPU share the weights; use `--compile v3-8`: the compiler reports what they need",
+            "the cores of a TPU share the weights. Fix: use `--compile v3-8`, whose compiler reports their memory",
         )
     target = find_device(device) if device else None
     config, reason = model_config(backbone)
