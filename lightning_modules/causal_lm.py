@@ -25,26 +25,24 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from datamodules.batch import IGNORE_INDEX, Batch
-from datamodules.errors import UserError
 from datamodules.findings import FindingsDataModule
 from lightning_modules.ddp_sync import exclude_frozen_from_ddp
-from lightning_modules.hyperparameters import (
-    TRUSTED_PACKAGES,
+from lightning_modules.hyperparameters import (  # fmt: skip
     check_class_paths,
     plain_arguments,
     plain_or_itself,
     read_arguments,
-)  # fmt: skip
+)
 from lightning_modules.losses.objectives import Objective
+from lightning_modules.losses.student import predict_student, zero_sums
 from lightning_modules.losses.teacher import build_projections
 from lightning_modules.losses.teacher_source import TeacherSource
 from lightning_modules.models.backbone import Backbone, out_of_memory_advice
 from lightning_modules.models.backend import Backend, backend_of, check_precision, check_sharding, gather_positions
-from lightning_modules.models.decoder import Predictions
 from lightning_modules.models.fused_decoder import FusedDecoder, build_decoder
-from lightning_modules.optimization import normalize_gradients, parameter_groups, total_steps
+from lightning_modules.optimization import normalize_gradients, parameter_groups, total_steps, trainable_parameters
 from lightning_modules.token_sums import RunningSums, token_means
-from lightning_modules.trainable_state import check_loaded_names, save_adapter, shape_error, trainable_only
+from lightning_modules.trainable_state import check_loaded_names, checked_loading, save_adapter, trainable_only
 
 
 class CausalLMModule(LightningModule):
@@ -61,8 +59,7 @@ class CausalLMModule(LightningModule):
         objective: the loss.
         optimizer: builds the optimizer from parameter groups: a class path with arguments in a config,
             ``functools.partial(torch.optim.AdamW, lr=1e-4)`` in Python.
-        lr_scheduler: builds the schedule from the optimizer and the number of steps of the run; null for a constant
-            rate.
+        lr_scheduler: builds the schedule from optimizer and number of steps of the run; null for a constant rate.
 
     Attributes:
         model: the PEFT (or transformers) model; None until :meth:`configure_model`.
@@ -106,8 +103,6 @@ class CausalLMModule(LightningModule):
     def _backend(self) -> Backend:
         return backend_of(self.attached_trainer)
 
-    # ------------------------------------------------------------------ the network
-
     def setup(self, stage: str) -> None:
         """Validates the trainer's settings, and has the data module add a cached teacher's targets to the batches.
 
@@ -118,11 +113,9 @@ class CausalLMModule(LightningModule):
         check_sharding(self.trainer.strategy, self.backbone.quantization)
         data = getattr(self.trainer, "datamodule", None)
         if isinstance(data, FindingsDataModule):
-            cache = self.objective.cached_teacher(data, self.backbone)
-            self.teacher_source.cache = data.extras = cache
-            if cache is not None and stage == "fit" and self.trainer.max_steps > 0:
-                batches = self.trainer.max_steps * self.trainer.accumulate_grad_batches * self.trainer.world_size
-                cache.check_length(batches * data.batch_size)
+            steps = self.trainer.max_steps if stage == "fit" else 0
+            batches = steps * self.trainer.accumulate_grad_batches * self.trainer.world_size
+            self.teacher_source.open_cache(self.objective, data, self.backbone, batches)
 
     def configure_model(self) -> None:
         """Builds the network, once: on the trainer's device, or without a trainer on torch's default device."""
@@ -148,9 +141,8 @@ class CausalLMModule(LightningModule):
         self._build_teacher()
 
     def _build_teacher(self) -> None:
-        self.teacher_source.build(
-            self.objective, self.backbone, self.model, self.decoder, self._backend, self.device
-        )  # fmt: skip
+        source, backend = self.teacher_source, self._backend
+        source.build(self.objective, self.backbone, self.model, self.decoder, backend, self.device)
 
     def forward(self, batch: Batch) -> Tensor:
         """Computes the last hidden states [B, T, C]."""
@@ -162,8 +154,6 @@ class CausalLMModule(LightningModule):
             batch = replace(batch, plan=self.decoder.plan(batch.segment_ids_BT))
         return batch.to(device)
 
-    # ------------------------------------------------------------------ one step for training, validation and test
-
     def compute_sums(self, batch: Batch) -> dict[str, Tensor]:
         """Computes the objective's sums over a batch, and ``count``, the number of supervised tokens."""
         rows, tokens = batch.labels_BT.shape
@@ -171,30 +161,15 @@ class CausalLMModule(LightningModule):
             positions_N = self._backend.positions(batch)
             labels_N = gather_positions(batch.labels_BT.flatten(), positions_N)
             self._build_teacher()
-            teacher = self.teacher_source.predict(batch, positions_N, labels_N, list(self.objective.layers.values()))
-            sums = self.objective(self._predict(batch, positions_N), labels_N, teacher)
+            layers = self.objective.layers
+            teacher = self.teacher_source.predict(batch, positions_N, labels_N, list(layers.values()))
+            student = predict_student(self.decoder, batch, positions_N, list(layers), self.projections, self._backend)
+            sums = self.objective(student, labels_N, teacher)
         return {**sums, "count": (labels_N != IGNORE_INDEX).sum().to(sums["loss"].dtype)}
 
     def zero_sums(self) -> dict[str, Tensor]:
         """Returns zeros under the names of :meth:`compute_sums`, for a rank that had no batch."""
-        width = self.model.get_output_embeddings().weight.shape[1]
-        hidden_NC = torch.zeros(0, width, dtype=self.decoder.dtype, device=self.device)
-        empty = Predictions(hidden_NC, self.decoder.head)
-        with torch.no_grad():
-            sums = self.objective(empty, torch.zeros(0, dtype=torch.long, device=self.device), empty)
-        return {**sums, "count": torch.zeros_like(sums["loss"])}
-
-    def _predict(self, batch: Batch, positions_N: Tensor | None) -> Predictions:
-        """Computes the student's hidden states at supervised positions, and projects those that are matched."""
-        decoder, layers = self.decoder, list(self.objective.layers)
-        if not layers:
-            hidden_NC = decoder.hidden_states_at(batch, positions_N)
-            return Predictions(hidden_NC, decoder.head, decoder.frozen_head, backend=self._backend)
-        hidden_NC, states = decoder.hidden_states_of_layers(batch, positions_N, layers)
-        states = [state.to(torch.promote_types(state.dtype, torch.float32)) for state in states]
-        if self.projections is not None:
-            states = [project(state) for project, state in zip(self.projections, states, strict=True)]
-        return Predictions(hidden_NC, decoder.head, decoder.frozen_head, states, self._backend)
+        return zero_sums(self.objective, self.model, self.decoder, self.device)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Returns the sum of the loss, multiplied by the number that Lightning divides it by."""
@@ -252,20 +227,13 @@ class CausalLMModule(LightningModule):
         Raises:
             UserError: no weight is trainable, or there is a schedule and the run has no end.
         """
-        trainable = [p for p in self.model.parameters() if p.requires_grad]
-        if not trainable:
-            raise UserError(
-                f"backbone.lora=null: no weight is trainable with backbone.quantization={self.backbone.quantization}. "
-                "Fix: set backbone.lora (rank 16, alpha 32)"
-            )
-        trainable += self.projections.parameters() if self.projections is not None else []
-        optimizer = self.optimizer(parameter_groups(trainable))
+        projections = self.projections.parameters() if self.projections is not None else ()
+        trainable = trainable_parameters(self.model, self.backbone.quantization)
+        optimizer = self.optimizer(parameter_groups([*trainable, *projections]))
         if self.lr_scheduler is None:
             return optimizer
         schedule = self.lr_scheduler(optimizer, total_steps(self.trainer))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
-
-    # ------------------------------------------------------------------ checkpoints
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keeps trainable tensors only: megabytes instead of the base."""
@@ -287,13 +255,9 @@ class CausalLMModule(LightningModule):
         """
         if self.projections is None:  # only training needs the projections to a teacher's width
             state_dict = {name: t for name, t in state_dict.items() if not name.startswith("projections.")}
-        try:
+        with checked_loading():
             result = super().load_state_dict(state_dict, strict=False, assign=assign)
-        except RuntimeError as error:  # shapes
-            raise shape_error(error) from error
-        check_loaded_names(self, result.missing_keys, result.unexpected_keys)
-        result.missing_keys.clear()  # the frozen base; Lightning would print every name
-        return result
+        return check_loaded_names(self, result)
 
     @classmethod
     def load_from_checkpoint(cls, checkpoint_path: Any, map_location: Any = None, **kwargs: Any) -> Any:  # type: ignore[override]
@@ -309,8 +273,7 @@ class CausalLMModule(LightningModule):
         """
         kwargs.setdefault("weights_only", True)
         stored = read_arguments(checkpoint_path, kwargs["weights_only"], cls.CHECKPOINT_HYPER_PARAMS_KEY)
-        trusted = TRUSTED_PACKAGES | {cls.__module__.partition(".")[0]}
-        check_class_paths({name: value for name, value in stored.items() if name not in kwargs}, trusted)
+        check_class_paths({n: v for n, v in stored.items() if n not in kwargs}, cls.__module__.partition(".")[0])
         kwargs = {name: plain_or_itself(value) for name, value in kwargs.items()}
         device = map_location if isinstance(map_location, (str, torch.device)) else None
         with torch.device(device if device is not None else torch.get_default_device()):

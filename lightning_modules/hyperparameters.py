@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import fields, is_dataclass
 from functools import partial
 from importlib.util import find_spec
@@ -103,7 +103,7 @@ def public_path(cls: type) -> str:
     return f"{cls.__module__}.{cls.__qualname__}"
 
 
-def check_class_paths(arguments: Mapping[str, Any], trusted: Collection[str] = TRUSTED_PACKAGES) -> None:
+def check_class_paths(arguments: Mapping[str, Any], *packages: str) -> None:
     """Refuses stored arguments that would import code from a package that is not trusted.
 
     Rebuilding a module imports every class that the arguments name, and importing a module runs its code. The check
@@ -111,11 +111,12 @@ def check_class_paths(arguments: Mapping[str, Any], trusted: Collection[str] = T
 
     Args:
         arguments: as stored in a checkpoint, without those that the caller passes.
-        trusted: names of top-level packages.
+        *packages: top-level packages that are trusted in addition to :data:`TRUSTED_PACKAGES`.
 
     Raises:
         UserError: an argument names a class of another package.
     """
+    trusted = TRUSTED_PACKAGES.union(packages)
     for name, value in arguments.items():
         if name == "_instantiator" and value == INSTANTIATOR:
             continue

@@ -17,6 +17,25 @@ if TYPE_CHECKING:
     from lightning_modules.models.backend import Backend
 
 
+def trainable_parameters(model: nn.Module, quantization: str) -> list[nn.Parameter]:
+    """Returns the parameters of a model that are trained.
+
+    Args:
+        model: the model.
+        quantization: of its backbone, for the message.
+
+    Raises:
+        UserError: there are none.
+    """
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    if not trainable:
+        raise UserError(
+            f"backbone.lora=null: no weight is trainable with backbone.quantization={quantization}. "
+            "Fix: set backbone.lora (rank 16, alpha 32)"
+        )
+    return trainable
+
+
 def parameter_groups(parameters: Iterable[nn.Parameter]) -> list[dict[str, Any]]:
     """Divides parameters into matrices, which decay, and vectors (norm scales, DoRA magnitudes), which do not."""
     parameters = list(parameters)

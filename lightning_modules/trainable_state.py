@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,25 +26,34 @@ def trainable_only(module: nn.Module, state_dict: Mapping[str, Any]) -> dict[str
     return {name: tensor for name, tensor in state_dict.items() if name in names}
 
 
-def shape_error(error: RuntimeError) -> UserError:
-    """Returns the user's error for a state_dict whose shapes differ from the module's."""
-    return UserError(f"checkpoint does not fit: {ANOTHER_BACKBONE} ({one_line(error, 300)})")
+@contextmanager
+def checked_loading() -> Iterator[None]:
+    """Converts the error for tensors of other shapes into the user's error."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise UserError(f"checkpoint does not fit: {ANOTHER_BACKBONE} ({one_line(error, 300)})") from error
 
 
-def check_loaded_names(module: nn.Module, missing: list[str], unexpected: list[str]) -> None:
-    """Checks that a state_dict held every trainable tensor of a module, and no unknown one.
+def check_loaded_names(module: nn.Module, result: Any) -> Any:
+    """Checks that a state_dict contained every trainable tensor of a module, and no unknown one.
 
     Args:
         module: the module it was loaded into.
-        missing: names that the state_dict lacked, of frozen tensors too.
-        unexpected: names that the module lacks.
+        result: of ``load_state_dict``, with the missing and the unexpected names.
+
+    Returns:
+        The result without missing names: those of the frozen base, which Lightning would print.
 
     Raises:
         UserError: the checkpoint was made with another backbone or other adapters.
     """
-    for names, problem in ((sorted(trainable_names(module) & set(missing)), "lacks"), (unexpected, "has unknown")):
+    missing = sorted(trainable_names(module) & set(result.missing_keys))
+    for names, problem in ((missing, "lacks"), (result.unexpected_keys, "has unknown")):
         if names:
             raise UserError(f"checkpoint {problem} {len(names)} tensors, {names[0]} the first: {ANOTHER_BACKBONE}")
+    result.missing_keys.clear()
+    return result
 
 
 def save_adapter(model: Any, path: str | Path, backend: Backend, is_global_zero: bool) -> None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from datamodules.batch import Batch
+from datamodules.findings import FindingsDataModule
 from lightning_modules.losses.objectives import Objective
 from lightning_modules.losses.teacher import Teacher, build_teacher
 from lightning_modules.losses.teacher_cache import CachedTeacher, targets_of
@@ -32,6 +33,22 @@ class TeacherSource:
     def __init__(self) -> None:
         self.teacher: Teacher | None = None
         self.cache: CachedTeacher | None = None
+
+    def open_cache(self, objective: Objective, data: FindingsDataModule, student: Backbone, batches: int) -> None:
+        """Opens the objective's cache, if it has one, and has the data module add the targets to its batches.
+
+        Args:
+            objective: names the cache.
+            data: the data module, after its ``setup``.
+            student: backbone of the model that is trained.
+            batches: of training that the run reads, over all ranks; 0 or less if unknown.
+
+        Raises:
+            UserError: the cache does not fit the run, or is too short for it.
+        """
+        self.cache = data.extras = objective.cached_teacher(data, student)
+        if self.cache is not None and batches > 0:
+            self.cache.check_length(batches * data.batch_size)
 
     def build(
         self,

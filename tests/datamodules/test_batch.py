@@ -1,4 +1,4 @@
-"""The batch contract: copies, and what they leave unchanged."""
+"""The batch contract: copies, and the fields that they leave unchanged."""
 
 from dataclasses import dataclass
 

@@ -1,4 +1,4 @@
-"""Parameter groups and the length of the schedule in a training run; the normalisation of gradients by itself."""
+"""Parameter groups and the length of the schedule in a training run; the normalisation of gradients."""
 
 from functools import partial
 

@@ -1,4 +1,4 @@
-"""Shards on disk: what is read is what was written, and damage is noticed."""
+"""Shards on disk: the tensors are read as they were written, and damage is noticed."""
 
 import itertools
 

@@ -235,7 +235,7 @@ def read(path):
 
 
 def assert_same_run(one, two):
-    """Equal up to rounding. Where a momentum is almost zero, rounding may change the sign that Lion uses."""
+    """Equal up to rounding. Where a momentum is almost zero, rounding may change the sign for Lion."""
     first, second = one["optimizer_states"][0], two["optimizer_states"][0]
     assert first["param_groups"] == second["param_groups"]
     torch.testing.assert_close(first["state"], second["state"], rtol=1e-4, atol=1e-7)
