@@ -119,7 +119,7 @@ def answer_pairs(
     ]
     answers = generate_requests(
         model, encoded.chat, requests, batch_size=batch_size,
-        max_preamble_tokens=_preamble_check(encoded.chat, max_preamble_tokens),
+        should_stop=_preamble_check(encoded.chat, max_preamble_tokens),
         progress=lambda done: progress(LIKELIHOOD_SHARE + (0.9 - LIKELIHOOD_SHARE) * done),
     )  # fmt: skip
     constrained: list[PredictionResult | None] = [None] * len(encoded)

@@ -58,7 +58,7 @@ class JsonGrammar:
         return GrammarState(self._matcher.deep_copy())
 
     def allowed(self, matchers: Sequence[GrammarState | None]) -> Tensor:
-        """Returns int32 [B, W]: one bit per token that may come next; all bits are set where a matcher is None."""
+        """Returns int32 [B, W]: one bit per token that may come next; all bits are set for a matcher of None."""
         words = -(-self._tokenizer.vocab_size // 32)
         bits_BW = torch.full((len(matchers), words), -1, dtype=torch.int32)
         rows = [(item.matcher, row) for row, item in enumerate(matchers) if item is not None]

@@ -50,7 +50,7 @@ def generate(
     progress: Progress | None = None,
     constraint: LogitsConstraint | None = None,
     forced_prefix: Sequence[Sequence[int]] | None = None,
-    max_preamble_tokens: Callable[[list[int]], bool] | None = None,
+    should_stop: Callable[[list[int]], bool] | None = None,
     on_answer: Callable[[int, GenerationOutput], None] | None = None,
 ) -> list[GenerationOutput]:
     """Generates one answer per content, greedily.
@@ -67,7 +67,7 @@ def generate(
         constraint: restricts the tokens of each answer, for instance to a grammar.
         forced_prefix: for each content the tokens that its answer begins with; the model continues them. Their
             probability is not part of ``logprob``.
-        max_preamble_tokens: called after every step with an answer's tokens; True ends it as the token limit does.
+        should_stop: called after every step with an answer's tokens; True ends it as the token limit does.
         on_answer: called with index and answer when an answer ends.
 
     Returns:
@@ -87,7 +87,7 @@ def generate(
         requests,
         batch_size=batch_size,
         progress=progress,
-        max_preamble_tokens=max_preamble_tokens,
+        should_stop=should_stop,
         on_answer=on_answer,
     )
 
@@ -99,7 +99,7 @@ def generate_requests(
     *,
     batch_size: int = 16,
     progress: Progress | None = None,
-    max_preamble_tokens: Callable[[list[int]], bool] | None = None,
+    should_stop: Callable[[list[int]], bool] | None = None,
     on_answer: Callable[[int, GenerationOutput], None] | None = None,
 ) -> list[GenerationOutput]:
     """Generates the outputs of requests of any tasks together, greedily.
@@ -110,7 +110,7 @@ def generate_requests(
         requests: the requests; the prompts of one task share a longer prefix than those of several tasks.
         batch_size: number of slots; fewer are used if the cache would not fit the device's memory.
         progress: called after every step.
-        max_preamble_tokens: called after every step with an output's tokens; True ends it as the token limit does.
+        should_stop: called after every step with an output's tokens; True ends it as the token limit does.
         on_answer: called with index and output when an output ends.
 
     Returns:
@@ -135,7 +135,7 @@ def generate_requests(
         ]
         length = max(len(prompt) + request.max_new_tokens for prompt, request in zip(prompts, requests, strict=True))
         cache = SlotKVCache(prefix, _fitting_slots(prefix, min(batch_size, len(requests)), length), length)
-        for sequence in Scheduler(cache, sequences, chat.eos_id, max_preamble_tokens).run(tracker):
+        for sequence in Scheduler(cache, sequences, chat.eos_id, should_stop).run(tracker):
             text = chat.decode(sequence.tokens, sequence.request.task)
             output = GenerationOutput(text, sequence.ended, sequence.tokens, sequence.logprob, cuts[sequence.index])
             outputs[sequence.index] = output

@@ -26,7 +26,7 @@ class LogitsConstraint(Protocol):
         """Returns the state at the start of an output."""
 
     def allowed(self, matchers: Sequence[Any]) -> Tensor:
-        """Returns int32 [B, W] on the CPU: one bit per token that may come next; all bits where a matcher is None."""
+        """Returns int32 [B, W] on the CPU: one bit per token that may come next; all bits for a matcher of None."""
 
     def accepts(self, tokens: Sequence[int]) -> int:
         """Returns how many of the first tokens of an output the constraint allows."""
@@ -61,7 +61,7 @@ class GenerationOutput:
     Attributes:
         text: the output without control tokens.
         stopped: True if the model ended the output; False if it was cut at the token limit (or at
-            ``max_preamble_tokens``).
+            ``should_stop``).
         token_ids: the generated tokens, without the end-of-sequence token.
         logprob: natural logarithm of the output's probability, including its end-of-sequence token.
         prompt_tokens_cut: tokens of the content that did not fit the model's positions.

@@ -67,7 +67,7 @@ class Scheduler:
         cache: the slots.
         sequences: the sequences to run, in any order.
         eos_id: id of the token that ends an output.
-        max_preamble_tokens: called after every step with the tokens of an output; True ends it as the token limit does.
+        should_stop: called after every step with the tokens of an output; True ends it as the token limit does.
     """
 
     def __init__(
@@ -75,9 +75,9 @@ class Scheduler:
         cache: SlotKVCache,
         sequences: Sequence[RunningSequence],
         eos_id: int,
-        max_preamble_tokens: Callable[[list[int]], bool] | None,
+        should_stop: Callable[[list[int]], bool] | None,
     ) -> None:
-        self.cache, self.eos_id, self.max_preamble_tokens = cache, eos_id, max_preamble_tokens
+        self.cache, self.eos_id, self.should_stop = cache, eos_id, should_stop
         # the longest first: a lack of memory shows at once, and prompts filled together need little padding
         self.waiting = sorted(sequences, key=lambda sequence: (len(sequence.prompt), -sequence.index))
         self.running: list[RunningSequence | None] = [None] * cache.num_slots
@@ -136,7 +136,7 @@ class Scheduler:
         if sequence.matcher is not None:
             sequence.matcher.accept(token)
         sequence.newest, sequence.position = token, sequence.position + 1
-        return sequence.full or (self.max_preamble_tokens is not None and self.max_preamble_tokens(sequence.tokens))
+        return sequence.full or (self.should_stop is not None and self.should_stop(sequence.tokens))
 
 
 def _allowed(rows: Sequence[RunningSequence | None]) -> Tensor | None:

@@ -62,6 +62,6 @@ def random_answers(n, seed=0):
     rng = random.Random(seed)
     for _ in range(n):
         expected = answer(rng.choice(SEVERITIES[:4]), rng.uniform(0, 100), rng.random(), rng.sample("abcdef", 3))
-        said = answer(rng.choice(SEVERITIES), rng.uniform(0, 100), rng.random(), rng.sample("abcdef", 2))
-        broken = ['{"severity": "low"', "", json.dumps(said | {"severity": ["low"], "risk_score": "70"})]
-        yield parsed(expected, rng.choice([json.dumps(said)] * 6 + broken))
+        answered = answer(rng.choice(SEVERITIES), rng.uniform(0, 100), rng.random(), rng.sample("abcdef", 2))
+        broken = ['{"severity": "low"', "", json.dumps(answered | {"severity": ["low"], "risk_score": "70"})]
+        yield parsed(expected, rng.choice([json.dumps(answered)] * 6 + broken))

@@ -14,28 +14,28 @@ from tests.helpers.answers import RISK, answer, parsed, random_answers, results
 def test_severity_equals_scikit_learn():
     items = list(random_answers(200))
     true = [item.expected["severity"] for item in items]
-    said = [(item.answer or {}).get("severity", "none") for item in items]
-    said = [value if value in SEVERITIES else "none" for value in said]
+    answered = [(item.answer or {}).get("severity", "none") for item in items]
+    answered = [value if value in SEVERITIES else "none" for value in answered]
     metrics = AnswerMetrics(RISK)
     metrics.update(items)
     got = metrics.results()
-    assert got["severity_accuracy"] == pytest.approx(accuracy_score(true, said))
+    assert got["severity_accuracy"] == pytest.approx(accuracy_score(true, answered))
     occurring = list(SEVERITIES[:4])  # "critical" is answered, but never expected
-    assert got["severity_macro_f1"] == pytest.approx(f1_score(true, said, labels=occurring, average="macro"))
-    f1 = f1_score(true, said, labels=occurring, average=None)
+    assert got["severity_macro_f1"] == pytest.approx(f1_score(true, answered, labels=occurring, average="macro"))
+    f1 = f1_score(true, answered, labels=occurring, average=None)
     assert [got[f"severity_f1_{name}"] for name in occurring] == pytest.approx(f1)
-    expected = confusion_matrix(true, said, labels=[*SEVERITIES, "none"])[:5]
+    expected = confusion_matrix(true, answered, labels=[*SEVERITIES, "none"])[:5]
     assert metrics.confusion() == expected.tolist()
 
 
 def test_calibration_equals_scikit_learn_on_hard_outcomes():
     rng = np.random.default_rng(0)
-    outcomes, said = rng.integers(0, 2, 300), np.append(rng.random(299), 1.0)
-    items = [parsed(answer(probability=int(q)), answer(probability=float(p))) for q, p in zip(outcomes, said)]  # noqa: B905
+    outcomes, answered = rng.integers(0, 2, 300), np.append(rng.random(299), 1.0)
+    items = [parsed(answer(probability=int(q)), answer(probability=float(p))) for q, p in zip(outcomes, answered)]  # noqa: B905
     got = results([*items, parsed(answer(), answer(probability=7))])  # out of range: not counted
-    assert got["actionable_brier"] == pytest.approx(brier_score_loss(outcomes, said))
-    bins = np.minimum((said * 10).astype(int), 9)
-    gaps = [abs(said[bins == b].mean() - outcomes[bins == b].mean()) * (bins == b).mean() for b in np.unique(bins)]
+    assert got["actionable_brier"] == pytest.approx(brier_score_loss(outcomes, answered))
+    bins = np.minimum((answered * 10).astype(int), 9)
+    gaps = [abs(answered[bins == b].mean() - outcomes[bins == b].mean()) * (bins == b).mean() for b in np.unique(bins)]
     assert got["actionable_ece"] == pytest.approx(sum(gaps))
 
 

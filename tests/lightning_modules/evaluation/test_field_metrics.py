@@ -16,7 +16,7 @@ def test_validity_counts_each_property_separately():
     items = [
         parsed(good, good),
         parsed(good, f"Sure: {json.dumps(good)}"),  # the agent could read it
-        parsed(good, good | {"severity": "severe"}),  # JSON with the right keys, but not of the schema
+        parsed(good, good | {"severity": "severe"}),  # JSON with the right keys that does not conform to the schema
         parsed(good, {"severity": "low"}),
         parsed(good, json.dumps(good)[:20], complete=False),
     ]
@@ -62,17 +62,17 @@ def test_tags_by_hand():
 def test_tags_equal_scikit_learns_micro_average():
     items = list(random_answers(80))
     true = [item.expected["tags"] for item in items]
-    said = [(item.answer or {}).get("tags", []) for item in items]
+    answered = [(item.answer or {}).get("tags", []) for item in items]
     binary = MultiLabelBinarizer(classes=list("abcdef"))
-    expected = f1_score(binary.fit_transform(true), binary.transform(said), average="micro")
+    expected = f1_score(binary.fit_transform(true), binary.transform(answered), average="micro")
     assert results(items)["tags_f1"] == pytest.approx(expected)
 
 
 def test_remediation_overlap_is_word_for_word():
     task = SimpleNamespace(name="remediation", answer_schema={"properties": {"actions": {"type": "array"}}})
     expected = {"actions": [{"title": "Stop it", "command": "kill 12", "check": "ps 12"}, {"title": "Look"}]}
-    said = {"actions": [{"title": "Stop it", "command": "kill -9 12", "check": "ps 12"}, "no object"]}
-    got = results([parsed(expected, said, task), parsed(expected, {"actions": None}, task)], task)
+    answered = {"actions": [{"title": "Stop it", "command": "kill -9 12", "check": "ps 12"}, "no object"]}
+    got = results([parsed(expected, answered, task), parsed(expected, {"actions": None}, task)], task)
     assert got["commands_f1"] == pytest.approx(2 * 1 / (4 + 2))
     assert got["steps_f1"] == pytest.approx(2 * 1 / (4 + 1))
     assert "faithful" not in got

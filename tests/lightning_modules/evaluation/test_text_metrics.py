@@ -14,9 +14,9 @@ SUMMARY = SimpleNamespace(name="summary", answer_schema={"properties": {"executi
 def test_correlation_ids_and_inventions_by_hand():
     content = json.dumps({"findings": [{"id": "f1", "port": 4444}, {"id": "f2"}, {"id": "f3"}]})
     expected = {"related_finding_ids": ["f1", "f2"], "why": "Both use port 4444; 2 in all."}
-    said = {"related_finding_ids": ["f1", "f9"], "why": "Port 4444 and 5555, sha256."}
+    answered = {"related_finding_ids": ["f1", "f9"], "why": "Port 4444 and 5555, sha256."}
     items = [
-        parsed(expected, said, CORRELATION, content),
+        parsed(expected, answered, CORRELATION, content),
         parsed(expected, expected, CORRELATION, content),
         parsed(expected, "nonsense", CORRELATION, content),
     ]
@@ -24,7 +24,7 @@ def test_correlation_ids_and_inventions_by_hand():
     assert "severity_accuracy" not in got
     assert got["ids_f1"] == pytest.approx(2 * 3 / (4 + 6))
     assert got["ids_invented"] == pytest.approx(1 / 4)
-    assert got["numbers_invented"] == pytest.approx(1 / 4)  # of 4444, 5555; 4444, 2 (excused: expected says it)
+    assert got["numbers_invented"] == pytest.approx(1 / 4)  # of 4444, 5555; 4444, 2 (in the expected answer)
     assert got["faithful"] == pytest.approx(1 / 3)
 
 

@@ -117,13 +117,13 @@ def test_a_forced_prefix_is_continued_as_if_it_had_been_generated(tiny_llama):
     assert [a.token_ids for a in again] == [a.token_ids for a in whole]
 
 
-def test_max_preamble_tokens_cuts_an_answer_as_the_token_limit_does(tiny_llama):
+def test_should_stop_cuts_an_answer_as_the_token_limit_does(tiny_llama):
     model, chat = load(tiny_llama), Bytes(eos_id=999)
     whole = generate(model, chat, TASK, CONTENTS, max_new_tokens=6)
     reported = []
     answers = generate(
         model, chat, TASK, CONTENTS, max_new_tokens=6, batch_size=2,
-        max_preamble_tokens=lambda tokens: len(tokens) == 4, on_answer=lambda index, answer: reported.append((index,
+        should_stop=lambda tokens: len(tokens) == 4, on_answer=lambda index, answer: reported.append((index,
         answer)),
     )  # fmt: skip
     assert [a.token_ids for a in answers] == [a.token_ids[:4] for a in whole]

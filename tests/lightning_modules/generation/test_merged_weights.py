@@ -51,7 +51,7 @@ def test_merged_4bit_layers_are_dequantised_once_with_the_adapter_added(tiny_lla
         torch.testing.assert_close(model(torch.arange(20)[None]).logits, first, rtol=0.1, atol=0.3)
     packed = getattr(layer.base_layer.weight.quant_state, "packing_format_for_cpu", False)
     with merged(model) as copied:
-        assert copied is not packed  # what is packed can't be dequantised any more
+        assert copied is not packed  # repacked weights can't be dequantised any more
 
 
 def test_a_merged_weight_is_the_base_plus_the_scaled_product(tiny_llama):

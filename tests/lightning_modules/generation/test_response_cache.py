@@ -28,6 +28,7 @@ def generated(monkeypatch):
             progress((index + 1) / len(requests))
 
     monkeypatch.setattr(response_cache, "generate_requests", echo)
+    monkeypatch.setattr(CachedGenerator, "_constraint", lambda self, task: None)
     return contents
 
 
@@ -77,6 +78,8 @@ def test_a_line_cut_short_is_generated_again_and_the_rest_is_kept(tmp_path, gene
     [
         ({"identity": "another model"}, {}),
         ({"max_new_tokens": {"risk": 7}}, {}),
+        ({"constrained": True}, {}),
+        ({"max_new_tokens": {"other": 256}}, {"name": "other"}),
         ({}, {"system": None}),
         ({}, {"instruction": "another"}),
         ({}, {"answer_schema": {"type": "object"}}),

@@ -58,9 +58,9 @@ def make_sequences(lengths, limit=50):
     return [RunningSequence(i, request, [1, 10 + i, 3], []) for i, request in enumerate(requests)]
 
 
-def run(cache, sequences, max_preamble_tokens=None, progress=None):
+def run(cache, sequences, should_stop=None, progress=None):
     tracker = ProgressTracker(len(sequences), 50, progress)
-    return list(Scheduler(cache, sequences, EOS, max_preamble_tokens).run(tracker))
+    return list(Scheduler(cache, sequences, EOS, should_stop).run(tracker))
 
 
 @pytest.mark.parametrize("slots", [1, 2, 3, 7, 20])
@@ -112,11 +112,11 @@ def test_a_gpu_waits_for_an_eighth_of_the_slots(device, step):
     assert cache.fill_steps == [0, step]
 
 
-def test_limits_and_max_preamble_tokens_cut():
+def test_limits_and_should_stop_cut():
     lengths = [20, 20, 2]
     cache = ScriptedCache(3, {10 + i: length for i, length in enumerate(lengths)})
     sequences = make_sequences(lengths, limit=6)
-    ended = run(cache, sequences, max_preamble_tokens=lambda tokens: len(tokens) == 4)
+    ended = run(cache, sequences, should_stop=lambda tokens: len(tokens) == 4)
     assert {s.index: (len(s.tokens), s.ended) for s in ended} == {0: (4, False), 1: (4, False), 2: (2, True)}
     ended = run(ScriptedCache(3, {10: 20}), make_sequences([20], limit=6))
     assert (len(ended[0].tokens), ended[0].ended, ended[0].full) == (6, False, True)
