@@ -247,7 +247,7 @@ def _teacher_cache(cache: dict[str, Any] | None) -> list[tuple[str, str]]:
     if not cache:
         return []
     folder = f" in {cache['dir']}" if cache["dir"] else ", if objective.cache.dir is set"
-    token = f"{cache['bytes_token']} bytes per supervised token"
+    token = f"{cache['bytes_token']} per supervised token"
     sizes = f"{cache['bytes_finding']:,.0f} bytes per finding (top_k {cache['top_k']}, {token})"
     return [("cached teacher", f"{sizes}, {cache['epoch_gib']:,.2f} GiB per epoch{folder}")]
 

@@ -174,8 +174,8 @@ def test_the_estimated_size_of_a_teacher_cache_is_the_written_size(inspect, tmp_
     ]  # fmt: skip
     few = {"config": "distill", "sources": ["synthetic://?findings=40&seed=1"]}
     report = json.loads(inspect(*options, "--format=json", **few).out)["teacher_cache"]
-    text = inspect(*options, **few).out
-    assert f"{report['bytes_finding']:,.0f} bytes per finding (top_k 8, {8 * 4 + 2} bytes per supervised token)" in text
+    text = " ".join(inspect(*options, **few).out.split())
+    assert f"{report['bytes_finding']:,.0f} bytes per finding (top_k 8, {8 * 4 + 2} per supervised token)" in text
     inspect(*options, **few, command="cache-teacher")
     written = sum(file.stat().st_size for file in (tmp_path / "cache").glob("*.safetensors"))
     assert report["epoch_gib"] * 2**30 == pytest.approx(written, rel=0.01)

@@ -75,7 +75,7 @@ def test_every_part_of_the_report_is_printed():
         "steps 5 per epoch (max_steps 104): 4 rows x 2 micro-batches x 1 devices",
         "peak memory 12.50 GiB per device, at the optimizer step (estimated)",
         "memory by part base 4.25 GiB, each at its maximum; fused kernels, activation_checkpointing selective",
-        "cached teacher 4,096 bytes per finding (top_k 32, 130 bytes per supervised token), 1.50 GiB per epoch "
+        "cached teacher 4,096 bytes per finding (top_k 32, 130 per supervised token), 1.50 GiB per epoch "
         "in runs/t",
         "time on h100 2.0 h per epoch, 30.0 min for the run (measured)", "WARNING: a high rate", "read in 1.5 s",
     ):  # fmt: skip
