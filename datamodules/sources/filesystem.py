@@ -86,7 +86,7 @@ class Location:
             UserError: the protocol is unknown, its package is not installed, or it does not take the storage options.
         """
         try:
-            if not split_protocol(self.spec)[0]:  # url_to_fs would take "::" in a path for a chain of URLs
+            if not split_protocol(self.spec)[0]:  # url_to_fs would parse "::" in a path as a chain of URLs
                 return fsspec.filesystem("file", **self.options), str(Path(self.spec).expanduser().absolute())
             return url_to_fs(self.spec, **self.options)
         except ImportError as error:

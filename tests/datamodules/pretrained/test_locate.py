@@ -139,7 +139,7 @@ def test_a_file_with_another_digest_is_not_converted(own_cache, monkeypatch, tmp
 
 
 def test_an_unwritable_cache_is_a_user_error(own_cache, monkeypatch, tmp_path):
-    own_cache.write_text("a file where the folder should be")
+    own_cache.write_text("a file instead of a folder")
     monkeypatch.setattr(locate, "_packaged_gguf", lambda: tmp_path / "any.gguf")
     with pytest.raises(UserError, match=f"SYS_SCAN_CACHE={own_cache}: .*Fix: set it to a folder"):
         resolve(EMBEDDED)
