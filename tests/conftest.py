@@ -22,7 +22,7 @@ if not torch.cuda.is_available():
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 from transformers import PreTrainedTokenizerFast as FastTokenizer
 
-from tests.helpers.tokenizers import build_chatml_tokenizer, build_mistral_tokenizer
+from tests.helpers.toy_tokenizers import build_chatml_tokenizer, build_mistral_tokenizer
 
 REPOSITORY = Path(__file__).parents[1]
 SHARED_DATA = (REPOSITORY / "../shared/data").resolve()

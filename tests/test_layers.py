@@ -59,7 +59,6 @@ def test_packages_import_lower_layers_only(package, file):
     assert used <= ALLOWED[package]
 
 
-@pytest.mark.xfail(reason="three circles are being removed")
 def test_no_circle_of_modules():
     # a package's __init__ re-exports; who imports a module runs it, but depends on none of its names
     edges = {name: {m for m in used if not (ROOT.joinpath(*m.split(".")) / "__init__.py").is_file()}
@@ -67,7 +66,6 @@ def test_no_circle_of_modules():
     list(TopologicalSorter(edges).static_order())
 
 
-@pytest.mark.xfail(reason="three circles are being removed")
 def test_no_circle_of_sub_packages():
     edges = {}
     for name, used in graph().items():

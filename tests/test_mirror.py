@@ -19,7 +19,8 @@ def relative(file):
 
 @pytest.mark.parametrize("file", [f for f in MODULES if len(f.read_text().splitlines()) > LINES], ids=relative)
 def test_a_large_module_has_a_test_file(file):
-    test = ROOT / "tests" / file.relative_to(ROOT).with_name(f"test_{file.stem}.py")
+    name = file.parent.name if file.stem == "__init__" else file.stem
+    test = ROOT / "tests" / file.relative_to(ROOT).with_name(f"test_{name}.py")
     assert test.is_file(), f"{relative(file)} has more than {LINES} lines. Fix: add {relative(test)}"
 
 
@@ -31,9 +32,7 @@ def test_a_folder_stays_small(folder):
 @pytest.mark.parametrize("file", TESTS, ids=relative)
 def test_no_test_module_imports_another(file):
     """Shared builders are in ``tests/helpers``."""
-    modules = {
-        node.module or "" for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.ImportFrom)
-    }
+    modules = {node.module or "" for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.ImportFrom)}
     shared = {name for name in modules if name.split(".")[0] in ("tests", "conftest") or name.startswith("test_")}
     assert all(name.startswith("tests.helpers.") for name in shared), shared
 

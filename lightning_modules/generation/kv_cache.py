@@ -34,6 +34,7 @@ from transformers.masking_utils import sdpa_mask
 
 from datamodules.errors import one_line
 from lightning_modules.generation.prefix_cache import PrefixCache
+from lightning_modules.models.attention_masks import attn_implementation
 from lightning_modules.models.backend import is_sharded
 
 POSITIONS_MULTIPLE = 256  #: a GPU's steps attend to a multiple of this; fewer shapes are fewer graphs to record
@@ -246,7 +247,7 @@ def grouped_attention(base: Any) -> Iterator[None]:
         out = F.scaled_dot_product_attention(grouped, key, value, attn_mask=mask, scale=options.get("scaling"))
         return out.reshape(rows, 1, heads, width), None
 
-    if getattr(base.config, "_attn_implementation", None) != "sdpa":
+    if attn_implementation(base.config) != "sdpa":
         yield
         return
     AttentionInterface.register(name, attention)

@@ -44,11 +44,11 @@ def merged(model: nn.Module) -> Iterator[bool]:
         return
     try:
         for parent, name, child in layers:
-            parent._modules[name] = _merged_copy(child)
+            setattr(parent, name, _merged_copy(child))
         yield True
     finally:
         for parent, name, child in layers:
-            parent._modules[name] = child
+            setattr(parent, name, child)
 
 
 def free_memory(device: torch.device) -> int:

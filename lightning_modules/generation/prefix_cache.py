@@ -102,7 +102,7 @@ class PrefixCache:
         self.device = model.get_input_embeddings().weight.device  # type: ignore[operator]
         config: Any = model.config
         self.positions = max_positions(config)
-        self.attention: str = getattr(config, "_attn_implementation", "")
+        self.attention = attn_implementation(config)
         cache = Cache(layer_class_to_replicate=DynamicLayer)
         # if there is no prefix, one arbitrary token shows the shapes of the layers
         model(input_ids=self._tensor([ids or [0]]), past_key_values=cache, use_cache=True, logits_to_keep=1)

@@ -5,7 +5,6 @@ The teacher is not part of the training module: it is not in its parameters or c
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, Literal, cast
@@ -20,6 +19,7 @@ from lightning_modules.losses.objectives import Objective
 from lightning_modules.models.backbone import RANDOM, Backbone
 from lightning_modules.models.decoder import Decoder, Predictions
 from lightning_modules.models.fused_decoder import FusedDecoder, build_decoder
+from lightning_modules.models.module_view import module_view
 
 
 class Teacher:
@@ -129,17 +129,14 @@ def base_model_view(model: nn.Module) -> Any:
     """
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    def view(module: nn.Module) -> nn.Module:
-        if isinstance(module, BaseTunerLayer):
-            module = cast(nn.Module, module.get_base_layer())
-        twin = copy.copy(module)
-        for name in ("_parameters", "_buffers", "_forward_hooks", "_forward_pre_hooks"):
-            setattr(twin, name, copy.copy(getattr(module, name)))
-        twin.__dict__.pop("peft_config", None)  # PEFT sets it on a model that it has wrapped
-        twin._modules = {name: None if child is None else view(child) for name, child in module._modules.items()}
-        return twin
+    def unwrap(module: nn.Module) -> nn.Module:
+        return cast(nn.Module, module.get_base_layer()) if isinstance(module, BaseTunerLayer) else module
 
-    return view(cast(Any, model).get_base_model() if hasattr(model, "get_base_model") else model)
+    base = cast(Any, model).get_base_model() if hasattr(model, "get_base_model") else model
+    view = module_view(base, unwrap=unwrap)
+    for module in view.modules():
+        module.__dict__.pop("peft_config", None)  # PEFT sets it on a model that it has wrapped
+    return view
 
 
 def check_same_tokenizer(student: Backbone, teacher: Backbone) -> None:

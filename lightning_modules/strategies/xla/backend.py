@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 
 from datamodules.errors import UserError
 from lightning_modules.models.backend import Backend
+from lightning_modules.models.module_view import module_view
 from lightning_modules.strategies.xla.compat import copy_to_host
 from lightning_modules.strategies.xla.layer_scan import scan_layers
 
@@ -85,20 +85,7 @@ class XLABackend(Backend):
         """Returns a copy on the host, of the size of the weights; answers of any length need no compilation there."""
         tensors = {id(tensor): tensor.detach() for tensor in (*model.parameters(), *model.buffers())}
         hosted = dict(zip(tensors, self.collect(list(tensors.values())), strict=True))
-
-        def view(module: nn.Module) -> nn.Module:
-            twin = copy.copy(module)
-            twin._buffers = {
-                name: value if value is None else hosted[id(value)] for name, value in module._buffers.items()
-            }
-            twin._parameters = {
-                name: value if value is None else nn.Parameter(hosted[id(value)], requires_grad=False)
-                for name, value in module._parameters.items()
-            }
-            twin._modules = {name: None if child is None else view(child) for name, child in module._modules.items()}
-            return twin
-
-        return view(model)
+        return module_view(model, replace=lambda tensor: hosted[id(tensor)])
 
     def positions(self, batch: Batch) -> None:
         """Returns None, for all positions: their number is equal in all batches, and no row leaves its device.
