@@ -2,9 +2,10 @@
 
 from pathlib import Path
 
-import nbformat
 import pytest
-from nbclient import NotebookClient
+
+nbformat = pytest.importorskip("nbformat")
+nbclient = pytest.importorskip("nbclient")
 
 NOTEBOOK = Path(__file__).parents[1] / "notebooks" / "fine_tune.ipynb"
 
@@ -15,7 +16,7 @@ def execute(runs, *options, steps, findings, limit):
     settings = next(cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", []))
     settings.source += f"\nSTEPS, FINDINGS, LIMIT = {steps}, {findings}, {limit}\n"
     settings.source += f"OPTIONS = {[f'--trainer.logger.init_args.save_dir={runs}', *options]!r}\n"
-    client = NotebookClient(notebook, timeout=1200, kernel_name="python3")
+    client = nbclient.NotebookClient(notebook, timeout=1200, kernel_name="python3")
     client.execute(cwd=str(NOTEBOOK.parent))
     return notebook
 

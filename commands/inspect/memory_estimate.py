@@ -24,8 +24,8 @@ The peak is the largest of four moments. At the logits and in the backward pass 
 kept and no gradient exists (unless gradients accumulate). In the backward pass of the first layer, all gradients exist
 and the activations of one layer are left. The optimizer step has one buffer of the size of the parameters. The backward
 pass of a layer itself needs ``b 2 I C`` for a dequantized weight, ``3 b C N`` for the gradients of the residual stream,
-and ``4 b I N`` or (fused selective and offload) ``6 b I n`` for those of the MLP. The estimate is within 3 % of five
-measured peaks (see EXPERIMENTS.md); the eager kernels and (fused, full) are not measured.
+and ``4 b I N`` or (fused selective and offload) ``6 b I n`` for those of the MLP. The estimate is within 5 % of six
+measured peaks (see EXPERIMENTS.md); the eager kernels are not measured.
 
 **Time.** Computed tokens per second were measured on one H100 with Mistral-7B in NF4 and LoRA of rank 64; another model
 is scaled by FLOP per token (4 W: frozen weights need no gradient), another device by its bf16 rate.
@@ -53,7 +53,7 @@ MISTRAL_7B_WEIGHTS = 6_979_321_856  #: parameters of the projections
 RATES: dict[tuple[Kernels, Checkpointing], tuple[float, str]] = {
     ("fused", "none"): (17_804, "measured"),
     ("fused", "selective"): (12_404, "measured"),
-    ("fused", "full"): (17_804 * 2 / 3, "from activation_checkpointing none, with a second forward pass"),
+    ("fused", "full"): (12_111, "measured"),
     ("fused", "offload"): (8_527, "measured"),
     ("eager", "none"): (5_774 * 4 / 3, "from the same modules with checkpointing, without the second forward pass"),
     ("eager", "full"): (5_774, "measured"),
