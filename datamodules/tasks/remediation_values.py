@@ -31,6 +31,7 @@ VALUES = {
     "user": (("account", "user"), re.compile(r"(?!root$)[a-z_][a-z0-9_-]{0,31}", re.ASCII)),
     "module": (("module",), re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,55}", re.ASCII)),
     "path": (("path", "file", "file_path", "filename"), _PATH),
+    "mode": (("mode", "permissions"), re.compile(r"0?[2-7][0-7]{3}", re.ASCII)),  # of a setuid or setgid file
     "program": (("exe", "executable", "path", "file"), _PATH),
     "library": (_LIBRARY_FIELDS, re.compile(_LIBRARY, re.ASCII)),
     # A library of the system is never moved: without libc no program starts.

@@ -244,10 +244,18 @@ def test_an_action_has_a_command_for_each_distribution_family():
     assert "dpkg" not in actions[1]["command"]
 
 
+def test_the_undo_of_a_removed_bit_restores_the_mode_of_the_finding():
+    known = remediate(make_finding("suid", metadata={"path": "/opt/x/y", "mode": "2755"}))["actions"]
+    assert [action["undo"] for action in known if "undo" in action] == ["sudo chmod 2755 /opt/x/y"]
+    unknown = remediate(make_finding("suid", metadata={"path": "/opt/x/y"}))["actions"]
+    assert all("undo" not in action for action in unknown)
+    assert "Cannot be undone" in unknown[-1]["danger"]
+
+
 def test_a_title_with_two_paths_names_no_file():
     for title in ("SUID copy of /bin/bash", "SUID /bin/bash and /tmp/sh"):
         assert "chmod" not in str(remediate(make_finding("suid", title)))
-    assert "sudo chmod u-s,g-s /opt/x/bash" in commands(remediate(make_finding("suid", "SUID /opt/x/bash")))
+    assert "sudo chmod u-s,g-s /opt/x/bash" in str(remediate(make_finding("suid", "SUID /opt/x/bash")))
 
 
 @pytest.mark.parametrize("entry", ENTRIES, ids=NAMES)

@@ -34,7 +34,7 @@ needs_bash = pytest.mark.skipif(BASH is None, reason="needs bash")
 VALUE = {
     "pid": "4347", "port": "4444", "ip": "203.0.113.7", "client_ip": "10.0.1.12", "domain": "a1.example.net",
     "user": "daemon", "module": "cramfs", "path": "/var/tmp/.cache/bash", "program": "/opt/app/bin/server",
-    "library": "/tmp/inject.so", "planted_library": "/tmp/inject.so", "parameter": "rp_filter",
+    "mode": "4755", "library": "/tmp/inject.so", "planted_library": "/tmp/inject.so", "parameter": "rp_filter",
     "evidence": "/root/evidence/ioc-1-0123456789ab",
 }  # fmt: skip
 
@@ -44,7 +44,7 @@ PROGRAMS = {
         ["awk", "cat", "chage", "chgrp", "chmod", "chown", "command", "cp", "cut", "date", "dmesg", "echo", "file",
          "find", "findmnt", "getent", "grep", "head", "install", "last", "lastb", "ls", "lsblk", "mktemp", "mount",
          "mv", "printf", "ps", "readlink", "reboot", "rm", "sed", "sha256sum", "sleep", "stat", "sysctl", "tail", "tee",
-         "timeout", "tr", "kill", "usermod", "visudo", "sudo"]
+         "test", "timeout", "tr", "kill", "usermod", "visudo", "sudo"]
     ),
     **dict.fromkeys(["apt", "apt-get", "dpkg", "needrestart", "update-grub"], "debian"),
     **dict.fromkeys(["dnf", "grubby", "rpm"], "rhel"),
@@ -70,7 +70,8 @@ NEEDS = {*FAMILIES, *filter(None, PROGRAMS.values())} | {
 DANGEROUS = re.compile(
     r"policy drop|\bdrop\b'|\bip link\b.* down|isolate rescue|\brm\b|\bchattr\b|\b(user|group)(del|mod)\b|\bkill\b|"
     r"\breboot\b|\bshutdown\b|modprobe (-r|--remove)|\brmmod\b|net\.ipv[46]\.|kernel\.(panic|kexec|modules)|userns|"
-    r"namespaces = 0|io_uring|systemctl (disable|stop|restart|reload|isolate|mask|enable --now)|terminate-user|"
+    r"namespaces = 0|io_uring|\bchown\b|"
+    r"systemctl (disable|stop|restart|reload|isolate|mask|enable --now)|terminate-user|"
     r"chage -d|setenforce|SELINUX=|aa-enforce|remount|setcap|chmod (\S*[ug]-s|000|o-rx)|\bmv\b|--reinstall|"
     r"dnf (reinstall|remove)|apt-get (remove|purge|upgrade)|dnf upgrade --security|rfkill block|sig_enforce|"
     r"augenrules|sshd_config|always_nxdomain"
