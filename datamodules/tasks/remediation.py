@@ -62,20 +62,25 @@ _SUID = re.compile(
 #: Categories whose findings are about a setuid file if :data:`_SUID` matches, although the scanner's rule was another.
 _SUID_IN = frozenset({"ioc", "processes"})
 
-#: Category -> pattern of the texts that its entries treat. They are tried in this order after the finding's category.
-_SUBJECTS = {
-    "ioc": r'ld_preload|ld\.so\.preload|ld_audit|reverse.shell|/dev/tcp/|web.?shell|\(deleted\)|"deleted\w*":"?true',
-    "suid": _SUID.pattern,
-    "modules": r"\bkernel module|\blkm\b|\brootkit",
-    "kernel_params": r"/proc/sys/|\bsysctl\b",
-    "mac": r"\bselinux\b|\bapparmor\b",
-    "dns": r"\bdns (?:query|activity|tunnel)|\bnxdomain\b",
-    "world_writable": r"world.writable",
-    "network": r"\b(?:tcp|udp)6? \d+ listening|\blisten(?:s|ing|er)?\b.{0,20}\bport\b",
-    "processes": r'"pid":"?[1-9]',
-}
-_SUBJECT_PATTERNS = {category: re.compile(pattern) for category, pattern in _SUBJECTS.items()}
+_SUID_WORDS = ("suid", "sgid", "setuid", "setgid", "-rws", '"mode"', '"permission')
 
+#: Category -> words, and pattern, of the texts that its entries treat. The categories are tried in this order after the
+#: finding's own one.
+_SUBJECTS = {
+    "ioc": (
+        ("ld_", "ld.so", "shell", "/dev/tcp/", "deleted"),
+        r'ld_preload|ld\.so\.preload|ld_audit|reverse.shell|/dev/tcp/|web.?shell|\(deleted\)|"deleted\w*":"?true',
+    ),
+    "suid": (_SUID_WORDS, _SUID.pattern),
+    "modules": (("module", "lkm", "rootkit"), r"\bkernel module|\blkm\b|\brootkit"),
+    "kernel_params": (("/proc/sys/", "sysctl"), r"/proc/sys/|\bsysctl\b"),
+    "mac": (("selinux", "apparmor"), r"\bselinux\b|\bapparmor\b"),
+    "dns": (("dns", "nxdomain"), r"\bdns (?:query|activity|tunnel)|\bnxdomain\b"),
+    "world_writable": (("writable",), r"world.writable"),
+    "network": (("listen",), r"\b(?:tcp|udp)6? \d+ listening|\blisten(?:s|ing|er)?\b.{0,20}\bport\b"),
+    "processes": (('"pid"',), r'"pid":"?[1-9]'),
+}
+_SUBJECT_PATTERNS = {category: (words, re.compile(pattern)) for category, (words, pattern) in _SUBJECTS.items()}
 _NUMBERING = re.compile(r"^\s*(?:\d+[.)]|[-*•])\s*")
 
 
@@ -108,6 +113,14 @@ class RemediationTask:
             yield Pair(self.name, self.content(finding), answer, finding.severity, finding.category, 1)
 
 
+def _matches(text: str, words: tuple[str, ...], pattern: re.Pattern[str] | None) -> bool:
+    """Returns whether a text contains one of the words and, if there is a pattern, matches it."""
+    for word in words:
+        if word in text:
+            return pattern is None or pattern.search(text) is not None
+    return False
+
+
 @dataclass(frozen=True, slots=True)
 class Entry:
     """An entry of the knowledge table.
@@ -136,10 +149,7 @@ class Entry:
         Args:
             text: title, description, metadata and path of the finding, in lower case.
         """
-        for word in self.words:
-            if word in text:
-                return self.pattern is None or self.pattern.search(text) is not None
-        return not self.words
+        return not self.words or _matches(text, self.words, self.pattern)
 
 
 @cache
@@ -168,11 +178,11 @@ def find_entry(finding: Finding) -> Entry:
     fields = f"{finding.title}\n{finding.description}\n{compact_json(finding.metadata)}"[:MAX_SEARCHED]
     text = f'{fields}\n"{path}"'.lower()
     own = ALIASES.get(finding.category, finding.category)
-    categories = ["suid"] if own in _SUID_IN and _SUID.search(text) else []
+    categories = ["suid"] if own in _SUID_IN and _matches(text, _SUID_WORDS, _SUID) else []
     categories += [own] if own in table else []
     entry = _specific_entry(categories, text)
     if entry is None:
-        subjects = [category for category, pattern in _SUBJECT_PATTERNS.items() if pattern.search(text)]
+        subjects = [category for category, rule in _SUBJECT_PATTERNS.items() if _matches(text, *rule)]
         entry = _specific_entry(subjects, text) or table[[*categories, *subjects, "any"][0]][-1]
     return entry
 

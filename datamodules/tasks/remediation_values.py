@@ -51,6 +51,8 @@ _PRELOADED = re.compile(r"(?:LD_PRELOAD|LD_AUDIT)[=:\s]+(/[^\s\"':;,]+)")
 
 def fill_placeholders(text: str, finding: Finding, evidence: str) -> str | None:
     """Returns the text with its placeholders replaced by values of the finding; None if one has no value."""
+    if "{" not in text:
+        return text
     values = {name: _value(name, finding) for name in set(PLACEHOLDER.findall(text)) - {"evidence"}}
     if None in values.values():
         return None
