@@ -56,13 +56,13 @@ MAX_SEARCHED = 4096  #: characters of a finding that are searched for words and 
 _BIT = r"\b(?:s[ug]id|set[ug]id)\b"
 _FILE = r"\b(?:bit|binary|file|copy|shell|program|(?:ba|da|z|k)?sh)\b"
 _SUID = re.compile(
-    rf'{_BIT}[^"]{{0,40}}{_FILE}|{_FILE}[^"]{{0,40}}{_BIT}|"s[ug]id":"?(?:true|1)\b|-rws|'
-    r'"(?:mode|permissions?)":"?(?:0o?)?[2467][0-7]{3}\b'
+    rf'{_BIT}[^"]{{0,40}}{_FILE}|{_FILE}[^"]{{0,40}}{_BIT}|"s[ug]id":"?(?:true|1)\b|[r-]ws[r-]|u\+s\b|'
+    r'"(?:mode|perms?|permissions?)":"?(?:0o?)?[2467][0-7]{3}\b'
 )
 #: Categories whose findings are about a setuid file if :data:`_SUID` matches, although the scanner's rule was another.
 _SUID_IN = frozenset({"ioc", "processes"})
 
-_SUID_WORDS = ("suid", "sgid", "setuid", "setgid", "-rws", '"mode"', '"permission')
+_SUID_WORDS = ("suid", "sgid", "setuid", "setgid", "ws", "u+s", '"mode"', '"perm')
 
 #: Category -> words, and pattern, of the texts that its entries treat. The categories are tried in this order after the
 #: finding's own one.
