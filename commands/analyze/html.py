@@ -85,7 +85,11 @@ def _action(action: dict[str, Any]) -> str:
     for_ids = text(", ".join(action["finding_ids"]))
     parts = [f'<b>{text(action["title"])}</b> ({text(action["priority"])}) <span class="quiet">for {for_ids}</span>']
     parts += [text(action["description"])] if action["description"] else []
-    parts += [f"{name}: <code>{text(action[name], 4000)}</code>" for name in ("command", "check") if name in action]
+    parts += [f"<b>danger: {text(action['danger'])}</b>"] if "danger" in action else []
+    parts += [f"needs: {text(', '.join(action['needs']))}"] if "needs" in action else []
+    parts += [
+        f"{name}: <code>{text(action[name], 4000)}</code>" for name in ("command", "undo", "check") if name in action
+    ]
     parts += [f'<span class="quiet">source: {text(action["reference"])}</span>'] if action["reference"] else []
     return "<br>".join(parts)
 

@@ -81,7 +81,9 @@ def _numbered(rows: list[dict[str, Any]]) -> list[str]:
 def _action(action: dict[str, Any]) -> str:
     lines = [f"- **{plain(action['title'])}** ({action['priority']}), for {plain(', '.join(action['finding_ids']))}"]
     lines += [f"  {plain(action['description'])}"] if action["description"] else []
-    lines += [f"  {name}: {code(action[name])}" for name in ("command", "check") if name in action]
+    lines += [f"  **danger: {plain(action['danger'])}**"] if "danger" in action else []
+    lines += [f"  needs: {plain(', '.join(action['needs']))}"] if "needs" in action else []
+    lines += [f"  {name}: {code(action[name])}" for name in ("command", "undo", "check") if name in action]
     lines += [f"  source: {plain(action['reference'])}"] if action["reference"] else []
     return "  \n".join(lines)
 

@@ -32,7 +32,7 @@ from commands.analyze.selection import one_of_each_kind, present_correlations, r
 from datamodules.records import Correlation, Document, Finding
 from datamodules.tasks import CorrelationTask, RemediationTask, RiskTask, SummaryTask, TriageTask, schemas
 from datamodules.tasks.base import truncate
-from datamodules.tasks.remediation import remediate
+from datamodules.tasks.remediation import commands_of_answers, remediate
 from datamodules.tasks.schemas import PRIORITIES, is_valid
 from datamodules.tasks.windows import Window, executive_summary, shown_ids, top_findings, triage_summary
 from lightning_modules.evaluation.answer_parsing import ParsedAnswer, parse
@@ -261,10 +261,14 @@ class Analysis:
             "reference": known.get("source", ""),
             "answered_by": source,
         }
-        for name in ("command", "check"):
+        allowed = {
+            "command": commands_of_answers(finding),  # with the needs, danger and undo of the table
+            "check": {row["check"]: {"check": row["check"]} for row in known["actions"] if "check" in row},
+        }
+        for name, fields in allowed.items():
             if text := step.get(name):
-                if text in {row.get(name) for row in known["actions"]}:
-                    action[name] = text
+                if text in fields:
+                    action |= fields[text]
                 else:
                     self.counts["remediation"].withheld += 1
         return action

@@ -27,7 +27,9 @@ MAX_SUMMARY = 1200
 MAX_TOP = 5  #: findings in a triage answer
 MAX_LINES = 5  #: items of a list in an agent's answer
 MAX_COMMAND = 640  #: a command with its placeholders filled; commands are never truncated
-MAX_STEPS = 6  #: remediation actions that are taken from an enriched shard
+MAX_STEPS = 6  #: remediation actions of an answer
+MAX_NEED = 24  #: a distribution family or a tool that a command needs
+MAX_NEEDS = 4
 MAX_STEP_LENGTH = 240
 
 #: severity of a finding -> priority of its remediation
@@ -94,6 +96,9 @@ REMEDIATION: Schema = closed(
                     "title": text(MAX_TITLE),
                     "description": text(MAX_STEP_LENGTH),
                     "command": text(MAX_COMMAND),
+                    "needs": array(text(MAX_NEED), MAX_NEEDS),
+                    "danger": text(MAX_STEP_LENGTH),
+                    "undo": text(MAX_COMMAND),
                     "check": text(MAX_COMMAND),
                     "priority": {"type": "string", "enum": list(PRIORITIES.values())},
                 },

@@ -42,6 +42,16 @@ def test_the_page_runs_and_loads_nothing_whatever_a_finding_contains():
     assert "default-src 'none'" in unescape(text)
 
 
+def test_an_action_shows_its_needs_its_danger_and_its_undo():
+    action = {
+        "title": "Block", "priority": "high", "finding_ids": ["n4"], "description": "", "reference": "nft(8)",
+        "command": "sudo x", "needs": ["any", "nftables"], "danger": "You are <locked> out.", "undo": "sudo y",
+    }  # fmt: skip
+    page = to_html(analysis_document(report_with()) | {"actions": [action]})
+    shown = ("<b>danger: You are &lt;locked&gt; out.</b>", "needs: any, nftables", "undo: <code>sudo y</code>")
+    assert all(part in page for part in shown)
+
+
 def test_a_report_without_findings_recommends_no_action():
     texts = Page(to_html(analysis_document({"results": [{"scanner": "ioc", "findings": []}]}))).texts
     assert "Nothing above info: no action is needed." in texts

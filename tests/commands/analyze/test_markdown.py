@@ -18,6 +18,16 @@ def test_text_of_a_finding_is_neither_markup_nor_a_link():
     assert rows[0].replace("\\|", "").count("|") == 7
 
 
+def test_an_action_shows_its_needs_its_danger_and_its_undo():
+    action = {
+        "title": "Block", "priority": "high", "finding_ids": ["n4"], "description": "", "reference": "nft(8)",
+        "command": "sudo x", "needs": ["any", "nftables"], "danger": "You can lock yourself out.", "undo": "sudo y",
+    }  # fmt: skip
+    text = to_markdown(analysis_document(report_with()) | {"actions": [action]})
+    shown = ("**danger: You can lock yourself out.**", "needs: any, nftables", "undo: ` sudo y `")
+    assert all(line in text for line in shown)
+
+
 def test_findings_are_ordered_by_severity_and_risk():
     document = analysis_document(report_with())
     assert [finding["id"] for finding in by_rank(document)] == ["ioc2", "ioc1", "n4"]

@@ -8,7 +8,7 @@ from commands.analyze.pipeline import Analysis, AnalysisLimits
 from datamodules.records import Correlation, Document, Finding
 from datamodules.tasks import TASKS
 from datamodules.tasks.base import compact_json
-from datamodules.tasks.remediation import remediate
+from datamodules.tasks.remediation import NEW_EVIDENCE_FOLDER, evidence_folder, remediate
 from datamodules.tasks.target_answers import risk_answer
 from lightning_modules.generation.response_cache import Response
 
@@ -180,6 +180,22 @@ def test_a_command_that_the_remediation_table_lacks_is_removed():
     assert "command" not in bad
     assert "check" not in bad
     assert counts(document, "remediation")["commands_withheld"] == 2
+
+
+def test_a_command_gets_the_danger_of_the_table_and_the_evidence_folder_of_its_finding():
+    findings = [make(name, "critical", 90.0, "Reverse shell bash -i", "ioc", pid=77) for name in ("a", "b")]
+    learned = remediate(findings[0], NEW_EVIDENCE_FOLDER)["actions"][0]
+    step = learned | {"danger": "None at all", "undo": "reboot", "needs": ["any"]}
+    document = run(Script(remediation={"actions": [step]}), findings, actions=2)
+    known = [remediate(finding)["actions"][0] for finding in findings]
+    assert len(document["actions"]) == 2
+    for action, table, finding in zip(document["actions"], known, findings, strict=True):
+        assert action["answered_by"] == "model"
+        assert {name: action[name] for name in ("command", "needs", "danger", "undo")} == {
+            name: table[name] for name in ("command", "needs", "danger", "undo")
+        }
+        assert evidence_folder(finding) in action["command"]
+    assert document["actions"][0]["command"] != document["actions"][1]["command"]
 
 
 def test_findings_without_an_id_or_with_equal_ids_get_distinct_ones():
