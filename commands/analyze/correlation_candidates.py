@@ -131,8 +131,8 @@ def _intrusion(findings: Sequence[Finding], most: int) -> list[Group]:
     if len(positions) < 2:
         return []
     names = ", ".join(kinds)
-    rationale = f"This host shows {names}: signs that belong together in the known ways to take over a Linux host."
-    return [(INTRUSION, f"Signs of one intrusion: {names}", rationale, positions)]
+    rationale = f"This host shows signs of several kinds ({names}), which known takeovers of Linux hosts combine."
+    return [(INTRUSION, f"Intrusion signs: {names}", rationale, positions)]
 
 
 def _shared_values(findings: Sequence[Finding]) -> list[Group]:

@@ -121,7 +121,7 @@ def _lowered_row(finding: dict[str, Any], reason: str) -> str:
     parts = [f'<b>{text(finding["title"])}</b> {change} <span class="quiet">{text(finding["id"], 120)}</span>']
     parts.append(_evidence(finding))
     parts += [f"reason of the model: {text(reason)}"] if reason else []
-    parts += [_limits(finding)] if finding.get("known_limits") else []
+    parts += [_limits(finding)] if finding["known_limits"] else []
     return "<br>".join(parts)
 
 
@@ -131,7 +131,7 @@ def _evidence(finding: dict[str, Any]) -> str:
 
 
 def _limits(finding: dict[str, Any]) -> str:
-    return f'<span class="quiet">known limits: {text("; ".join(finding.get("known_limits", ())))}</span>'
+    return f'<span class="quiet">known limits: {text("; ".join(finding["known_limits"]))}</span>'
 
 
 def _top(row: dict[str, Any], finding: dict[str, Any]) -> str:
@@ -170,4 +170,4 @@ def _table(findings: list[dict[str, Any]]) -> str:
 
 def _described(finding: dict[str, Any]) -> str:
     parts = [text(finding["title"], 120), _evidence(finding)]
-    return "<br>".join(parts + ([_limits(finding)] if finding.get("known_limits") else []))
+    return "<br>".join(parts + ([_limits(finding)] if finding["known_limits"] else []))

@@ -109,13 +109,14 @@ def _lowered(document: dict[str, Any]) -> list[str]:
     for finding, reason in lowered_rows(document):
         lines.append(
             f"> - **{plain(finding['title'])}**: lowered from **{finding['scanner_severity']}** to "
-            f"**{finding['model_severity']}** ({plain(finding['id'], 120)})  "
+            f"**{finding['model_severity']}** ({plain(finding['id'], 120)})"
         )
-        lines.append(f">   {_evidence(finding)}")
-        lines += [f">   reason of the model: {plain(reason)}"] if reason else []
-        lines += (
-            [f">   known limits: {plain('; '.join(finding['known_limits']))}"] if finding.get("known_limits") else []
-        )
+        parts = [_evidence(finding)]
+        parts += [f"reason of the model: {plain(reason)}"] if reason else []
+        parts += [f"known limits: {plain('; '.join(finding['known_limits']))}"] if finding["known_limits"] else []
+        for part in parts:
+            lines[-1] += "  "  # a line break of Markdown
+            lines.append(f">   {part}")
     return ["\n".join(lines)]
 
 
@@ -193,7 +194,7 @@ def _table(findings: list[dict[str, Any]]) -> str:
         cells = (
             f["severity"], f["scanner_severity"], f["model_severity"] or "no answer", f["risk_score"],
             f"{f['probability_actionable']:.0%}", plain(f["category"], 120), plain(f["title"], 120),
-            _evidence(f).removeprefix("evidence: "), plain("; ".join(f.get("known_limits", ()))), plain(f["id"], 120),
+            _evidence(f).removeprefix("evidence: "), plain("; ".join(f["known_limits"])), plain(f["id"], 120),
         )  # fmt: skip
         rows.append("| " + " | ".join(map(str, cells)) + " |")
     return "\n".join(rows)

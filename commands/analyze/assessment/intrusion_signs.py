@@ -41,7 +41,7 @@ _HIDDEN_MODULE = re.compile(
 )
 
 #: kinds of signs, in the order of a title
-SIGNS = ("a preloaded library", "an SUID shell", "a shell port", "a deleted or hidden program", "a suspicious module")
+SIGNS = ("preloaded library", "SUID shell", "shell port", "untrusted program", "suspicious module")
 
 
 def signs_of(finding: Finding) -> list[str]:

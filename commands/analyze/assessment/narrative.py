@@ -133,12 +133,21 @@ def reason(finding: ScoredFinding, links: Sequence[Link], shown: str) -> str:
         links: correlations of the window.
         shown: id of the finding in the window.
     """
-    parts = [f"scanner {finding.scanner_severity}", f"model {finding.model_severity or 'without a valid answer'}"]
+    parts = [_agreement(finding)]
     if finding.baseline_status == "new":
         parts.append("new since the baseline")
     if link := next((link for link in links if shown in link.finding_ids), None):
         parts.append(f"part of: {link.title}")
     return "; ".join(parts)
+
+
+def _agreement(finding: ScoredFinding) -> str:
+    scanner, model = finding.scanner_severity, finding.model_severity
+    if model is None:
+        return f"{scanner} by the scanner"
+    if scanner == model:
+        return f"{scanner} by the scanner and the model"
+    return f"the model {'lowers' if LEVELS[model] < LEVELS[scanner] else 'raises'} it from {scanner} to {model}"
 
 
 def acceptable(text: str, overview: Overview) -> bool:

@@ -116,14 +116,15 @@ def test_the_documents_validate_against_the_ground_truth_schema(name, trust, req
 def test_findings_of_one_intrusion_are_correlated():
     document = analysis_document(COMPROMISED, (), CALMING)
     first = document["correlations"][0]
-    assert first["title"] == (
-        "Signs of one intrusion: a preloaded library, an SUID shell, a shell port, a deleted or hidden program"
-    )
+    assert first["title"] == ("Intrusion signs: preloaded library, SUID shell, shell port, untrusted program")
     assert first["severity"] == "critical"
     assert set(first["related_finding_ids"]) == {
         WORST, "/var/tmp/.cache/bash", "tcp-31337", "/var/tmp/.cache/kworkerd:2713",
     }  # fmt: skip
-    assert "Signs of one intrusion" in document["summaries"]["executive_summary"]
+    assert (
+        "Intrusion signs: preloaded library, SUID shell, shell port, untrusted program"
+        in document["summaries"]["executive_summary"]
+    )
 
 
 def test_evidence_and_the_host_are_shown():

@@ -83,5 +83,8 @@ def test_a_summary_without_the_highest_severity_gets_a_lead():
 
 def test_the_reason_has_both_severities():
     assert narrative.reason(scored("a", "high", "low"), [Link("Pair", None, None, ("a", "b"))], "a") == (
-        "scanner high; model low; part of: Pair"
+        "the model lowers it from high to low; part of: Pair"
     )
+    assert narrative.reason(scored("a", "low", "high"), [], "a") == "the model raises it from low to high"
+    assert narrative.reason(scored("a", "low", "low"), [], "a") == "low by the scanner and the model"
+    assert narrative.reason(scored("a", "low"), [], "a") == "low by the scanner"
