@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from commands.analyze.assessment.trust import counts_text
 from datamodules.records import SEVERITIES
 from datamodules.tasks.base import compact_json, truncate
 
@@ -175,7 +176,7 @@ def skipped_lines(document: Mapping[str, Any]) -> list[str]:
     if warnings := reference.get("collection_warnings"):
         lines.append(f"The scanner could not read {warnings} objects of the host (collection_warnings of the report).")
     covered = {name for action in document["actions"] for name in action["finding_ids"]}
-    without = sum(f["severity"] != "info" and f["id"] not in covered for f in findings)
+    without = [f["severity"] for f in findings if f["severity"] != "info" and f["id"] not in covered]
     if without:
-        lines.append(f"{without} findings above info have no action here (--actions).")
+        lines.append(f"{len(without)} findings above info have no action here (--actions): {counts_text(without)}.")
     return lines or ["Nothing was skipped."]

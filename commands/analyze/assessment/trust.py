@@ -113,7 +113,8 @@ def count_visible(value: Any, depth: int = 0) -> int:
     if "title" in value and "severity" in value:
         return 1
     counters = ("finding_count", "finding_count_total", "finding_count_emitted")
-    stated = [value[name] for name in counters if isinstance(value.get(name), int)]
+    # scanners write numbers as strings too
+    stated = [int(str(value[name])) for name in counters if str(value.get(name, "")).isdecimal()]
     inside = [count_visible(item, depth + 1) for item in value.values()]
     # the summary and the results of a report count the same findings
     return max(*stated, *inside, 0) if stated or "results" in value else sum(inside)

@@ -182,6 +182,14 @@ def test_the_model_orders_top_findings_within_a_severity_only():
     assert [item["id"] for item in document["reductions"]["top_findings"]] == ["b", "c", "a"]
 
 
+def test_severity_ranks_before_risk_in_the_window_and_among_actions():
+    script = Script()
+    document = run(script, [make("a", "low", 90.0), make("b", "critical", 10.0)], window=1, actions=1)
+    assert [finding["id"] for finding in script.contents["summary"][0]["findings"]] == ["b"]
+    assert document["reductions"]["top_findings"][0]["id"] == "b"
+    assert {name for action in document["actions"] for name in action["finding_ids"]} == {"b"}
+
+
 def test_only_findings_above_info_get_actions_one_of_each_kind_first():
     findings = [
         *(make(f"s{i}", "high", 80.0, "Same", "suid") for i in range(5)),

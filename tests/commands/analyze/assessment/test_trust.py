@@ -63,6 +63,7 @@ FINDING = {"title": "T", "severity": "high", "metadata": {}}
         ({"results": [{"scanner": "x", "findings": []}], "summary": {"finding_count_total": 0}}, 0),
         ({"results": [{"scanner": "x", "finding_count": 4}]}, 4),
         ({"results": [], "summary": {"finding_count_total": 7}}, 7),
+        ({"results": [], "summary": {"finding_count_total": "8", "finding_count_emitted": None}}, 8),
         ({"enriched_findings": [], "raw_reference": {"results": [{"findings": [FINDING, FINDING]}]}}, 2),
         ({"findings": [], "other": {"ioc": [FINDING]}}, 1),
     ],
