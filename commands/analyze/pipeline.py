@@ -239,7 +239,8 @@ class Analysis:
         by_rule = {"triage_summary": triage_summary(window), "top_findings": top_findings(window)}
         for answer in triage_answers:
             if answer is not None and self._is_usable(triage, content, answer, by_rule, overview):
-                triage_text = part + answer["triage_summary"]
+                text = answer["triage_summary"]
+                triage_text = narrative.lead(overview, text) + part + text
                 reasons = {row["id"]: row["reason"] for row in answer["top_findings"]}
                 rows = top_rows(window, overview, reasons)
         return executive, triage_text, rows

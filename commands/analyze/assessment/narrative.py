@@ -7,6 +7,7 @@ is urgent while the scanner or the model rates any finding medium or above.
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -156,13 +157,13 @@ def acceptable(text: str, overview: Overview) -> bool:
 
 
 def lead(overview: Overview, text: str) -> str:
-    """Returns a sentence about the worst finding, for a model's summary that does not mention its severity.
+    """Returns a sentence about the worst finding, for a model's summary or triage that does not mention its severity.
 
     Args:
         overview: the findings.
-        text: the model's summary.
+        text: the model's text.
     """
-    if overview.may_calm or not overview.findings or overview.worst in text.lower():
+    if overview.may_calm or not overview.findings or re.search(rf"\b{overview.worst}\b", text.lower()):
         return ""
     top = overview.by_ceiling()[0]
     return f"Highest severity: {ceiling(top)}, {truncate(top.title, MAX_NAME)}. "

@@ -206,7 +206,7 @@ MISTAKES = {
     "not a report": ({"--report": "other.json"}, "other.json: no scanner report"),
     "no usable finding": ({"--report": "unusable.json"}, "none of its 1 findings is usable; number 1"),
     "unreadable findings": ({"--report": "unreadable.json"}, "none of its 3 findings could be read"),
-    "no such trust": ({"--trust": "nobody"}, "trust"),
+    "no such trust": ({"--trust": "abacus"}, "trust"),
     "no model": ({"--model": "nowhere"}, "--model nowhere: no such folder"),
     "an empty model folder": ({"--model": "empty"}, "neither a run folder"),
     "the report as output": ({"--output": "report.json"}, "is the report itself"),

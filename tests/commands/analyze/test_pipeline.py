@@ -164,6 +164,7 @@ def test_a_models_summary_of_the_riskiest_findings_starts_with_their_number():
 def test_top_findings_have_their_own_titles_and_scores():
     row = {"id": "d", "title": "Wrong title", "severity": "critical", "risk_score": 10, "reason": "It came first."}
     document = run(Script(triage={"triage_summary": "Start with d.", "top_findings": [row]}))
+    assert document["summaries"]["triage_summary"] == "Highest severity: critical, Title b. Start with d."
     top = document["reductions"]["top_findings"]
     assert [item["id"] for item in top] == ["b", "a", "d", "c"]
     assert top[2] == {

@@ -79,6 +79,7 @@ def test_a_summary_without_the_highest_severity_gets_a_lead():
     view = overview(scored("a", "high", "low"))
     assert narrative.lead(view, "One finding.") == "Highest severity: high, Title a. "
     assert narrative.lead(view, "One High finding.") == ""
+    assert narrative.lead(view, "The highest risk is 70.") != ""
 
 
 def test_the_reason_has_both_severities():
