@@ -214,5 +214,5 @@ def provenance(document: dict[str, Any]) -> list[str]:
         reasons = ", ".join(f"{count} {reason}" for reason, count in counts["by_rule"].items()) or "none"
         rows.append(f"{task}: {counts['by_model']} by the model, by rule: {reasons}")
     lowered = about["lowered"]["count"]
-    rows.append(f"severities by --trust {about['trust']}; {lowered} findings are rated far lower by the model")
+    rows.append(f"severities by --trust {about['trust']}; findings that the model rates far lower: {lowered}")
     return rows

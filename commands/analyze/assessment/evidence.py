@@ -171,12 +171,12 @@ def skipped_lines(document: Mapping[str, Any]) -> list[str]:
             f"rates them {counts}. The worst of them is {worst['severity']}: {worst['title']} ({worst['id']})."
         )
     if unusable := reference.get("unusable"):
-        lines.append(f"{len(unusable)} records of the report were not usable, see raw_reference.unusable of the JSON.")
+        lines.append(f"Records of the report that were not usable: {len(unusable)}, see raw_reference.unusable.")
     lines += [f"A scanner failed: {error}" for error in reference.get("scanner_errors", ())]
     if warnings := reference.get("collection_warnings"):
-        lines.append(f"The scanner could not read {warnings} objects of the host (collection_warnings of the report).")
+        lines.append(f"Objects that the scanner could not read (collection_warnings of the report): {warnings}.")
     covered = {name for action in document["actions"] for name in action["finding_ids"]}
     without = [f["severity"] for f in findings if f["severity"] != "info" and f["id"] not in covered]
     if without:
-        lines.append(f"{len(without)} findings above info have no action here (--actions): {counts_text(without)}.")
+        lines.append(f"Findings above info without an action here (--actions): {counts_text(without)}.")
     return lines or ["Nothing was skipped."]

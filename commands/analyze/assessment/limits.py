@@ -82,8 +82,8 @@ class KnownLimits:
             lines.append(f"Categories of this report that the training data lacks: {shown}.")
         if unlike:
             lines.append(
-                f"{unlike} of {findings} findings have a title unlike every title of the training data: "
-                "the model's severity of these is a guess."
+                f"Findings with a title unlike every title of the training data: {unlike} of {findings}. "
+                "The model's severity of these is a guess."
             )
         return lines
 

@@ -30,7 +30,7 @@ def test_the_page_has_every_part_and_a_row_for_each_finding():
     assert {"Scan analysis", "Triage", "What to do", "Correlations", "Findings"} <= set(page.texts)
     assert page.tags["tr"] == 1 + 3
     assert any("model tiny, constrained to the schema" in text for text in page.texts)
-    assert "1 records of the report were not usable, see raw_reference.unusable of the JSON." in page.texts
+    assert "Records of the report that were not usable: 1, see raw_reference.unusable." in page.texts
 
 
 def test_the_page_runs_and_loads_nothing_whatever_a_finding_contains():

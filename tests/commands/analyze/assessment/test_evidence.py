@@ -79,7 +79,7 @@ def test_every_skipped_part_has_a_line():
     }  # fmt: skip
     lines = skipped_lines(document)
     assert lines[0].startswith("1 of 2 findings were not analysed (--limit 1); the scanner rates them 1 high.")
-    assert [line.split()[0] for line in lines[1:]] == ["1", "A", "The", "1"]
-    assert lines[-1] == "1 findings above info have no action here (--actions): 1 low."
+    assert [line.split()[0] for line in lines[1:]] == ["Records", "A", "Objects", "Findings"]
+    assert lines[-1] == "Findings above info without an action here (--actions): 1 low."
     document["raw_reference"], document["actions"] = {}, [{"finding_ids": ["a"]}]
     assert skipped_lines(document) == ["Nothing was skipped."]
