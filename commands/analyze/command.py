@@ -14,6 +14,10 @@ from typing import TYPE_CHECKING, Any, Literal
 from rich.console import Console
 
 from callbacks.task_progress import TaskProgress
+from commands.analyze.assessment.evidence import host_of, scanner_failures, skipped_findings
+from commands.analyze.assessment.limits import known_limits
+from commands.analyze.assessment.trust import Trust, require_readable
+from commands.analyze.console import trust_lines
 from commands.analyze.html import to_html
 from commands.analyze.markdown import to_markdown
 from commands.analyze.pipeline import Analysis, AnalysisLimits
@@ -66,6 +70,7 @@ def analyze(
     actions: int = 10,
     correlations: int = 16,
     max_new_tokens: int | None = None,
+    trust: Trust = "higher",
 ) -> int:
     """Scores every finding, correlates findings, summarises the report and recommends actions.
 
@@ -81,6 +86,7 @@ def analyze(
         actions: number of findings above severity info that get a remediation, the riskiest of each kind first.
         correlations: number of groups of findings that the model correlates.
         max_new_tokens: limit of the length of an answer; null uses a limit for each task.
+        trust: whose severities rank the findings: scanner, model, or the higher one of the two for each finding.
 
     Raises:
         UserError: an option is out of its range, or a file can't be read or written.
@@ -107,17 +113,19 @@ def analyze(
         tasks,
         AnalysisLimits(actions=actions, correlations=correlations),
         lambda names, count: _task_progress(names, count, console),
+        trust,
+        known_limits(trained),
     )
     try:
         # the adapter is merged once for all tasks
         with out_of_memory_advice("--batch_size"), merged(generator.model):
-            document = analysis(parsed.document)
+            document = analysis(parsed.document, reference)
     except KeyboardInterrupt:
         _print(console, [f"interrupted: finished answers are in {partial_answers}; to resume, run the command again"])
         return INTERRUPTED
     settings = {"model": trained.name, "tasks": tasks, "constrained": constrained}
     results = document["enrichment_results"]
-    results["model_report"] = settings | {"answers": results["model_report"]}
+    results["model_report"] = settings | results["model_report"]
     document["raw_reference"] = reference
     _write(target, WRITERS[format](document))
     partial_answers.unlink(missing_ok=True)
@@ -148,20 +156,17 @@ def read(source: Path, limit: int | None) -> tuple[Parsed, dict[str, Any]]:
         raise UserError(f"--report {source}: not readable as JSON: {problem}. Fix: give a scanner's report.") from error
     parsed = read_report(value, f"--report {source}")
     document, unusable = parsed.document, parsed.quarantined
-    if unusable and not document.findings:
-        first = unusable[0]
-        problem = f"{first.reason} {first.detail}".rstrip()
-        raise UserError(
-            f"--report {source}: none of its {len(unusable)} findings is usable; number {first.position + 1}: {problem}"
-        )
+    require_readable(value, parsed, f"--report {source}")
     reference = {
         "file": source.name,
         "sha256": hashlib.sha256(data).hexdigest(),
+        "host": host_of(value),
         "findings": len(document.findings),
         "repairs": dict(parsed.repairs),
         "unusable": [{"position": bad.position, "reason": bad.reason, "detail": bad.detail} for bad in unusable],
-    }
+    } | scanner_failures(value)
     if limit is not None and limit < len(document.findings):
+        reference["skipped"] = skipped_findings(document.findings[limit:])
         document.findings[limit:] = []
         reference["limit"] = limit
     return parsed, reference
@@ -256,9 +261,7 @@ def format_summary(document: dict[str, Any], target: Path, reused: int, seconds:
     for task, counts in answers.items():
         reasons = ", ".join(f"{count} {reason}" for reason, count in counts["by_rule"].items())
         lines.append(f"  {task:<12} {counts['by_model']} by the model" + (f"; by rule: {reasons}" if reasons else ""))
-    if unusable := document["raw_reference"]["unusable"]:
-        lines.append(f"  not usable   {len(unusable)} records of the report; see raw_reference.unusable")
-    return lines
+    return lines + trust_lines(document)
 
 
 def _print(console: Console, lines: list[str]) -> None:

@@ -1,16 +1,19 @@
 """Finds groups of findings that may be correlated, as input of the correlation task.
 
-Three rules are applied to all findings: the same value of a field that identifies one object (a process id, a path, a
-port), the same title more than once above severity info, and pairs of categories that strengthen each other (an
-indicator of compromise and world-writable files). The riskiest groups come first.
+Four rules are applied to all findings: signs of one intrusion (a preloaded library, an SUID shell, a listener), the
+same value of a field that identifies one object (a process id, a path, a port), the same title more than once above
+severity info, and pairs of categories that strengthen each other (an indicator of compromise and world-writable
+files). An intrusion comes first, then the riskiest groups.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import TYPE_CHECKING
 
+from commands.analyze.assessment.intrusion_signs import INTRUSION, SIGNS, signs_of
 from datamodules.records import SEVERITIES, Correlation
 from datamodules.tasks.base import round_number, truncate
 from datamodules.tasks.remediation import ALIASES
@@ -46,7 +49,7 @@ class Candidate:
     """A group of findings that may be correlated.
 
     Attributes:
-        rule: name of the rule: shared_value, shared_title or combination.
+        rule: name of the rule: intrusion, shared_value, shared_title or combination.
         title: one line about the common property.
         rationale: the rule's reason as a sentence.
         positions: positions of the findings in the report, the riskiest first.
@@ -65,7 +68,10 @@ class Candidate:
             findings: all findings of the report.
         """
         members = [findings[position] for position in self.positions]
-        severity = max((finding.severity for finding in members), key=SEVERITIES.index)
+        severities = [finding.severity for finding in members]
+        if self.rule == INTRUSION:
+            severities.append("high")  # several signs together are more than each alone
+        severity = max(severities, key=SEVERITIES.index)
         return Correlation(
             id=key, title=self.title, description=self.rationale, type=self.rule, strength=None,
             finding_ids=[finding.id for finding in members], severity=severity,
@@ -85,7 +91,8 @@ def find_candidates(findings: Sequence[Finding], *, max_members: int = 8, max_gr
         The groups, the riskiest first; every set of findings occurs once.
     """
     risky = [i for i, finding in enumerate(findings) if finding.severity != "info"]
-    groups = [*_shared_values(findings), *_shared_titles(findings, risky), *_combinations(findings, risky)]
+    intrusion = _intrusion(findings, max_members)
+    groups = [*intrusion, *_shared_values(findings), *_shared_titles(findings, risky), *_combinations(findings, risky)]
     distinct: dict[frozenset[int], Candidate] = {}
     for rule, title, rationale, positions in groups:
         ranked = sorted(positions, key=lambda i: (-findings[i].risk_score, i))[:max_members]
@@ -94,12 +101,38 @@ def find_candidates(findings: Sequence[Finding], *, max_members: int = 8, max_gr
     return sorted(distinct.values(), key=lambda group: _rank(group, findings))[:max_groups]
 
 
-def _rank(group: Candidate, findings: Sequence[Finding]) -> tuple[float, int, tuple[int, ...]]:
+def _rank(group: Candidate, findings: Sequence[Finding]) -> tuple[bool, float, int, tuple[int, ...]]:
     risks = [findings[position].risk_score for position in group.positions]
-    return -sum(sorted(risks)[-2:]), -len(risks), group.positions  # the two riskiest findings decide
+    # the two riskiest findings decide
+    return group.rule != INTRUSION, -sum(sorted(risks)[-2:]), -len(risks), group.positions
 
 
 Group = tuple[str, str, str, list[int]]  #: rule, title, rationale, positions
+
+
+def _intrusion(findings: Sequence[Finding], most: int) -> list[Group]:
+    """Returns the findings that are signs of one intrusion if there are signs of at least two kinds.
+
+    Args:
+        findings: of the report.
+        most: largest number of findings; each kind gets its riskiest one before any kind gets a second one.
+    """
+    by_sign: dict[str, list[int]] = {name: [] for name in SIGNS}
+    for position, finding in enumerate(findings):
+        for name in signs_of(finding):
+            by_sign[name].append(position)
+    kinds = {
+        name: sorted(where, key=lambda i: (-findings[i].risk_score, i)) for name, where in by_sign.items() if where
+    }
+    if len(kinds) < 2:
+        return []
+    turns = zip_longest(*kinds.values())
+    positions = list(dict.fromkeys(position for turn in turns for position in turn if position is not None))[:most]
+    if len(positions) < 2:
+        return []
+    names = ", ".join(kinds)
+    rationale = f"This host shows signs of several kinds ({names}), which known takeovers of Linux hosts combine."
+    return [(INTRUSION, f"Intrusion signs: {names}", rationale, positions)]
 
 
 def _shared_values(findings: Sequence[Finding]) -> list[Group]:

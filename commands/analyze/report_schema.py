@@ -4,68 +4,26 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import orjson
 
-from datamodules.records import SEVERITIES, SUBSCORES, Finding
+from commands.analyze.assessment.scored_finding import ScoredFinding, rank
+from commands.analyze.assessment.trust import is_lowered
+from datamodules.records import SEVERITIES, Finding
 from datamodules.tasks.base import compact_json
-from datamodules.tasks.target_answers import truncate_tags
 
 if TYPE_CHECKING:
     from datamodules.records import Correlation
 
-BY_MODEL, BY_RULE = "model", "rule"  #: origin of a value
-
-
-@dataclass(slots=True)
-class ScoredFinding(Finding):
-    """A finding with the scores of the analysis.
-
-    Attributes:
-        scanner_severity: severity in the report.
-        answered_by: origin of the scores, "model" or "rule".
-    """
-
-    scanner_severity: str = ""
-    answered_by: str = BY_RULE
-
-
-def score_finding(finding: Finding, answer: dict[str, Any] | None) -> ScoredFinding:
-    """Returns a finding with the values of the model's answer.
-
-    Without an answer the scanner's severity and risk score are kept. Missing subscores and a missing probability
-    are the risk score divided by 100.
-
-    Args:
-        finding: of the report.
-        answer: answer to the risk task; None if there is no valid one.
-    """
-    given = answer or {}
-    risk = float(given.get("risk_score", finding.risk_score))
-    share = round(risk / 100, 2)
-    subscores = {**dict.fromkeys(SUBSCORES, share), **finding.risk_subscores, **given.get("risk_subscores", {})}
-    probability = given.get("probability_actionable", finding.probability_actionable)
-    values = {name: getattr(finding, name) for name in Finding.__slots__}
-    values |= {
-        "severity": given.get("severity", finding.severity),
-        "risk_score": risk,
-        "risk_subscores": {name: subscores[name] for name in SUBSCORES},
-        "probability_actionable": share if probability is None else probability,
-        "tags": truncate_tags(given.get("tags") or finding.tags or [finding.category]),
-    }
-    source = BY_MODEL if answer is not None else BY_RULE
-    return ScoredFinding(**values, scanner_severity=finding.severity, answered_by=source)
-
 
 def enriched_findings(findings: Sequence[ScoredFinding], correlations: Sequence[Correlation]) -> list[dict[str, Any]]:
-    """Returns the part ``enriched_findings``; each finding refers to the correlations that contain it."""
+    """Returns the part ``enriched_findings``, the most severe first, with the correlations of each finding."""
     refs: dict[str, list[str]] = defaultdict(list)
     for correlation in correlations:
         for name in correlation.finding_ids:
             refs[name].append(correlation.id)
-    return [_finding_record(finding, refs[finding.id]) for finding in findings]
+    return [_finding_record(finding, refs[finding.id]) for finding in sorted(findings, key=rank)]
 
 
 def _finding_record(finding: ScoredFinding, refs: list[str]) -> dict[str, Any]:
@@ -82,8 +40,12 @@ def _finding_record(finding: ScoredFinding, refs: list[str]) -> dict[str, Any]:
         "risk_subscores": finding.risk_subscores,
         "correlation_refs": refs or finding.correlation_refs,
         "baseline_status": finding.baseline_status,
-        "severity_source": finding.answered_by,
+        "severity_source": finding.severity_source,
         "scanner_severity": finding.scanner_severity,
+        "scanner_risk_score": whole_number(finding.scanner_risk),
+        "model_severity": finding.model_severity,
+        "model_risk_score": None if finding.model_risk is None else whole_number(finding.model_risk),
+        "lowered": is_lowered(finding.scanner_severity, finding.model_severity),
         "probability_actionable": finding.probability_actionable,
         "graph_degree": len(refs),
         "risk_total": whole_number(finding.risk_score),
@@ -125,12 +87,6 @@ def severity_metrics(findings: Sequence[Finding]) -> dict[str, Any]:
     """Returns the number of findings, in total and by severity."""
     counts = Counter(finding.severity for finding in findings)
     return {"findings": len(findings), "by_severity": {name: counts[name] for name in SEVERITIES if counts[name]}}
-
-
-def severity_counts(findings: Sequence[Finding]) -> str:
-    """Returns the counts by severity as text: "1 critical, 3 low"."""
-    counts = Counter(finding.severity for finding in findings)
-    return ", ".join(f"{counts[name]} {name}" for name in reversed(SEVERITIES) if counts[name])
 
 
 def whole_number(value: float) -> int:

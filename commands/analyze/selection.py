@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
-from datamodules.records import SEVERITIES
+from datamodules.records import SEVERITIES, Finding
 from datamodules.tasks.windows import Window, links_among
 
 if TYPE_CHECKING:
-    from datamodules.records import Correlation, Finding
+    from datamodules.records import Correlation
+
+AnyFinding = TypeVar("AnyFinding", bound=Finding)
 
 
 def unique_ids(findings: Sequence[Finding]) -> list[Finding]:
@@ -31,19 +33,20 @@ def unique_ids(findings: Sequence[Finding]) -> list[Finding]:
 
 
 def riskiest_window(findings: Sequence[Finding], correlations: Sequence[Correlation], size: int) -> Window:
-    """Returns the riskiest findings in the report's order: the input of the tasks summary and triage.
+    """Returns the most severe findings in the report's order, ties by risk: the input of the tasks summary and triage.
 
     Args:
         findings: of the report.
         correlations: those between findings of the window are kept.
         size: largest number of findings.
     """
-    ranked = sorted(range(len(findings)), key=lambda i: (-findings[i].risk_score, i))[:size]
+    severity = [-SEVERITIES.index(finding.severity) for finding in findings]
+    ranked = sorted(range(len(findings)), key=lambda i: (severity[i], -findings[i].risk_score, i))[:size]
     inside = [findings[position] for position in sorted(ranked)]
     return Window(inside, links_among(inside, correlations), whole=len(inside) == len(findings))
 
 
-def one_of_each_kind(findings: Sequence[Finding], count: int) -> list[Finding]:
+def one_of_each_kind(findings: Sequence[AnyFinding], count: int) -> list[AnyFinding]:
     """Returns the riskiest findings above severity info, of as many kinds as possible.
 
     The second finding of a kind (category and title) comes after the first finding of every other kind.

@@ -31,7 +31,8 @@ MAX_LINKS = 4  #: correlations that the prompt of a window lists
 MAX_LINK_IDS = 6  #: finding ids that are listed for such a correlation
 URGENT = ("critical", "high")
 
-_ADVICE = {
+#: recommendation by the highest severity; {top} is the title of the riskiest finding
+ADVICE = {
     "critical": "Isolate the host and start incident response today, beginning with {top}.",
     "high": "Investigate {top} within a day, then work down the list by risk.",
     "medium": "Plan fixes for the next maintenance window, beginning with {top}.",
@@ -244,7 +245,7 @@ def executive_summary(window: Window) -> str:
         linked = "; ".join(f"{link.title} ({len(link.finding_ids)} findings)" for link in window.links[:2])
         sentences.append(f"Correlated: {linked}.")
     top = truncate(window.ranked()[0][0].title, 80)
-    sentences.append(_ADVICE[window.severity].replace("{top}", top))
+    sentences.append(ADVICE[window.severity].replace("{top}", top))
     return truncate(" ".join(sentences), MAX_SUMMARY)
 
 

@@ -66,7 +66,7 @@ def test_every_constrained_answer_is_valid(run, ground_truth_schema, tmp_path):
     report = document["enrichment_results"]["model_report"]
     assert report["constrained"] is True
     assert report["answers"]["risk"] == {"asked": 2, "by_model": 2, "by_rule": {}}
-    assert {finding["severity_source"] for finding in document["enriched_findings"]} == {"model"}
+    assert all(finding["model_severity"] for finding in document["enriched_findings"])
 
 
 def test_invalid_answers_are_replaced_by_rule_and_counted(run, tmp_path):
@@ -83,6 +83,22 @@ def test_invalid_answers_are_replaced_by_rule_and_counted(run, tmp_path):
     assert [c["correlation_type"] for c in same_process] == ["shared_value"]
     assert same_process[0]["id"] in by_id["ioc1"]["correlation_refs"]
     assert {action["finding_ids"][0] for action in document["actions"]} == {"ioc1", "ioc2", "n4"}
+
+
+def test_severities_evidence_and_limits_are_in_the_document_and_on_the_console(run, tmp_path, capsys):
+    _, document = analyze(run, REPORT, tmp_path / "e.json", *short("--trust", "scanner", "--limit", "2"))
+    about = document["enrichment_results"]["model_report"]
+    assert about["trust"] == "scanner"
+    assert about["lowered"] == {"count": 0, "findings": []}
+    assert "It was trained only on generated findings" in about["known_limits"]["banner"][0]
+    assert document["raw_reference"]["host"] == {"host": "host"}
+    assert document["raw_reference"]["skipped"]["by_severity"] == {"medium": 1}
+    assert document["enriched_findings"][0]["scanner_severity"] == "critical"
+    printed = capsys.readouterr().out
+    assert "worst        critical (scanner critical, model no valid answer)  Suspicious LD_PRELOAD [ioc2]" in printed
+    assert "scanner      1 critical, 1 high" in printed
+    assert "1 of 3 findings were not analysed (--limit 2); the scanner rates them 1 medium" in printed
+    assert (run / "training_titles.json").is_file()
 
 
 def test_a_model_answers_only_the_tasks_that_it_was_trained_on(tmp_path, tiny_llama, chatml_tokenizer):
@@ -104,12 +120,12 @@ def test_instructions_in_a_finding_change_no_type_and_no_other_finding(run, grou
     _, plain = analyze(run, REPORT, tmp_path / "plain.json", *short("--max_new_tokens", "40"))
     _, after = analyze(run, hostile, tmp_path / "hostile.json", *short("--max_new_tokens", "40"))
     check(after, ground_truth_schema)
-    others = [
-        [{k: v for k, v in f.items() if k not in ("correlation_refs", "graph_degree")} for f in d["enriched_findings"]]
-        for d in (plain, after)
-    ]
-    assert others[0][1:] == others[1][1:]
-    types = [{name: type(value) for name, value in d["enriched_findings"][0].items()} for d in (plain, after)]
+    by_id = [{f["id"]: f for f in document["enriched_findings"]} for document in (plain, after)]
+    graph = ("correlation_refs", "graph_degree")
+    for name in ("ioc2", "n4"):
+        others = [{k: v for k, v in findings[name].items() if k not in graph} for findings in by_id]
+        assert others[0] == others[1]
+    types = [{name: type(value) for name, value in findings["ioc1"].items()} for findings in by_id]
     assert types[0] == types[1]
     commands = [action.get(name, "") for action in after["actions"] for name in ("command", "check")]
     assert not any("$(id)" in text or "Ignore" in text for text in commands)
@@ -189,6 +205,8 @@ MISTAKES = {
     "not JSON": ({"--report": "broken.json"}, "broken.json: not readable as JSON: Expecting"),
     "not a report": ({"--report": "other.json"}, "other.json: no scanner report"),
     "no usable finding": ({"--report": "unusable.json"}, "none of its 1 findings is usable; number 1"),
+    "unreadable findings": ({"--report": "unreadable.json"}, "none of its 3 findings could be read"),
+    "no such trust": ({"--trust": "abacus"}, "trust"),
     "no model": ({"--model": "nowhere"}, "--model nowhere: no such folder"),
     "an empty model folder": ({"--model": "empty"}, "neither a run folder"),
     "the report as output": ({"--output": "report.json"}, "is the report itself"),
@@ -207,6 +225,7 @@ def test_a_user_error_is_one_line_and_exit_status_2(run, tmp_path, monkeypatch, 
     (tmp_path / "broken.json").write_text('{"results": [\n  {"scanner": }\n]}')
     (tmp_path / "other.json").write_text('{"weather": "fine"}')
     (tmp_path / "unusable.json").write_text('{"results": [{"scanner": "x", "findings": [7]}]}')
+    (tmp_path / "unreadable.json").write_text('{"results": [{"scanner": "x", "finding_count": 3}]}')
     given = {"--model": str(run), "--report": "report.json", "--output": "out.json"} | options
     assert main(["analyze", *(part for pair in given.items() for part in pair)]) == 2
     error = capsys.readouterr().err

@@ -6,6 +6,7 @@ from html.parser import HTMLParser
 
 from commands.analyze.html import to_html
 from tests.helpers.analysis_document import analysis_document, report_with
+from tests.helpers.compromised_host import CALMING
 
 
 class Page(HTMLParser):
@@ -29,12 +30,16 @@ def test_the_page_has_every_part_and_a_row_for_each_finding():
     assert {"Scan analysis", "Triage", "What to do", "Correlations", "Findings"} <= set(page.texts)
     assert page.tags["tr"] == 1 + 3
     assert any("model tiny, constrained to the schema" in text for text in page.texts)
-    assert "1 records of the report were not usable" in page.texts
+    assert "Records of the report that were not usable: 1, see raw_reference.unusable." in page.texts
 
 
 def test_the_page_runs_and_loads_nothing_whatever_a_finding_contains():
     title = "<script>x</script> <img src=//evil onerror=x> &amp; \x1b[31m"
-    text = to_html(analysis_document(report_with(title=title, category='"><b onload=x>')))
+    metadata = {"path": title, "command": title, "user": title}
+    report = report_with(title=title, category='"><b onload=x>', metadata=metadata)
+    report["meta"] |= {"hostname": title, "os_pretty": title}
+    report["scanner_errors"] = [title]
+    text = to_html(analysis_document(report, answers=CALMING))
     page = Page(text)
     assert not page.tags.keys() & {"script", "img", "link", "a", "iframe", "object"}
     assert not page.attributes & {"src", "href", "onerror", "onload"}
@@ -53,6 +58,11 @@ def test_an_action_shows_its_needs_its_danger_and_its_undo():
 
 
 def test_a_report_without_findings_recommends_no_action():
-    texts = Page(to_html(analysis_document({"results": [{"scanner": "ioc", "findings": []}]}))).texts
+    empty = {"results": [{"scanner": "ioc", "findings": []}]}
+    texts = Page(to_html(analysis_document(empty, ()))).texts
     assert "Nothing above info: no action is needed." in texts
+    assert "The scan reports no findings. No action is needed." in texts
+    incomplete = Page(to_html(analysis_document(empty | {"scanner_errors": ["ioc: permission denied"]}, ()))).texts
+    assert not any("no action is needed" in text.lower() for text in incomplete)
+    assert any("A scanner failed" in text and "permission denied" in text for text in incomplete)
     assert "None found." in texts

@@ -4,18 +4,22 @@ import pytest
 
 from commands.analyze.markdown import by_rank, code, plain, to_markdown, visible
 from tests.helpers.analysis_document import analysis_document, report_with
+from tests.helpers.compromised_host import CALMING
 
 
 def test_text_of_a_finding_is_neither_markup_nor_a_link():
     title = "<script>x</script> | [a](http://evil) \x1b[31m`b`"
-    text = to_markdown(analysis_document(report_with(title=title)))
+    report = report_with(title=title, metadata={"path": title, "command": title, "user": title})
+    report["meta"] |= {"hostname": title, "os_pretty": title}
+    report["scanner_errors"] = [title]
+    text = to_markdown(analysis_document(report, answers=CALMING))
     assert all(heading in text for heading in ("# Scan analysis", "## Triage", "## What to do", "## Findings"))
     assert "<script>" not in text
     assert "](http" not in text
     assert "\x1b" not in text
     rows = [line for line in text.splitlines() if line.startswith("| critical")]
     assert len(rows) == 1
-    assert rows[0].replace("\\|", "").count("|") == 7
+    assert rows[0].replace("\\|", "").count("|") == 11
 
 
 def test_an_action_shows_its_needs_its_danger_and_its_undo():

@@ -42,13 +42,13 @@ class Script:
         return Response(answer if isinstance(answer, str) else compact_json(answer), True)
 
 
-def run(script, findings=FINDINGS, correlations=(), **limits):
-    analysis = Analysis(script, TASKS, AnalysisLimits(**limits))
+def run(script, findings=FINDINGS, correlations=(), trust="higher", **limits):
+    analysis = Analysis(script, TASKS, AnalysisLimits(**limits), trust=trust)
     return analysis(Document("report", "", 0, list(findings), list(correlations)))
 
 
 def counts(document, task):
-    return document["enrichment_results"]["model_report"][task]
+    return document["enrichment_results"]["model_report"]["answers"][task]
 
 
 SCORED = {
@@ -57,11 +57,16 @@ SCORED = {
 }  # fmt: skip
 
 
-def test_the_models_scores_replace_the_scanners_which_are_kept_separately():
-    document = run(Script(risk=SCORED))
-    first = document["enriched_findings"][0]
+def by_id(document):
+    return {finding["id"]: finding for finding in document["enriched_findings"]}
+
+
+def test_with_trust_in_the_model_its_scores_replace_the_scanners_which_are_kept_separately():
+    document = run(Script(risk=SCORED), trust="model")
+    first = by_id(document)["a"]
     assert {name: first[name] for name in SCORED} == SCORED | {"risk_score": 55}
     assert (first["scanner_severity"], first["base_severity_score"], first["severity_source"]) == ("high", 70, "model")
+    assert (first["model_severity"], first["scanner_risk_score"], first["model_risk_score"]) == ("medium", 70, 55)
     assert counts(document, "risk") == {"asked": 4, "by_model": 4, "by_rule": {}}
 
 
@@ -72,7 +77,7 @@ def test_independent_tasks_run_in_one_batch():
 
 
 def test_parts_that_an_answer_lacks_follow_its_risk_score():
-    first = run(Script(risk={"severity": "low", "risk_score": 30}))["enriched_findings"][0]
+    first = by_id(run(Script(risk={"severity": "low", "risk_score": 30}), trust="model"))["a"]
     assert first["risk_subscores"] == dict.fromkeys(("impact", "exposure", "anomaly", "confidence"), 0.3)
     assert (first["probability_actionable"], first["tags"]) == (0.3, ["network"])
 
@@ -83,14 +88,22 @@ def test_parts_that_an_answer_lacks_follow_its_risk_score():
 def test_an_invalid_answer_is_replaced_by_rule(text):
     document = run(Script(risk=text))
     assert counts(document, "risk")["by_rule"] == {"no valid answer": 4}
-    assert [f["severity"] for f in document["enriched_findings"]] == ["high", "critical", "info", "low"]
-    assert [f["risk_score"] for f in document["enriched_findings"]] == [70, 90, 10, 30]
+    assert [f["severity"] for f in document["enriched_findings"]] == ["critical", "high", "low", "info"]
+    assert [f["risk_score"] for f in document["enriched_findings"]] == [90, 70, 30, 10]
 
 
-def test_later_tasks_get_the_models_scores():
+@pytest.mark.parametrize(
+    ("trust", "severities"),
+    [
+        ("model", ["medium"] * 4),
+        ("scanner", ["high", "critical", "info", "low"]),
+        ("higher", ["high", "critical", "medium", "medium"]),
+    ],
+)
+def test_later_tasks_get_the_severities_that_trust_selects(trust, severities):
     script = Script(risk=SCORED)
-    run(script)
-    assert {finding["severity"] for finding in script.contents["summary"][0]["findings"]} == {"medium"}
+    run(script, trust=trust)
+    assert [finding["severity"] for finding in script.contents["summary"][0]["findings"]] == severities
 
 
 def test_a_correlation_has_the_ids_of_its_group():
@@ -102,8 +115,8 @@ def test_a_correlation_has_the_ids_of_its_group():
     assert [set(item["related_finding_ids"]) for item in correlations] == [{"a", "b"}]
     assert (correlations[0]["title"], correlations[0]["correlation_type"]) == ("Same process", "model")
     assert correlations[0]["severity"] == "critical"
-    assert document["enriched_findings"][0]["correlation_refs"] == [correlations[0]["id"]]
-    assert document["enriched_findings"][2]["correlation_refs"] == []
+    assert by_id(document)["a"]["correlation_refs"] == [correlations[0]["id"]]
+    assert by_id(document)["c"]["correlation_refs"] == []
 
 
 @pytest.mark.parametrize(("ids", "reason"), [(["a", "z"], "invented id"), (["a"], "fewer than two ids")])
@@ -129,7 +142,10 @@ def test_the_reports_own_correlations_are_kept_without_unknown_ids():
 def test_a_summary_with_facts_that_are_not_in_the_input_is_replaced():
     text = "4 findings. The worst has risk 90."
     document = run(Script(summary={"executive_summary": text}))
-    assert document["summaries"]["executive_summary"] == text
+    assert document["summaries"]["executive_summary"] == f"Highest severity: critical, Title b. {text}"
+    critical = f"{text} It is critical."
+    document = run(Script(summary={"executive_summary": critical}))
+    assert document["summaries"]["executive_summary"] == critical
     document = run(Script(summary={"executive_summary": "31337 hosts were taken over."}))
     assert counts(document, "summary")["by_rule"] == {"not in the input": 1}
     assert "31337" not in document["summaries"]["executive_summary"]
@@ -137,22 +153,42 @@ def test_a_summary_with_facts_that_are_not_in_the_input_is_replaced():
     assert document["summaries"]["executive_summary"].startswith("4 findings:")
 
 
-def test_a_summary_of_the_riskiest_findings_starts_with_their_number():
-    document = run(Script(), window=2)
-    assert document["summaries"]["executive_summary"].startswith(
-        "Of the 2 riskiest of 4 findings (1 critical, 1 high, 1 low, 1 info): 2 findings: 1 critical, 1 high."
+def test_a_models_summary_of_the_riskiest_findings_starts_with_their_number():
+    document = run(Script(summary={"executive_summary": "A critical finding."}), window=2)
+    assert document["summaries"]["executive_summary"] == "Of the 2 riskiest of 4 findings: A critical finding."
+    assert run(Script(), window=2)["summaries"]["executive_summary"].startswith(
+        "4 findings: 1 critical, 1 high, 1 low, 1 info. Top risks: Title b (risk 90); Title a (risk 70);"
     )
 
 
 def test_top_findings_have_their_own_titles_and_scores():
     row = {"id": "d", "title": "Wrong title", "severity": "critical", "risk_score": 10, "reason": "It came first."}
     document = run(Script(triage={"triage_summary": "Start with d.", "top_findings": [row]}))
+    assert document["summaries"]["triage_summary"] == "Highest severity: critical, Title b. Start with d."
     top = document["reductions"]["top_findings"]
-    assert top == [{"id": "d", "title": "Title d", "severity": "low", "risk_score": 30, "probability_actionable": 0.3,
-                    "reason": "It came first."}]  # fmt: skip
+    assert [item["id"] for item in top] == ["b", "a", "d", "c"]
+    assert top[2] == {
+        "id": "d", "title": "Title d", "severity": "low", "risk_score": 30, "probability_actionable": 0.3,
+        "scanner_severity": "low", "model_severity": None, "reason": "It came first.",
+    }  # fmt: skip
     document = run(Script(triage={"triage_summary": "Start with q.", "top_findings": [row | {"id": "q"}]}))
     assert counts(document, "triage")["by_rule"] == {"not in the input": 1}
     assert [item["id"] for item in document["reductions"]["top_findings"]] == ["b", "a", "d", "c"]
+
+
+def test_the_model_orders_top_findings_within_a_severity_only():
+    findings = [make("a", "high", 70.0), make("b", "critical", 90.0), make("c", "high", 60.0)]
+    rows = [{"id": name, "title": "", "severity": "low", "risk_score": 1, "reason": "Chosen."} for name in "ca"]
+    document = run(Script(triage={"triage_summary": "Start with c.", "top_findings": rows}), findings)
+    assert [item["id"] for item in document["reductions"]["top_findings"]] == ["b", "c", "a"]
+
+
+def test_severity_ranks_before_risk_in_the_window_and_among_actions():
+    script = Script()
+    document = run(script, [make("a", "low", 90.0), make("b", "critical", 10.0)], window=1, actions=1)
+    assert [finding["id"] for finding in script.contents["summary"][0]["findings"]] == ["b"]
+    assert document["reductions"]["top_findings"][0]["id"] == "b"
+    assert {name for action in document["actions"] for name in action["finding_ids"]} == {"b"}
 
 
 def test_only_findings_above_info_get_actions_one_of_each_kind_first():
@@ -201,7 +237,7 @@ def test_a_command_gets_the_danger_of_the_table_and_the_evidence_folder_of_its_f
 def test_findings_without_an_id_or_with_equal_ids_get_distinct_ones():
     findings = [make("x"), make(""), make("x"), make("x#2")]
     document = run(Script(), findings)
-    assert [finding["id"] for finding in document["enriched_findings"]] == ["x", "finding_2", "x#3", "x#2"]
+    assert [finding["id"] for finding in document["enriched_findings"]] == ["finding_2", "x", "x#2", "x#3"]
 
 
 def test_an_empty_report_has_no_questions():

@@ -3,33 +3,16 @@
 import pytest
 
 from commands.analyze import report_schema
+from commands.analyze.assessment.scored_finding import score_finding
 from datamodules.records import Correlation, Finding
-
-ANSWER = {
-    "severity": "low", "risk_score": 31.6, "probability_actionable": 0.2, "tags": ["a"],
-    "risk_subscores": {"impact": 0.1, "exposure": 0.2, "anomaly": 0.3, "confidence": 0.4},
-}  # fmt: skip
 
 
 def make(name="a", severity="high", risk=70.0, category="network"):
     return Finding(name, f"Title {name}", "Text", category, severity, risk, risk, {"pid": 3})
 
 
-def test_an_answer_replaces_the_scanners_values():
-    finding = report_schema.score_finding(make(), ANSWER)
-    assert {name: getattr(finding, name) for name in ANSWER} == ANSWER
-    assert (finding.scanner_severity, finding.answered_by, finding.base_severity_score) == ("high", "model", 70.0)
-
-
-def test_without_an_answer_the_scanners_values_are_kept():
-    finding = report_schema.score_finding(make(), None)
-    assert (finding.severity, finding.risk_score, finding.probability_actionable) == ("high", 70.0, 0.7)
-    assert set(finding.risk_subscores.values()) == {0.7}
-    assert (finding.tags, finding.answered_by) == (["network"], "rule")
-
-
 def test_a_finding_refers_to_every_correlation_that_contains_it():
-    findings = [report_schema.score_finding(make(name), None) for name in "ab"]
+    findings = [score_finding(make(name), None) for name in "ab"]
     correlations = [Correlation("c1", "T", "", "x", None, ["a", "b"]), Correlation("c2", "T", "", "x", None, ["a"])]
     first, second = report_schema.enriched_findings(findings, correlations)
     assert (first["correlation_refs"], first["graph_degree"]) == (["c1", "c2"], 2)
@@ -54,7 +37,6 @@ def test_reductions_count_categories_and_give_the_highest_risk():
     assert reductions["suid_summary"] == {"findings": 2, "by_severity": {"low": 1, "high": 1}}
     assert "network_summary" not in reductions
     assert list(reductions["top_risks"]["highest_by_category"].items()) == [("ioc", 90), ("suid", 70)]
-    assert report_schema.severity_counts(findings) == "1 high, 2 low"
 
 
 @pytest.mark.parametrize(("value", "expected"), [(-3.0, 0), (55.4, 55), (100.6, 100)])
