@@ -22,6 +22,7 @@ from commands.inspect.tpu_compile import check_compile, check_fits, compile_run,
 from commands.options import check_minimum, parse_own_options
 from datamodules.errors import UserError
 from datamodules.findings import FindingsDataModule
+from datamodules.redaction import redact
 from datamodules.statistics.scan import scan_dataset
 from datamodules.statistics.summary import DatasetSummary, report_counts
 from datamodules.stream.epoch_order import epoch_order
@@ -118,7 +119,7 @@ def inspect_run(cli: ConfigOnlyCLI, options: argparse.Namespace) -> tuple[dict[s
     tokenizer = data.document_processor.tokenizer
     sample = Sample.of(summary.sample, load_tokenizer(tokenizer)) if summary.sample else None
     memory, cost, reason = memory_and_time(model.backbone, summary, data, plan, options.device)
-    report: dict[str, Any] = {"sources": data.document_processor.specs, "tokenizer": tokenizer}
+    report: dict[str, Any] = {"sources": redact(data.document_processor.specs), "tokenizer": tokenizer}
     report |= report_counts(summary, data)
     report |= {
         "sample": sample.summary() if sample else None, "epoch": epoch(summary, data, plan), "memory": memory,
