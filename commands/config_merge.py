@@ -27,6 +27,7 @@ from commands.config_safety import (
 )
 from datamodules.errors import UserError, one_line
 from datamodules.redaction import remember_secrets
+from lightning_modules.allowed_classes import PLAIN_KEYS, file_content
 
 NAME_OR_CLASS = ("trainer.strategy", "trainer.accelerator")  #: options that accept a name or a class path
 #: the package ``configs`` is next to this package, in a checkout as well as when installed
@@ -54,6 +55,9 @@ def compose(args: list[str], default: Path | None = None) -> list[str]:
     files, rest = split_config_arguments(args)
     for key, value, _ in _options(rest):
         remember_secrets({key: _yaml_or_text(value)})
+        # a class path on the command line is the user's, the content of a file may be somebody else's
+        if key.rpartition(".")[2] not in PLAIN_KEYS and isinstance(content := file_content(value), dict):
+            check_classes(value, content, allowed)
     if not files and default is not None:
         files = [str(default)]
     if not files:
@@ -92,6 +96,8 @@ def split_config_arguments(args: list[str]) -> tuple[list[str], list[str]]:
             position += 1
         elif argument.startswith("--config="):
             files.append(argument.removeprefix("--config="))
+        elif re.match(r"-c[^-]", argument):
+            files.append(argument.removeprefix("-c").removeprefix("="))
         else:
             rest.append(argument)
         position += 1

@@ -26,6 +26,7 @@ from datamodules.redaction import redact
 from datamodules.statistics.scan import scan_dataset
 from datamodules.statistics.summary import DatasetSummary, report_counts
 from datamodules.stream.epoch_order import epoch_order
+from datamodules.tasks.base import sanitize
 from datamodules.tokenization.chat_format import load_tokenizer
 from lightning_modules.causal_lm import CausalLMModule
 from lightning_modules.strategies.xla.aot_compile import TPUS
@@ -56,7 +57,7 @@ def main(args: list[str]) -> None:
         else:
             report, sample = inspect_run(cli, options)
     if options.format == "json":
-        sys.stdout.write(orjson.dumps(report, option=orjson.OPT_INDENT_2).decode() + "\n")
+        sys.stdout.write(orjson.dumps(sanitize(report), option=orjson.OPT_INDENT_2).decode() + "\n")
     elif options.compile:
         print_compiled(report)
     else:
