@@ -47,8 +47,9 @@ def _protected_records(create: Any) -> Any:
         record: logging.LogRecord = create(*args, **kwargs)
         try:
             message = record.getMessage()
-        except Exception:
-            return record
+        except Exception:  # arguments that do not fit the message: logging would print them as they are
+            message, record.args = f"{record.msg} {record.args!r}", None
+            record.msg = message
         safe = redact_text(message) if record.name.startswith(COLOURED) else shown(message, newlines=True)
         if safe != message:
             record.msg, record.args = safe, None

@@ -1,5 +1,6 @@
 """A config or a run of somebody else runs no code and writes to no place that the user did not choose."""
 
+import shlex
 import shutil
 import sys
 
@@ -215,10 +216,31 @@ def test_a_run_may_write_to_its_own_folder(foreign_run):
     assert compose(["--config", write(run, content)])[0] == "--config"
 
 
+def test_the_commands_that_a_fit_prints_run(foreign_run, tmp_path, capfd, monkeypatch):
+    _run, content = foreign_run
+    content["trainer"] |= {"max_steps": 1, "callbacks": [{"class_path": "callbacks.RunRecord"}, {"class_path": CLASS}]}
+    content["trainer"]["logger"]["init_args"] |= {"save_dir": str(tmp_path / "my runs"), "name": "a b"}
+    content["data"]["init_args"] |= {"cache_dir": str(tmp_path / "my cache")}
+    content["model"]["init_args"]["backbone"]["lora"]["num_top_layers"] = 1
+    own = tmp_path / "own.yaml"
+    own.write_text(yaml.safe_dump(content))
+    args = ["fit", "--config", str(own), "--allow_class", CLASS]
+    monkeypatch.setattr(sys, "argv", ["main.py", *args])
+    assert main(args) == 0
+    printed = next(line for line in capfd.readouterr().out.splitlines() if line.startswith("  validate"))
+    words = shlex.split(printed)
+    assert words[:3] == ["validate", "python", "main.py"]
+    assert words[-3:] == [f"--data.init_args.cache_dir={tmp_path / 'my cache'}", "--allow_class", CLASS]
+    without_checkpoint = [word for word in words[3:] if not word.startswith("--ckpt_path")]
+    without_checkpoint.remove(str(tmp_path / "my runs" / "a b" / "version_0"))
+    assert main(without_checkpoint) == 0
+    assert main([*without_checkpoint[:-3], "--allow_class", CLASS]) == 2  # the path is not confirmed
+
+
 def test_allow_class_needs_an_import_path():
     assert split_allowed_classes(["--allow_class", "a.B", "--x", "--allow_class=c"]) == (["a.B", "c"], ["--x"])
     for args in (["--allow_class"], ["--allow_class", "a b"], ["--allow_class="]):
-        with pytest.raises(UserError, match="--allow_class .*no import path"):
+        with pytest.raises(UserError, match=r"--allow_class .*no import path"):
             split_allowed_classes(args)
 
 

@@ -22,11 +22,8 @@ URL_SECRET, KEY_SECRET, HEADER_SECRET, ENVIRONMENT_SECRET, REMOTE_SECRET = (
 )
 SECRETS = (URL_SECRET, KEY_SECRET, HEADER_SECRET, ENVIRONMENT_SECRET, REMOTE_SECRET)
 SOURCE = f"memory://alice:{URL_SECRET}@bucket/findings.json"
-OPTIONS = {
-    "secret": KEY_SECRET,
-    "anon": False,
-    "client_kwargs": {"headers": {"Authorization": f"Bearer {HEADER_SECRET}"}},
-}
+HEADERS = {"headers": {"Authorization": f"Bearer {HEADER_SECRET}"}}
+OPTIONS = {"secret": KEY_SECRET, "anon": False, "client_kwargs": HEADERS}
 OPTION = "data.init_args.storage_options"
 
 
@@ -64,7 +61,8 @@ def arguments(command, model, folder, *more):
 def with_secrets(model, folder, *more):
     return arguments(
         "fit", model, folder, f"--data.init_args.sources=['{SOURCE}']", f"--{OPTION}={json.dumps(OPTIONS)}",
-        f"--data.init_args.quarantine_path={folder / 'quarantine.jsonl'}", f"--data.init_args.cache_dir={folder / 'cache'}",
+        f"--data.init_args.quarantine_path={folder / 'quarantine.jsonl'}",
+        f"--data.init_args.cache_dir={folder / 'cache'}",
         "--data.init_args.sequence_length=2048", "--data.init_args.val_fraction=0.2", *more,
     )  # fmt: skip
 
@@ -128,8 +126,8 @@ def test_a_run_resumes_with_secrets_of_the_environment(tiny_llama, planted, monk
 
 def test_a_secret_may_be_given_again_on_the_command_line(tmp_path, capfd, monkeypatch):
     config = tmp_path / "other.yaml"
-    data = {"class_path": "datamodules.FindingsDataModule",
-            "init_args": {"sources": ["memory://none.json"], "tokenizer": "x", "storage_options": {"secret": MASK}}}  # fmt: skip
+    init_args = {"sources": ["memory://none.json"], "tokenizer": "x", "storage_options": {"secret": MASK}}
+    data = {"class_path": "datamodules.FindingsDataModule", "init_args": init_args}
     base = yaml.safe_load(DEFAULT_CONFIG.read_text())
     config.write_text(yaml.safe_dump(base | {"data": data}))
     args = ["fit", "--config", str(config), f"--{OPTION}.secret={KEY_SECRET}", "--print_config"]

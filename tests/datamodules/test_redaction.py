@@ -47,7 +47,8 @@ def test_nothing_of_the_shipped_configs_is_masked(config):
 
 def test_data_is_masked_by_the_names_of_its_keys():
     options = {
-        "key": SECRET, "anon": False, "token": "anon", "client_kwargs": {"headers": {"Authorization": f"Bearer {SECRET}"}},
+        "key": SECRET, "anon": False, "token": "anon",
+        "client_kwargs": {"headers": {"Authorization": f"Bearer {SECRET}"}},
         "auth": ["user", SECRET], "password": 12345678, "endpoint_url": f"https://user:{SECRET}@minio.local",
         "secret": None, "region_name": "eu-central-1", "max_retries": 3,
     }  # fmt: skip

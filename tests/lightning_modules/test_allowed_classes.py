@@ -84,8 +84,8 @@ def test_plain_texts_name_no_class(proof, tmp_path, monkeypatch):
         "sources": ["planted_module.json", "test.jsonl", "code.tar.gz"], "model_name_or_path": "planted_module.x",
         "save_dir": "planted_module.runs", "name": "planted_module.a",
     }  # fmt: skip
-    config = {"data": {"class_path": "datamodules.FindingsDataModule", "init_args": init_args},
-              "trainer": {"precision": "32-true", "gradient_clip_val": 1.0, "note": "see https://planted_module.org"}}  # fmt: skip
+    trainer = {"precision": "32-true", "gradient_clip_val": 1.0, "note": "see https://planted_module.org"}
+    config = {"data": {"class_path": "datamodules.FindingsDataModule", "init_args": init_args}, "trainer": trainer}
     assert [path for _, path in import_paths(config)] == ["datamodules.FindingsDataModule"]
 
 
