@@ -85,7 +85,7 @@ class _Lines:
 
     def show(self, stage: _Stage, text: str) -> None:
         total = f"/{stage.total}" if stage.total else ""
-        self._console.print(f"{stage.name} {stage.done}{total}  {text}", highlight=False, soft_wrap=True)
+        self._console.print(f"{stage.name} {stage.done}{total}  {text}", highlight=False, soft_wrap=True, markup=False)
         self._console.file.flush()
 
     def close(self, stage: _Stage, keep: bool) -> None:
@@ -172,7 +172,7 @@ class ConsoleProgress(ProgressBar):
         if self._fit is not None and self._enabled and not trainer.sanity_checking:
             metrics = {k: float(v) for k, v in trainer.callback_metrics.items() if k.startswith("val/")}
             figures = "  ".join(f"{name} {value:.4g}" for name, value in metrics.items())
-            self.console.print(f"step {trainer.global_step}  {figures}", highlight=False, soft_wrap=True)
+            self.console.print(f"step {trainer.global_step}  {figures}", highlight=False, soft_wrap=True, markup=False)
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Opens a bar that counts test batches."""

@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import os
 import platform
-import re
 import shlex
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -24,7 +24,10 @@ from rich.console import Console
 from callbacks.paths import checkpoint_directory, run_directory
 from callbacks.preemption import Interrupted
 from callbacks.reporting.html_report import REPORT_FILE, write_report
+from callbacks.run_config import repeated_options
 from datamodules.files import atomic_write
+from datamodules.output_text import printable
+from datamodules.redaction import redact, redact_command, redact_text
 
 REPOSITORY = Path(__file__).parents[1]
 PACKAGES = (
@@ -38,7 +41,7 @@ class RunRecord(Callback):
 
     The file is replaced atomically. Its ``state`` is ``running``, ``finished``, ``interrupted`` or ``failed``; it stays
     ``running`` if the process was killed. A resumed run writes the same file and keeps the earlier records under
-    ``previous``. Passwords in URLs of the command line are masked. Only rank zero writes.
+    ``previous``. Secrets are masked (see :mod:`datamodules.redaction`). Only rank zero writes.
 
     Args:
         config: file name of the resolved config that LightningCLI writes to the run directory.
@@ -81,7 +84,7 @@ class RunRecord(Callback):
         if isinstance(exception, (Interrupted, KeyboardInterrupt, SIGTERMException)):
             self._finish(trainer, "interrupted")
         else:
-            self._record["error"] = f"{type(exception).__name__}: {exception}"[:2000]
+            self._record["error"] = redact_text(f"{type(exception).__name__}: {exception}")[:2000]
             self._finish(trainer, "failed")
 
     def _finish(self, trainer: Trainer, state: str) -> None:
@@ -94,7 +97,7 @@ class RunRecord(Callback):
             write_report(self._run)
             checkpoints = checkpoint_directory(trainer, self._run)
             summary = format_summary(self._run, checkpoints, self.config, self._record)
-            Console().print(summary, highlight=False, soft_wrap=True, markup=False)
+            Console().print(printable(summary, newlines=True), highlight=False, soft_wrap=True, markup=False)
         self._record = {}
 
     def _previous(self) -> list[dict[str, Any]]:
@@ -106,7 +109,7 @@ class RunRecord(Callback):
 
     def _write(self) -> None:
         self._run.mkdir(parents=True, exist_ok=True)
-        atomic_write(self._run / "run.json", json.dumps(self._record, indent=2, default=str) + "\n")
+        atomic_write(self._run / "run.json", json.dumps(redact(self._record), indent=2, default=str) + "\n")
 
 
 def describe(trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
@@ -115,7 +118,7 @@ def describe(trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
     return {
         "state": "running",
         "started": _now(),
-        "command": re.sub(r"(://)[^/@\s]+@", r"\1***@", shlex.join([Path(sys.executable).name, *sys.argv])),
+        "command": redact_command([Path(sys.executable).name, *sys.argv]),
         "git": git_state(REPOSITORY),
         "packages": package_versions(),
         "python": platform.python_version(),
@@ -176,6 +179,8 @@ def format_summary(run: Path, checkpoints: Path, config: str, record: dict[str, 
     name = "best" if (run / "adapter" / "best").is_dir() else "last"
     adapter = run / "adapter" / name
     here, python = shlex.quote(str(run)), "python main.py"
+    options = "".join(f" --{key}={shlex.quote(value)}" for key, value in repeated_options(run, config).items())
+    options += "".join(f" --allow_class {shlex.quote(name)}" for name in allowed_on_command_line(sys.argv))
     lines = [f"{record['state']} at step {record.get('step', 0)}: {run}"]
     if adapter.is_dir():
         lines.append(f"  adapter   {adapter}")
@@ -183,13 +188,21 @@ def format_summary(run: Path, checkpoints: Path, config: str, record: dict[str, 
         lines.append(f"  report    {run / REPORT_FILE}")
     if record["state"] == "interrupted" and (checkpoints / "last.ckpt").exists():
         checkpoint = shlex.quote(str(checkpoints / "last.ckpt"))
-        lines.append(f"  resume    {python} fit --config {shlex.quote(str(run / config))} --ckpt_path {checkpoint}")
+        lines.append(
+            f"  resume    {python} fit --config {shlex.quote(str(run / config))} --ckpt_path {checkpoint}{options}"
+        )
     lines += [
-        f"  validate  {python} validate --config {shlex.quote(str(run / config))} --ckpt_path {here}",
+        f"  validate  {python} validate --config {shlex.quote(str(run / config))} --ckpt_path {here}{options}",
         f"  analyze   {python} analyze --model {here} --report REPORT.json --output ENRICHED.json",
         f"  export    {python} export --run {here} --output DIRECTORY --format adapter",
     ]
     return "\n".join(lines)
+
+
+def allowed_on_command_line(words: Sequence[str]) -> list[str]:
+    """Returns the values of ``--allow_class`` of a command line; a run's config does not store them."""
+    pairs = zip(words, [*words[1:], ""], strict=True)
+    return [word.partition("=")[2] or after for word, after in pairs if word.partition("=")[0] == "--allow_class"]
 
 
 def _now() -> str:

@@ -11,6 +11,7 @@ from rich.errors import LiveError
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 
 from callbacks.progress import format_duration
+from datamodules.output_text import printable
 
 
 class TaskProgress:
@@ -25,7 +26,7 @@ class TaskProgress:
     """
 
     def __init__(self, name: str, console: Console | None, log_interval_seconds: float = 10.0) -> None:
-        self.name, self.console, self.log_interval_seconds = name, console, log_interval_seconds
+        self.name, self.console, self.log_interval_seconds = printable(name), console, log_interval_seconds
         self._bar: Progress | None = None
         self._started = self._shown = time.monotonic()
 
@@ -37,7 +38,7 @@ class TaskProgress:
         if self.console.is_terminal:
             self._open(self.console)
         if self._bar is None:
-            self.console.print(f"{self.name} ...", highlight=False)
+            self.console.print(f"{self.name} ...", highlight=False, markup=False)
         return self
 
     def __call__(self, fraction: float) -> None:
@@ -49,7 +50,9 @@ class TaskProgress:
             self._bar.update(self._bar.task_ids[0], completed=fraction, left=self._left(fraction, now))
         elif now - self._shown >= self.log_interval_seconds:
             self._shown = now
-            self.console.print(f"{self.name} {fraction:.0%}  {self._left(fraction, now)}", highlight=False)
+            self.console.print(
+                f"{self.name} {fraction:.0%}  {self._left(fraction, now)}", highlight=False, markup=False
+            )
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
@@ -58,10 +61,17 @@ class TaskProgress:
         if self._bar is not None:
             self._bar.stop()
         if self.console is not None and kind is None:
-            self.console.print(f"{self.name}: {format_duration(time.monotonic() - self._started)}", highlight=False)
+            self.console.print(
+                f"{self.name}: {format_duration(time.monotonic() - self._started)}", highlight=False, markup=False
+            )
 
     def _open(self, console: Console) -> None:
-        columns = (TextColumn("{task.description}"), BarColumn(bar_width=24), TaskProgressColumn(), TimeElapsedColumn())
+        columns = (
+            TextColumn("{task.description}", markup=False),
+            BarColumn(bar_width=24),
+            TaskProgressColumn(),
+            TimeElapsedColumn(),
+        )
         bar = Progress(*columns, TextColumn("{task.fields[left]}"), console=console, transient=True)
         try:
             bar.start()

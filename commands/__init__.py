@@ -15,6 +15,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import NamedTuple
 
+from commands.output_protection import protect_output, shown
 from datamodules.errors import UserError
 
 __version__ = "0.1.0"
@@ -67,6 +68,7 @@ def main(args: list[str] | None = None) -> int:
         The exit status: 0 on success, 2 on a user error (printed to stderr as one line), else the subcommand's own.
         A fit that is stopped by signal n ends with ``SystemExit`` and status 128 + n.
     """
+    protect_output()
     args = list(sys.argv[1:] if args is None else args)
     if not args or args[0] in ("-h", "--help"):
         print(usage())
@@ -81,7 +83,7 @@ def main(args: list[str] | None = None) -> int:
         command = COMMANDS[args[0]]
         return int(getattr(import_module(command.module), command.function)(args) or 0)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {shown(error)}", file=sys.stderr)
         return 2
 
 

@@ -16,6 +16,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from commands.config_merge import DEFAULT_CONFIG, compose
 from commands.run_directory import newest_checkpoint, resolve_checkpoint, run_of
 from datamodules.errors import UserError, one_line
+from datamodules.redaction import is_secret_name, redact
 from lightning_modules.models.backend import check_sharding
 
 TRAINER_COMMANDS = ("fit", "validate", "test")
@@ -27,6 +28,14 @@ IGNORED_WARNINGS = (
     r".*is_gradient_checkpointing.*",  # PEFT 0.21 with transformers 5.23
     r".*does not have many workers.*",  # building rows is much faster than a training step
 )
+
+
+class RedactingParser(LightningArgumentParser):
+    """Parser whose output has no secrets: the ``config.yaml`` of a run, and ``--print_config``."""
+
+    def dump(self, cfg: Any, *args: Any, **kwargs: Any) -> str:
+        """Returns a config as text, with :data:`~datamodules.redaction.MASK` for each secret."""
+        return super().dump(_without_secrets(cfg), *args, **kwargs)
 
 
 class FinetuneCLI(LightningCLI):
@@ -45,6 +54,7 @@ class FinetuneCLI(LightningCLI):
             LightningDataModule,
             subclass_mode_model=True,
             subclass_mode_data=True,
+            parser_class=RedactingParser,
             save_config_kwargs={"overwrite": True},  # a resumed run writes into its own folder again
             seed_everything_default=0,
             auto_configure_optimizers=False,
@@ -115,6 +125,18 @@ class FinetuneCLI(LightningCLI):
             arguments = logger.init_args
             return Path(arguments.save_dir) / (arguments.name or "")
         return Path(config.trainer.get("default_root_dir") or Path.cwd())
+
+
+def _without_secrets(value: Any) -> Any:
+    """Returns a copy of a parsed config in which secrets are masked."""
+    if isinstance(value, Namespace):
+        copy = value.clone()
+        for key, item in vars(value).items():
+            copy[key] = redact({key: item})[key] if is_secret_name(key) else _without_secrets(item)
+        return copy
+    if isinstance(value, list):
+        return [_without_secrets(item) for item in value]
+    return redact(value) if isinstance(value, (dict, str)) else value
 
 
 def _remove_learning_rate_monitor(trainer: Namespace) -> None:

@@ -18,7 +18,16 @@ from typing import Any
 
 import yaml
 
+from commands.config_safety import (
+    check_classes,
+    check_write_paths,
+    fill_secrets,
+    split_allowed_classes,
+    without_init_args,
+)
 from datamodules.errors import UserError, one_line
+from datamodules.redaction import remember_secrets
+from lightning_modules.allowed_classes import PLAIN_KEYS, file_content
 
 NAME_OR_CLASS = ("trainer.strategy", "trainer.accelerator")  #: options that accept a name or a class path
 #: the package ``configs`` is next to this package, in a checkout as well as when installed
@@ -35,20 +44,33 @@ def compose(args: list[str], default: Path | None = None) -> list[str]:
 
     Returns:
         The command line with at most one ``--config``, which comes first. Values that the command line sets to null are
-        part of it.
+        part of it. Secrets that a run's config leaves out are filled in from the environment.
 
     Raises:
-        UserError: a file is missing or is no YAML mapping, or the command line sets an argument of a plain value to
+        UserError: a file is missing or is no YAML mapping, names a class or a path that it may not name (see
+            :mod:`commands.config_safety`), or lacks a secret; or the command line sets an argument of a plain value to
             null.
     """
+    allowed, args = split_allowed_classes(args)
     files, rest = split_config_arguments(args)
+    for key, value, _ in _options(rest):
+        remember_secrets({key: _yaml_or_text(value)})
+        # a class path on the command line is the user's, the content of a file may be somebody else's
+        if key.rpartition(".")[2] not in PLAIN_KEYS and isinstance(content := file_content(value), dict):
+            check_classes(value, content, allowed)
     if not files and default is not None:
         files = [str(default)]
     if not files:
         return rest
+    given = {without_init_args(key) for key, _, _ in _options(rest) if key}
     merged: dict[str, Any] = {}
     for file in files:
-        merged = merge(merged, load_config(file))
+        content = load_config(file)
+        check_classes(file, content, allowed)
+        check_write_paths(file, content, given)
+        merged = merge(merged, content)
+    merged = fill_secrets(merged, given)
+    remember_secrets(merged)
     kept: list[str] = []
     for key, value, words in _options(rest):
         path = key.removesuffix(".class_path").split(".")
@@ -74,6 +96,8 @@ def split_config_arguments(args: list[str]) -> tuple[list[str], list[str]]:
             position += 1
         elif argument.startswith("--config="):
             files.append(argument.removeprefix("--config="))
+        elif re.match(r"-c[^-]", argument):
+            files.append(argument.removeprefix("-c").removeprefix("="))
         else:
             rest.append(argument)
         position += 1
@@ -143,6 +167,13 @@ def _options(args: list[str]) -> Iterator[tuple[str, str, list[str]]]:
             value = "".join(words[1:])
         yield key.removeprefix("--") if key.startswith("--") else "", value, words
         position += len(words)
+
+
+def _yaml_or_text(value: str) -> Any:
+    try:
+        return yaml.safe_load(value)
+    except (yaml.YAMLError, ValueError, RecursionError):
+        return value
 
 
 def _arguments(slot: dict[str, Any], key: str) -> dict[str, Any]:

@@ -45,10 +45,11 @@ def atomic_write(path: str | Path, content: str | bytes) -> None:
 
     Args:
         path: the file. Its folder must exist.
-        content: the bytes, or the text, which is written as UTF-8.
+        content: the bytes, or the text, which is written as UTF-8. A lone surrogate, such as a name that is not UTF-8
+            contains, is written as an escape sequence, which is valid inside a string of JSON.
 
     Raises:
         OSError: the file can't be written (no space, no permission).
     """
     with atomic_writer(path) as file:
-        file.write(content.encode() if isinstance(content, str) else content)
+        file.write(content.encode("utf-8", "backslashreplace") if isinstance(content, str) else content)

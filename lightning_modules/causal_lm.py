@@ -26,9 +26,9 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from datamodules.batch import IGNORE_INDEX, Batch
 from datamodules.findings import FindingsDataModule
+from lightning_modules.allowed_classes import check_class_paths
 from lightning_modules.ddp_sync import exclude_frozen_from_ddp
 from lightning_modules.hyperparameters import (  # fmt: skip
-    check_class_paths,
     plain_arguments,
     plain_or_itself,
     read_arguments,

@@ -6,27 +6,16 @@ both kinds of checkpoint load with ``weights_only=True`` and are rebuilt in the 
 
 from __future__ import annotations
 
-import re
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
 from functools import partial
-from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.fabric.utilities.cloud_io import get_filesystem
 
-from datamodules.errors import UserError, one_line
-
-INSTANTIATOR = "lightning.pytorch.cli.instantiate_module"  #: the function that Lightning rebuilds a module with
-#: packages whose classes a checkpoint may name; importing a class runs the code of its module
-TRUSTED_PACKAGES = frozenset(
-    {"bitsandbytes", "lightning", "lightning_modules", "optimizers", "peft", "torch", "torchao", "transformers"}
-)
-CLASS_ARGUMENTS = ("objective", "optimizer", "lr_scheduler")  #: a string here is an import path in any case
-_DOTTED = re.compile(r"(?<![\w./\\:-])[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)+")
+from lightning_modules.allowed_classes import INSTANTIATOR
 
 
 def to_plain(value: Any) -> Any:
@@ -101,67 +90,6 @@ def public_path(cls: type) -> str:
         if getattr(sys.modules.get(package), cls.__qualname__, None) is cls:
             return f"{package}.{cls.__qualname__}"
     return f"{cls.__module__}.{cls.__qualname__}"
-
-
-def check_class_paths(arguments: Mapping[str, Any], *packages: str) -> None:
-    """Refuses stored arguments that would import code from a package that is not trusted.
-
-    Rebuilding a module imports every class that the arguments name, and importing a module runs its code. The check
-    itself imports nothing.
-
-    Args:
-        arguments: as stored in a checkpoint, without those that the caller passes.
-        *packages: top-level packages that are trusted in addition to :data:`TRUSTED_PACKAGES`.
-
-    Raises:
-        UserError: an argument names a class of another package.
-    """
-    trusted = TRUSTED_PACKAGES.union(packages)
-    for name, value in arguments.items():
-        if name == "_instantiator" and value == INSTANTIATOR:
-            continue
-        for path in _import_paths(value, strict=name in CLASS_ARGUMENTS):
-            if path.partition(".")[0] not in trusted:
-                raise UserError(
-                    f"checkpoint argument {name}={one_line(path)}: loading it would run code of a package that is not "
-                    f"one of {', '.join(sorted(trusted))}. Fix: if you trust the class, import it and pass "
-                    f"{name}=... to load_from_checkpoint"
-                )
-
-
-def _import_paths(value: Any, strict: bool) -> Iterator[str]:
-    """Yields the strings of a tree that name something to import.
-
-    Args:
-        value: the tree.
-        strict: every string counts as an import path; otherwise only strings from which jsonargparse might import.
-    """
-    if isinstance(value, Mapping):
-        for key, item in value.items():
-            yield from _import_paths(item, strict=key == "class_path")
-    elif isinstance(value, (list, tuple)):
-        for item in value:
-            yield from _import_paths(item, strict=False)
-    elif isinstance(value, str):
-        # jsonargparse also accepts a file or inline YAML in place of a class
-        if strict or "class_path" in value or _is_file(value):
-            yield value
-        else:
-            yield from (path for path in _DOTTED.findall(value) if _is_importable(path.partition(".")[0]))
-
-
-def _is_file(text: str) -> bool:
-    try:
-        return Path(text).is_file()
-    except (OSError, ValueError):  # too long, or with a null byte
-        return False
-
-
-def _is_importable(package: str) -> bool:
-    try:
-        return find_spec(package) is not None
-    except (ImportError, ValueError):  # ValueError: a module without a spec, such as __main__
-        return True
 
 
 def read_arguments(checkpoint_path: Any, weights_only: bool, key: str) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from datamodules.output_text import plot_label
 from datamodules.records import SEVERITIES
 
 if TYPE_CHECKING:
@@ -64,7 +65,7 @@ def calibration(bins: list[tuple[float, float, float]]) -> Figure:
 def error_by_category(categories: dict[str, dict[str, float]]) -> Figure:
     """Draws, for each category, the share of wrong severities and, if measured, the mean error of the risk score."""
     figure, axes = new_figure()
-    names = [f"{name} ({int(figures['answers'])})" for name, figures in categories.items()][::-1]
+    names = [f"{plot_label(name)} ({int(figures['answers'])})" for name, figures in categories.items()][::-1]
     wrong = [100 * (1 - figures.get("severity_accuracy", float("nan"))) for figures in categories.values()][::-1]
     errors = [figures.get("risk_error", float("nan")) for figures in categories.values()][::-1]
     positions = range(len(names))

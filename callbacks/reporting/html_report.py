@@ -11,17 +11,19 @@ import base64
 import io
 import json
 import math
-import re
 from collections.abc import Iterator, Mapping, Sequence
-from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import yaml
 
 from callbacks.reporting.figures import draw_figures
 from callbacks.reporting.html_page import page
 from callbacks.reporting.tables import format_cell, informative_rows
 from callbacks.reporting.training_curves import draw_curves
 from datamodules.files import atomic_write
+from datamodules.output_text import html
+from datamodules.redaction import redact, redact_text
 from lightning_modules.evaluation.answer_parsing import parse
 from lightning_modules.evaluation.results import read_results, scores_of
 
@@ -54,18 +56,26 @@ def write_report(run: Path) -> Path:
     Returns:
         Path of the report.
     """
-    body = [*_run_section(run), *_curves_section(run)]
+    body = [*_section("run.json", _run_section(run)), *_curves_section(run)]
     for file, command in EVALUATIONS.items():
         for task, record in read_results(run / file).items():
-            body += _task_section(task, record, command)
+            body += _section(f"{file}, task {task}", _task_section(task, record, command))
     target = run / REPORT_FILE
     title = _text(f"Run {_run_name(run)}")
     atomic_write(target, page(title, "\n".join([f"<h1>{title}</h1>", *body]), STYLE, pictures=True))
     return target
 
 
+def _section(origin: str, parts: Iterator[str]) -> list[str]:
+    """Returns the HTML of a section; a message if its file is damaged, which must not end a fit."""
+    try:
+        return list(parts)
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError, OverflowError) as error:
+        return [f"<p>{_text(f'{origin}: damaged ({type(error).__name__}: {error})')}</p>"]
+
+
 def _run_section(run: Path) -> Iterator[str]:
-    record = _read_json(run / "run.json")
+    record = redact(_read_json(run / "run.json"))
     if record:
         git = record.get("git") or {}
         commit = str(git.get("commit", "not a checkout"))[:12] + (" with local changes" if git.get("dirty") else "")
@@ -80,7 +90,7 @@ def _run_section(run: Path) -> Iterator[str]:
         yield "<h2>Run</h2>"
         yield _table([[_text(name), _text(value)] for name, value in facts.items() if value])
     if (run / "config.yaml").is_file():
-        config = _mask_secrets((run / "config.yaml").read_text(encoding="utf-8", errors="replace"))
+        config = _config((run / "config.yaml").read_text(encoding="utf-8", errors="replace"))
         yield f"<details><summary>config.yaml</summary><pre>{_text(config, 100_000)}</pre></details>"
 
 
@@ -96,7 +106,8 @@ def _task_section(task: str, record: dict[str, Any], command: str) -> Iterator[s
     if not columns:
         return
     about = {name: column.get("about", {}) for name, column in record["columns"].items()}
-    yield f"<h2>{_text(task)}: {record.get('n')} held-out questions ({_text(record.get('split'))}, {command})</h2>"
+    count, split = _text(record.get("n")), _text(record.get("split"))
+    yield f"<h2>{_text(task)}: {count} held-out questions ({split}, {command})</h2>"
     yield "<p>Greedy generation. Small text: 95 % intervals.</p>"
     rows = [
         [_text(label.strip()), *(_cell(scores, name, form) for scores in columns.values())]
@@ -171,7 +182,7 @@ def _cell(scores: EvaluationScores, name: str, form: str) -> str:
 def _heading(name: str, about: Mapping[str, Any]) -> str:
     if name == "untuned" or "step" not in about:
         return _text(name)
-    return f"{_text(name)}<br><small>{'best' if 'checkpoint' in about else 'last'} step {about['step']}</small>"
+    return f"{_text(name)}<br><small>{'best' if 'checkpoint' in about else 'last'} step {_text(about['step'])}</small>"
 
 
 def _percent(value: float | None) -> str:
@@ -196,15 +207,17 @@ def _table(rows: Sequence[Sequence[str]], headings: Sequence[str] = ()) -> str:
 
 
 def _text(value: Any, width: int = WIDTH) -> str:
-    """Returns text as HTML: escaped, cut, and with control characters replaced."""
-    text = re.sub(r"[^\n\t\x20-\x7e\xa0-\uffff\U00010000-\U0010ffff]", "\ufffd", str(value))
-    return escape(text if len(text) <= width else text[: width - 1] + "…")
+    return html(value, width)
 
 
-def _mask_secrets(config: str) -> str:
-    """Masks passwords in URLs and the values of keys that contain key, secret, token or password."""
-    config = re.sub(r"(://)[^/@\s]+@", r"\1***@", config)
-    return re.sub(r"(?im)^(\s*[\w-]*(?:key|secret|token|password):).+$", r"\1 ***", config)
+def _config(text: str) -> str:
+    """Returns the text of a config without secrets; a run of an older version may have some."""
+    try:
+        content = yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError, RecursionError):
+        return redact_text(text)
+    clean = redact(content)
+    return redact_text(text if clean == content else yaml.safe_dump(clean, sort_keys=False))
 
 
 def _run_name(run: Path) -> str:

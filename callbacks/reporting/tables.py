@@ -12,6 +12,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from datamodules.output_text import console_text, markdown, printable
 from lightning_modules.evaluation.evaluate import EvaluationScores, differences
 
 if TYPE_CHECKING:
@@ -42,6 +43,7 @@ ROWS = (
     ("commands_f1", "commands and checks F1", ".2f"),
     ("word_overlap", "word overlap", ".2f"),
 )
+NAME_WIDTH = 80  #: characters of a category, after which it is cut
 HEADING_WIDTH = 20  #: characters of a heading of a sample; the longest is "tuned, constrained"
 #: figure -> its usual value; the row is omitted if every column has it
 USUAL_VALUES = {"prompts_cut": 0.0, "complete": 1.0, "json_cut": 1.0}
@@ -70,7 +72,7 @@ def comparison_table(
     table = Table(title=title, caption="second lines: 95 % intervals", title_justify="left", show_lines=False)
     table.add_column("", no_wrap=True)
     for heading in columns:
-        table.add_column(_heading(heading, about.get(heading, {})), justify="right")
+        table.add_column(console_text(_heading(heading, about.get(heading, {})), newlines=True), justify="right")
     for name, label, form in informative_rows(columns):
         table.add_row(label, *(format_cell(scores, name, form) for scores in columns.values()))
     return table
@@ -93,11 +95,16 @@ def category_table(columns: Mapping[str, EvaluationScores], input_determined: Co
     for heading in ("category", "findings", "determined by input"):
         table.add_column(heading)
     for heading in columns:
-        table.add_column(heading, justify="right")
+        table.add_column(console_text(heading), justify="right")
     first = next(iter(columns.values()))
     for category, figures in first.groups["category"].items():
         cells = [format(scores.groups["category"][category]["severity_accuracy"], ".0%") for scores in columns.values()]
-        table.add_row(category, str(int(figures["answers"])), "yes" if category in input_determined else "no", *cells)
+        table.add_row(
+            console_text(category, NAME_WIDTH),
+            str(int(figures["answers"])),
+            "yes" if category in input_determined else "no",
+            *cells,
+        )
     return table
 
 
@@ -136,7 +143,9 @@ def format_sample(pair: Pair, outcomes: Mapping[str, str], width: int = 600) -> 
     for heading, text in outcomes.items():
         lines.append(_line(heading, text.strip() or "(empty)", width))
         differing = differences(pair.completion, text)
-        note = "equal to the expected answer" if not differing else "differs: " + _format_differences(differing)
+        note = "equal to the expected answer"
+        if differing:
+            note = "differs: " + printable(_format_differences(differing))
         lines.append(Text(f"{'':<{HEADING_WIDTH}}{note}", style="dim"))
     return Group(*lines)
 
@@ -160,13 +169,13 @@ def markdown_samples(
         texts = [scores.outcomes[index].text for scores in columns.values()]
         differing = differences(pair.completion, texts[-1]) if texts else {}
         cells = [pair.content, pair.completion, *texts, _format_differences(differing) or "nothing"]
-        table.append("| " + " | ".join(_escape(text[:width]) for text in cells) + " |")
+        table.append("| " + " | ".join(markdown(text.replace("\n", "⏎"), width) for text in cells) + " |")
     return "\n".join(table)
 
 
 def _line(heading: str, text: str, width: int) -> Text:
     shown = text if len(text) <= width else text[: width - 1] + "…"
-    return Text.assemble((f"{heading:<{HEADING_WIDTH}}", "bold"), shown.replace("\n", "⏎"))
+    return Text.assemble((f"{printable(heading):<{HEADING_WIDTH}}", "bold"), printable(shown.replace("\n", "⏎")))
 
 
 def _format_differences(differing: Mapping[str, tuple[object, object]]) -> str:
@@ -177,10 +186,3 @@ def _format_differences(differing: Mapping[str, tuple[object, object]]) -> str:
 def _short(value: object) -> str:
     text = "nothing" if value is None else json.dumps(value, ensure_ascii=False)
     return text if len(text) <= 60 else text[:59] + "…"
-
-
-def _escape(text: str) -> str:
-    """Escapes text for a Markdown cell. TensorBoard renders HTML, and text of a finding must stay text."""
-    for character, entity in (("&", "&amp;"), ("<", "&lt;"), (">", "&gt;"), ("|", "&#124;"), ("`", "&#96;")):
-        text = text.replace(character, entity)
-    return text.replace("\n", " ⏎ ")

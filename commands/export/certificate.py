@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from callbacks.run_record import REPOSITORY, git_state, package_versions
 from commands.model_source import CERTIFICATE, base_settings
 from datamodules.files import atomic_write
+from datamodules.redaction import redact
 
 if TYPE_CHECKING:
     from commands.model_source import TrainedModel
@@ -120,13 +121,13 @@ def format_summary(certificate: dict[str, Any]) -> list[str]:
 
 
 def save(target: Path, certificate: dict[str, Any]) -> None:
-    """Writes the certificate atomically.
+    """Writes the certificate atomically, without secrets.
 
     Args:
         target: folder of the export.
         certificate: JSON-ready.
     """
-    atomic_write(target / CERTIFICATE, json.dumps(certificate, indent=2, allow_nan=False) + "\n")
+    atomic_write(target / CERTIFICATE, json.dumps(redact(certificate), indent=2, allow_nan=False) + "\n")
 
 
 def file_entries(target: Path) -> dict[str, dict[str, Any]]:

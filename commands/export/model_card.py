@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from commands.model_source import lora_settings
+from datamodules.output_text import markdown
+from datamodules.redaction import redact, redact_text
 
 if TYPE_CHECKING:
     from commands.model_source import TrainedModel
@@ -17,6 +19,7 @@ FIGURES = (  # in the table of results
     "loss", "schema_valid", "severity_accuracy", "severity_macro_f1", "risk_error", "subscore_error",
     "actionable_error", "actionable_ece", "tags_f1", "ids_f1", "faithful",
 )  # fmt: skip
+CELL, VALUE = 80, 2000  #: characters of a cell of a table and of a value, after which they are cut
 LIMITS = """\
 - It reads findings of sys-scan-graph's scanner, in English, as compact JSON; other scanners were not tested.
 - It assesses only the text of the scanner's findings, not the host, its traffic or its files.
@@ -36,8 +39,8 @@ def model_card(trained: TrainedModel, certificate: dict[str, Any]) -> str:
     parts = [
         f"---\n{yaml.safe_dump(_front_matter(trained, certificate), sort_keys=False)}---",
         f"# Security analyst for sys-scan-graph ({certificate['format']})",
-        f"{_base(trained)}, fine-tuned to answer questions about scanner findings with one JSON object. "
-        f"Tasks: {', '.join(certificate['tasks'])}.",
+        f"{markdown(_base(trained))}, fine-tuned to answer questions about scanner findings with one JSON object. "
+        f"Tasks: {markdown(', '.join(certificate['tasks']))}.",
         "## Use",
         _usage(trained, certificate["format"]),
         "## Data",
@@ -71,7 +74,7 @@ def _usage(trained: TrainedModel, kind: str) -> str:
     if kind == "adapter":
         load = (
             "from peft import PeftModel\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
-            f"base = AutoModelForCausalLM.from_pretrained({_base(trained)!r})\n"
+            f"base = AutoModelForCausalLM.from_pretrained({_base(trained)!a})\n"
             "model = PeftModel.from_pretrained(base, FOLDER)\ntokenizer = AutoTokenizer.from_pretrained(FOLDER)"
         )
     elif kind == "gguf":
@@ -139,7 +142,8 @@ def _results(trained: TrainedModel) -> list[str]:
         columns = results.get("columns", {})
         figures = {name: column.get("figures", {}) for name, column in columns.items()}
         names = [name for name in FIGURES if any(values.get(name) is not None for values in figures.values())]
-        head = f"| {task}, {results.get('n')} held-out ({results.get('split')}) | " + " | ".join(columns) + " |"
+        title = markdown(f"{task}, {results.get('n')} held-out ({results.get('split')})", CELL)
+        head = f"| {title} | " + " | ".join(markdown(name, CELL) for name in columns) + " |"
         rows = [
             f"| {name} | " + " | ".join(_figure(columns[column], name) for column in columns) + " |" for name in names
         ]
@@ -162,7 +166,7 @@ def _figure(column: dict[str, Any], name: str) -> str:
 
 
 def _rows(rows: list[tuple[str, Any]]) -> str:
-    return "\n".join(f"- {name}: {value}" for name, value in rows if value not in (None, ""))
+    return "\n".join(f"- {name}: {markdown(value, VALUE)}" for name, value in rows if value not in (None, ""))
 
 
 def _class(slot: Any) -> str | None:
@@ -171,6 +175,7 @@ def _class(slot: Any) -> str | None:
 
 def _source_name(source: str) -> str:
     """Returns a source without folders of the machine and without a password."""
+    source = redact_text(source)
     return source if source.startswith("synthetic:") else source.partition("?")[0].rstrip("/").rpartition("/")[2]
 
 
@@ -180,4 +185,4 @@ def _read(trained: TrainedModel, name: str) -> dict[str, Any]:
         value = json.loads((trained.run / name).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
-    return value if isinstance(value, dict) else {}
+    return redact(value) if isinstance(value, dict) else {}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING, Any
 
+from commands.config_safety import fill_secrets
 from datamodules.errors import UserError, one_line
 from datamodules.findings import FindingsDataModule
 from datamodules.tasks.base import Pair
@@ -36,7 +37,10 @@ def reference_pairs(trained: TrainedModel, task: str, count: int) -> tuple[list[
     fix = f"Fix: give --num_reference {len(pairs)}." if pairs else "Fix: give --num_reference 0 (no measurement)."
     if str(settings.get("class_path", "")).rpartition(".")[2] != FindingsDataModule.__name__:
         raise UserError(f"--num_reference {count}: the run's data are no FindingsDataModule. {fix}")
-    arguments: dict[str, Any] = dict(settings.get("init_args") or {}) | {"tokenizer": trained.tokenizer}
+    # the run may come from somebody else: nothing is written to a place that its config names
+    filled = fill_secrets({"data": settings}, ())["data"]
+    arguments: dict[str, Any] = dict(filled.get("init_args") or {}) | {"tokenizer": trained.tokenizer}
+    arguments |= {"cache_dir": None, "quarantine_path": None}
     split = "val" if arguments.get("val_fraction", 0.02) else "test"
     try:
         data = FindingsDataModule(**arguments)

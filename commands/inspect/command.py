@@ -22,9 +22,11 @@ from commands.inspect.tpu_compile import check_compile, check_fits, compile_run,
 from commands.options import check_minimum, parse_own_options
 from datamodules.errors import UserError
 from datamodules.findings import FindingsDataModule
+from datamodules.redaction import redact
 from datamodules.statistics.scan import scan_dataset
 from datamodules.statistics.summary import DatasetSummary, report_counts
 from datamodules.stream.epoch_order import epoch_order
+from datamodules.tasks.base import sanitize
 from datamodules.tokenization.chat_format import load_tokenizer
 from lightning_modules.causal_lm import CausalLMModule
 from lightning_modules.strategies.xla.aot_compile import TPUS
@@ -55,7 +57,7 @@ def main(args: list[str]) -> None:
         else:
             report, sample = inspect_run(cli, options)
     if options.format == "json":
-        sys.stdout.write(orjson.dumps(report, option=orjson.OPT_INDENT_2).decode() + "\n")
+        sys.stdout.write(orjson.dumps(sanitize(report), option=orjson.OPT_INDENT_2).decode() + "\n")
     elif options.compile:
         print_compiled(report)
     else:
@@ -118,7 +120,7 @@ def inspect_run(cli: ConfigOnlyCLI, options: argparse.Namespace) -> tuple[dict[s
     tokenizer = data.document_processor.tokenizer
     sample = Sample.of(summary.sample, load_tokenizer(tokenizer)) if summary.sample else None
     memory, cost, reason = memory_and_time(model.backbone, summary, data, plan, options.device)
-    report: dict[str, Any] = {"sources": data.document_processor.specs, "tokenizer": tokenizer}
+    report: dict[str, Any] = {"sources": redact(data.document_processor.specs), "tokenizer": tokenizer}
     report |= report_counts(summary, data)
     report |= {
         "sample": sample.summary() if sample else None, "epoch": epoch(summary, data, plan), "memory": memory,

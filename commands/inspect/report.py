@@ -9,6 +9,8 @@ from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
+from datamodules.output_text import console_text, printable
+
 if TYPE_CHECKING:
     from datamodules.tokenization.chat_format import Example
 
@@ -67,14 +69,14 @@ class Sample:
         """Returns the example in colour, and the ids at its joins."""
         text = Text()
         for part, style in STYLES.items():
-            text.append(_printable(_shorten(self.texts[part])), style)
+            text.append(printable(_shorten(self.texts[part]), newlines=True), style)
         legend = Text("mask: ")
         for part, style in STYLES.items():
             label = "labels" if part == "completion" else part
             legend.append(f"{label} {self.lengths[part]} tokens", style).append("  ")
         joins = Table(box=None, show_header=False, padding=(0, 1))
         for join, ids in self.joins.items():
-            joins.add_row(join, Text("  ".join(f"{number} {_printable(token)!r}" for number, token in ids)))
+            joins.add_row(join, Text("  ".join(f"{number} {printable(token)!r}" for number, token in ids)))
         return Group(legend, text, Text(), joins)
 
 
@@ -82,13 +84,6 @@ def _shorten(text: str) -> str:
     if len(text) <= SHOWN:
         return text
     return f"{text[: SHOWN // 2]} [... {len(text) - SHOWN} characters ...] {text[-SHOWN // 2 :]}"
-
-
-def _printable(text: str) -> str:
-    """Escapes control characters: text from data must not control the terminal."""
-    return "".join(
-        char if char.isprintable() or char == "\n" else char.encode("unicode_escape").decode() for char in text
-    )
 
 
 def print_report(report: dict[str, Any], sample: Sample | None, console: Console | None = None) -> None:
@@ -107,7 +102,7 @@ def print_report(report: dict[str, Any], sample: Sample | None, console: Console
         console.print(Text(f"\nOne example of task {sample.task}", "bold"))
         console.print(sample.render())
     for warning in report["warnings"]:
-        console.print(Text(f"\nWARNING: {warning}", "bold yellow"))
+        console.print(console_text(f"\nWARNING: {warning}", newlines=True, style="bold yellow"))
     console.print(Text(f"\nread in {report['seconds']} s", "dim"))
 
 
@@ -126,7 +121,7 @@ def _lines(rows: list[tuple[str, str]]) -> Table:
     table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
     table.add_column(no_wrap=True)
     for name, value in rows:
-        table.add_row(Text(name), Text(_printable(value)))
+        table.add_row(Text(name), console_text(value, newlines=True))
     return table
 
 
@@ -135,7 +130,7 @@ def _grid(header: list[str], rows: list[list[str]]) -> Table:
     for index, name in enumerate(header):
         table.add_column(name, justify="left" if index == 0 else "right", header_style="dim", no_wrap=index == 0)
     for row in rows:
-        table.add_row(*(Text(_printable(cell)) for cell in row))
+        table.add_row(*(console_text(cell) for cell in row))
     return table
 
 

@@ -17,6 +17,7 @@ from rich.table import Table
 
 from datamodules.errors import UserError
 from datamodules.findings import FindingsDataModule
+from datamodules.output_text import console_text
 from lightning_modules.causal_lm import CausalLMModule
 from lightning_modules.models.backbone import RANDOM
 from lightning_modules.strategies.xla.accelerator import check_torch_xla
@@ -76,7 +77,8 @@ def compile_run(cli: ConfigOnlyCLI, tpu: str) -> dict[str, Any]:
         )
     steps = _trainer_options(cli.trainer_config)
     console = Console(stderr=True)
-    console.print(f"tracing a step of {module.backbone.model_name_or_path.removeprefix(RANDOM)}, without weights ...")
+    name = module.backbone.model_name_or_path.removeprefix(RANDOM)
+    console.print(console_text(f"tracing a step of {name}, without weights ..."))
     began = time.monotonic()
     graph = _trace(module, data, cores, _data_parallel_size(cli.trainer_config), steps)
     traced = time.monotonic() - began

@@ -6,9 +6,9 @@ from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
-import orjson
-
 from datamodules.errors import UserError
+from datamodules.redaction import redact_text
+from datamodules.tasks.base import compact_json
 
 if TYPE_CHECKING:
     from datamodules.stream.preprocessing import PreparedDocument
@@ -100,7 +100,8 @@ class PipelineCounters:
             self._file.truncate(self._bytes)
             self._file.seek(self._bytes)
         for record in document.quarantined:
-            names = ("source", "member", "position", "reason", "record")
-            line = orjson.dumps({name: getattr(record, name) for name in names}, option=orjson.OPT_APPEND_NEWLINE)
-            self._bytes += self._file.write(line)
+            # compact_json: the name of a member may not be UTF-8
+            values = {name: getattr(record, name) for name in ("member", "position", "reason", "record")}
+            line = compact_json({"source": redact_text(record.source)} | values)
+            self._bytes += self._file.write(f"{line}\n".encode())
         self._file.flush()

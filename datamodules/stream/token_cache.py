@@ -12,6 +12,7 @@ another one lists their order; the source itself is not read from then on.
 from __future__ import annotations
 
 import hashlib
+import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
@@ -165,12 +166,12 @@ def _to_table(document: PreparedDocument) -> Any:
         "counts": dict(document.counts),
         "quarantined": [asdict(record) for record in document.quarantined],
     }
-    return pa.table(arrays).replace_schema_metadata({"document": orjson.dumps(metadata)})
+    return pa.table(arrays).replace_schema_metadata({"document": _dumps(metadata)})
 
 
 def _from_table(table: Any, place: Place) -> PreparedDocument:
     table = table.combine_chunks()
-    metadata = orjson.loads(table.schema.metadata[b"document"])
+    metadata = _loads(table.schema.metadata[b"document"])
     names = ("prompts", "completions", "prefixes", "keys", "inputs", "findings")
     arrays = {name: table[name].to_numpy() for name in names}
     chunks = table["ids"].chunks
@@ -179,6 +180,21 @@ def _from_table(table: Any, place: Place) -> PreparedDocument:
     columns = Columns(tokens=tokens.astype(np.int32), **arrays, texts=texts, names=metadata["names"])
     quarantined = [Quarantined(**record) for record in metadata["quarantined"]]
     return PreparedDocument(place, columns, metadata["records"], Counter(metadata["counts"]), quarantined)
+
+
+def _dumps(value: Any) -> bytes:
+    """Returns JSON; names of categories and files may hold lone surrogates, which only Python's own encoder keeps."""
+    try:
+        return orjson.dumps(value)
+    except TypeError:
+        return json.dumps(value).encode()
+
+
+def _loads(data: bytes) -> Any:
+    try:
+        return orjson.loads(data)
+    except orjson.JSONDecodeError:
+        return json.loads(data)
 
 
 def _digest(data: bytes) -> bytes:

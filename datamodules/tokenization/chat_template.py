@@ -11,10 +11,12 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 from datamodules.errors import UserError
+from datamodules.time_limit import TimeLimitReached, time_limit
 
 Piece: TypeAlias = int | str  #: a control token's id, or text
 
 _SYSTEM, _USER, _ASSISTANT = (f"\ue000{role}\ue001" for role in ("system", "user", "assistant"))
+TEMPLATE_SECONDS = 10.0  #: limit on the time in which a template writes one conversation; it takes milliseconds
 #: replaces the function that returns the date; as a macro, because the caller can't pass functions to a template
 _FIXED_DATE = "{%- macro strftime_now(format) -%}01 Jan 2025{%- endmacro %}"
 
@@ -111,6 +113,9 @@ def _render(tokenizer: Any, **placeholders: str) -> list[str] | None:
 
     Returns:
         The parts before, between and after the placeholders; None if the template rejects or loses one of them.
+
+    Raises:
+        UserError: the template does not end within :data:`TEMPLATE_SECONDS`.
     """
     from jinja2 import TemplateError
 
@@ -122,9 +127,15 @@ def _render(tokenizer: Any, **placeholders: str) -> list[str] | None:
         "enable_thinking": False,  # Qwen 3: an empty thought in the prompt instead of a generated one in the answer
     }
     try:
-        text = tokenizer.apply_chat_template(messages, tokenize=False, **options)
+        with time_limit(TEMPLATE_SECONDS):
+            text = tokenizer.apply_chat_template(messages, tokenize=False, **options)
     except TemplateError:
         return None
+    except TimeLimitReached:
+        raise UserError(
+            f"tokenizer {tokenizer.name_or_path}: its chat template did not end within {TEMPLATE_SECONDS:g} s. Fix: "
+            "choose another model"
+        ) from None
     parts = re.split(f"({'|'.join(placeholders.values())})", text)
     return parts[::2] if parts[1::2] == list(placeholders.values()) else None
 

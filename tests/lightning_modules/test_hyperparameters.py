@@ -20,7 +20,8 @@ from lightning_modules import (
     LoRA,
     TeacherCache,
 )  # fmt: skip
-from lightning_modules.hyperparameters import check_class_paths, public_path, to_plain
+from lightning_modules.allowed_classes import check_class_paths
+from lightning_modules.hyperparameters import public_path, to_plain
 from optimizers import Lion, WarmupCosine
 from tests.helpers.lm_training import assert_same, checkpointed, module_for, trained
 
