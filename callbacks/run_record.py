@@ -36,7 +36,8 @@ PACKAGES = (
 class RunRecord(Callback):
     """Writes ``<run>/run.json`` at the start and the end of a fit, then the report, and prints a summary.
 
-    The file is replaced atomically. Its ``state`` is ``running``, ``finished``, ``interrupted`` or ``failed``; it stays
+    The file is first written at the first step, so a start that fails before that writes nothing. It is replaced
+    atomically. Its ``state`` is ``running``, ``finished``, ``interrupted`` or ``failed``; it stays
     ``running`` if the process was killed. A resumed run writes the same file and keeps the earlier records under
     ``previous``. Passwords in URLs of the command line are masked. Only rank zero writes.
 
@@ -48,18 +49,26 @@ class RunRecord(Callback):
         self.config = config
         self._run = Path()
         self._record: dict[str, Any] = {}
+        self._written = False
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Resolves the run directory; called on all ranks."""
         self._run = run_directory(trainer)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Writes the facts that are known before the first step."""
+        """Collects the facts that are known before the first step."""
         if not trainer.is_global_zero or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         previous = self._previous()
         self._record = describe(trainer, pl_module) | {"config": self.config, "previous": previous}
-        self._write()
+        self._written = False
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *args: Any, **kwargs: Any) -> None:
+        """Writes the record before the first batch."""
+        if self._record and not self._written:
+            resumed = getattr(pl_module, "resumed", None)
+            self._record["changed_since_checkpoint"] = list(getattr(resumed, "changed", []))
+            self._write()
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Records step, epoch and metrics before the trainer is torn down."""
@@ -74,8 +83,9 @@ class RunRecord(Callback):
             self._finish(trainer, "finished")
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Writes the state of an interrupted or failed fit."""
-        if not self._record:
+        """Writes the state of an interrupted or failed fit, if it had begun."""
+        if not self._written:
+            self._record = {}
             return
         self._record |= progress(trainer)
         if isinstance(exception, (Interrupted, KeyboardInterrupt, SIGTERMException)):
@@ -95,7 +105,7 @@ class RunRecord(Callback):
             checkpoints = checkpoint_directory(trainer, self._run)
             summary = format_summary(self._run, checkpoints, self.config, self._record)
             Console().print(summary, highlight=False, soft_wrap=True, markup=False)
-        self._record = {}
+        self._record, self._written = {}, False
 
     def _previous(self) -> list[dict[str, Any]]:
         try:
@@ -107,6 +117,7 @@ class RunRecord(Callback):
     def _write(self) -> None:
         self._run.mkdir(parents=True, exist_ok=True)
         atomic_write(self._run / "run.json", json.dumps(self._record, indent=2, default=str) + "\n")
+        self._written = True
 
 
 def describe(trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
@@ -122,7 +133,15 @@ def describe(trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
         "platform": platform.platform(),
         "devices": device_names(pl_module.device, trainer.world_size),
         "data": fingerprint() if callable(fingerprint) else None,
+        "slurm_job": slurm_job(),
+        "resumed_from": None if trainer.ckpt_path is None else str(trainer.ckpt_path),
     }
+
+
+def slurm_job() -> str | None:
+    """Returns the SLURM job of this process, for an array with the task's number; None outside of SLURM."""
+    array = os.environ.get("SLURM_ARRAY_JOB_ID")
+    return f"{array}_{os.environ['SLURM_ARRAY_TASK_ID']}" if array else os.environ.get("SLURM_JOB_ID")
 
 
 def progress(trainer: Trainer) -> dict[str, Any]:

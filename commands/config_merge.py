@@ -41,14 +41,10 @@ def compose(args: list[str], default: Path | None = None) -> list[str]:
         UserError: a file is missing or is no YAML mapping, or the command line sets an argument of a plain value to
             null.
     """
-    files, rest = split_config_arguments(args)
-    if not files and default is not None:
-        files = [str(default)]
-    if not files:
+    rest = split_config_arguments(args)[1]
+    merged = configured(args, default)
+    if not merged:
         return rest
-    merged: dict[str, Any] = {}
-    for file in files:
-        merged = merge(merged, load_config(file))
     kept: list[str] = []
     for key, value, words in _options(rest):
         path = key.removesuffix(".class_path").split(".")
@@ -60,6 +56,21 @@ def compose(args: list[str], default: Path | None = None) -> list[str]:
             words = [f"--{key}.class_path={value}"]
         kept += words
     return ["--config", yaml.safe_dump(merged, sort_keys=False), *kept]
+
+
+def configured(args: list[str], default: Path | None = None) -> dict[str, Any]:
+    """Returns the merged content of the ``--config`` files of a command line; the default config's if there is none.
+
+    Raises:
+        UserError: a file is missing or is no YAML mapping.
+    """
+    files = split_config_arguments(args)[0]
+    if not files and default is not None:
+        files = [str(default)]
+    merged: dict[str, Any] = {}
+    for file in files:
+        merged = merge(merged, load_config(file))
+    return merged
 
 
 def split_config_arguments(args: list[str]) -> tuple[list[str], list[str]]:
