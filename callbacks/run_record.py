@@ -22,7 +22,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from rich.console import Console
 
 from callbacks.paths import checkpoint_directory, run_directory
-from callbacks.preemption import Interrupted
+from callbacks.preemption import Interrupted, slurm_job
 from callbacks.reporting.html_report import REPORT_FILE, write_report
 from datamodules.files import atomic_write
 
@@ -136,12 +136,6 @@ def describe(trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
         "slurm_job": slurm_job(),
         "resumed_from": None if trainer.ckpt_path is None else str(trainer.ckpt_path),
     }
-
-
-def slurm_job() -> str | None:
-    """Returns the SLURM job of this process, for an array with the task's number; None outside of SLURM."""
-    array = os.environ.get("SLURM_ARRAY_JOB_ID")
-    return f"{array}_{os.environ['SLURM_ARRAY_TASK_ID']}" if array else os.environ.get("SLURM_JOB_ID")
 
 
 def progress(trainer: Trainer) -> dict[str, Any]:

@@ -28,11 +28,10 @@ from commands.run_directory import (  # fmt: skip
     run_root,
 )
 from commands.run_folder import RunFolder, keep_file, new_run_folder
+from commands.start_checks import MESSAGE_LIMIT, check_trainer, one_line_errors
 from datamodules.errors import UserError, one_line
-from lightning_modules.models.backend import check_sharding
 
 TRAINER_COMMANDS = ("fit", "validate", "test")
-MESSAGE_LIMIT = 600  #: largest number of characters of an error message of jsonargparse or Lightning
 #: regular expressions of warnings that are irrelevant to users of this program
 IGNORED_WARNINGS = (
     r".*overridden `transfer_batch_to_device` in `LightningModule`.*",  # intended: prepares masks
@@ -103,7 +102,7 @@ class FinetuneCLI(LightningCLI):
             return
         config = self.config[self.config.subcommand]
         config["weights_only"] = True
-        if config.trainer.get("logger") is False:
+        if config.trainer.get("logger") in (False, []):
             _remove_learning_rate_monitor(config.trainer)
         self._recorded_config = config.clone()  # without the folder of this run, so that it starts a new one again
         self._recorded_config["ckpt_path"] = None
@@ -138,8 +137,18 @@ class FinetuneCLI(LightningCLI):
         for logger in self.trainer.loggers:
             if isinstance(logger, CSVLogger) and self.trainer.is_global_zero:  # it would delete them
                 keep_file(Path(logger.log_dir) / "metrics.csv")
-        with new_run_folder(self.trainer, new) if new else nullcontext():
+        with one_line_errors(), new_run_folder(self.trainer, new) if new else nullcontext():
             self.trainer.fit(**kwargs)
+
+    def validate(self, **kwargs: Any) -> None:
+        """Runs ``Trainer.validate``."""
+        with one_line_errors():
+            self.trainer.validate(**kwargs)
+
+    def test(self, **kwargs: Any) -> None:
+        """Runs ``Trainer.test``."""
+        with one_line_errors():
+            self.trainer.test(**kwargs)
 
     def after_validate(self) -> None:
         """Prints again at the end which model was evaluated, if the user did not name it."""
@@ -156,8 +165,7 @@ class FinetuneCLI(LightningCLI):
             super().instantiate_classes()
         except (ValueError, TypeError, ImportError, MisconfigurationException) as error:
             raise UserError(one_line(error, MESSAGE_LIMIT)) from error
-        backbone = getattr(self.model, "backbone", None)
-        check_sharding(getattr(self.trainer, "strategy", None), getattr(backbone, "quantization", "none"))
+        check_trainer(self.trainer, self.model, self.datamodule)
         for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, RunFolder):
                 callback.config = self._recorded_config

@@ -1,10 +1,11 @@
-"""Merges config files, and works around three errors of jsonargparse.
+"""Merges config files, and works around errors of jsonargparse.
 
 - If two files give different classes for one key, jsonargparse keeps those ``init_args`` of the first class that the
   second accepts too: Lion would run with AdamW's betas (https://github.com/omni-us/jsonargparse/issues/460). Here a
   later class replaces the earlier one with all its arguments, whether it comes from a file or from the command line;
   arguments of the same class are merged. ``key+: [...]`` in a later file appends to a list.
 - ``null`` for an argument within a class's arguments: jsonargparse passes the string "None".
+- One key of a mapping of data (``--data.init_args.task_weights.triage=2``): jsonargparse removes the other keys.
 - A class path for an option that also accepts a name: for ``trainer.strategy`` Lightning would look for a registered
   strategy of that name.
 """
@@ -21,6 +22,7 @@ import yaml
 from datamodules.errors import UserError, one_line
 
 NAME_OR_CLASS = ("trainer.strategy", "trainer.accelerator")  #: options that accept a name or a class path
+PLAIN_MAPPINGS = ("task_weights", "storage_options")  #: options whose value is a mapping of data
 #: the package ``configs`` is next to this package, in a checkout as well as when installed
 CONFIGS = Path(__file__).parents[1] / "configs"
 DEFAULT_CONFIG = CONFIGS / "default.yaml"
@@ -50,6 +52,8 @@ def compose(args: list[str], default: Path | None = None) -> list[str]:
         path = key.removesuffix(".class_path").split(".")
         if value in ("null", "~"):
             _set_null(merged, path)
+            continue
+        if _add_to_mapping(merged, path, value):
             continue
         _forget_other_class(merged, path, value)
         if key in NAME_OR_CLASS and re.fullmatch(r"[\w.]+\.[A-Z]\w*", value):
@@ -178,8 +182,47 @@ def _set_null(config: dict[str, Any], path: list[str]) -> None:
         slot = slot.setdefault(key, {})
 
 
-def _forget_other_class(config: dict[str, Any], path: list[str], class_path: str) -> None:
-    """Removes the ``init_args`` of a key if the command line gives another class for it."""
+def _add_to_mapping(config: dict[str, Any], path: list[str], value: str) -> bool:
+    """Sets one key of a mapping that is plain data, such as ``task_weights``, and keeps the other keys.
+
+    jsonargparse would replace the whole mapping by one with this key only.
+
+    Returns:
+        Whether the key is part of such a mapping. A class, its arguments and the groups of options are not.
+    """
+    slot: Any = config
+    in_class = False
+    for key in path[:-1]:
+        in_class = in_class or (isinstance(slot, dict) and "class_path" in slot)
+        slot = _arguments(slot, key).get(key) if isinstance(slot, dict) else None
+    if not (path[-2:-1] and path[-2] in PLAIN_MAPPINGS and in_class and isinstance(slot, dict)):
+        return False
+    try:
+        slot[path[-1]] = yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise UserError(f"--{'.'.join(path)}={value}: not valid YAML: {one_line(error, 200)}") from error
+    print(f"--{'.'.join(path)}={value}: {path[-2]} is now {slot}", flush=True)
+    return True
+
+
+def _class_of(value: str) -> str | None:
+    """Returns the class that a value of the command line names.
+
+    A value may be a class path, a mapping with a ``class_path``, or something else: a name such as ``cpu``, a number, a
+    list, a mapping of options, or a YAML file.
+    """
+    if value[:1] in "{[":
+        try:
+            content = yaml.safe_load(value)
+        except yaml.YAMLError:
+            return None
+        return content.get("class_path") if isinstance(content, dict) else None
+    is_path = re.fullmatch(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*", value) and not Path(value).is_file()
+    return value if is_path and ("." in value or value[:1].isupper()) else None
+
+
+def _forget_other_class(config: dict[str, Any], path: list[str], value: str) -> None:
+    """Removes the ``init_args`` of a key if the command line gives another class, or no class, for it."""
     slot: Any = config
     parent: Any = None
     for key in path:
@@ -187,13 +230,12 @@ def _forget_other_class(config: dict[str, Any], path: list[str], class_path: str
         if key not in parent:
             return
         slot = parent[key]
-    if (
-        isinstance(slot, dict)
-        and "class_path" in slot
-        and slot["class_path"].split(".")[-1] != class_path.split(".")[-1]
-    ):
-        if "." not in class_path and not class_path[:1].isupper():  # a name like "cpu" instead of a class
+    if not isinstance(slot, dict) or "class_path" not in slot:
+        return
+    class_path = _class_of(value)
+    if class_path is None:
+        if not value.startswith("{"):  # a mapping without a class changes arguments of this class
             del parent[path[-1]]
-            return
+    elif slot["class_path"].split(".")[-1] != class_path.split(".")[-1]:
         slot.clear()
         slot["class_path"] = class_path

@@ -17,7 +17,7 @@ from typing import Any
 from jsonargparse import Namespace
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
-from callbacks.run_record import slurm_job
+from callbacks.preemption import slurm_job
 from datamodules.errors import UserError
 
 DEFAULT_ROOT = Path("runs")  #: root of runs if neither the logger nor ``trainer.default_root_dir`` sets one

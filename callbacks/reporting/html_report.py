@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from callbacks.reporting.figures import draw_figures
 from callbacks.reporting.html_page import page
-from callbacks.reporting.tables import format_cell, informative_rows
+from callbacks.reporting.tables import format_cell, informative_rows, weights_label
 from callbacks.reporting.training_curves import draw_curves
 from datamodules.files import atomic_write
 from lightning_modules.evaluation.answer_parsing import parse
@@ -171,7 +171,7 @@ def _cell(scores: EvaluationScores, name: str, form: str) -> str:
 def _heading(name: str, about: Mapping[str, Any]) -> str:
     if name == "untuned" or "step" not in about:
         return _text(name)
-    return f"{_text(name)}<br><small>{'best' if 'checkpoint' in about else 'last'} step {about['step']}</small>"
+    return f"{_text(name)}<br><small>{weights_label(about)}</small>"
 
 
 def _percent(value: float | None) -> str:
