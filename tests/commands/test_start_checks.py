@@ -1,5 +1,8 @@
 """Settings that Lightning would refuse after the first steps are one line before the first step."""
 
+import json
+import shutil
+
 import pytest
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback
@@ -82,3 +85,15 @@ def test_other_errors_of_lightning_are_one_line_and_errors_of_the_program_are_no
         raise MisconfigurationException("two\nlines")
     with pytest.raises(ValueError, match="a bug"), one_line_errors():
         raise ValueError("a bug")
+
+
+@pytest.mark.parametrize("command", ["fit", "inspect"])
+def test_a_template_token_without_a_row_in_the_embedding_is_one_line(tiny_llama, tmp_path, capsys, command):
+    small = shutil.copytree(tiny_llama, tmp_path / "small")
+    config = json.loads((small / "config.json").read_text())
+    (small / "config.json").write_text(json.dumps(config | {"vocab_size": 2}))
+    args = tiny_fit(small, tmp_path / "runs")
+    assert main([command, *args[1:]]) == 2
+    assert "the chat template uses token '<|im_end|>' with id 2, and the model's embedding has 2 rows" in error_line(
+        capsys
+    )
