@@ -26,6 +26,7 @@ from commands.run_directory import (  # fmt: skip
     resolve_checkpoint,
     run_of,
     run_root,
+    runs_below,
 )
 from commands.run_folder import RunFolder, keep_file, new_run_folder
 from commands.start_checks import MESSAGE_LIMIT, check_trainer, one_line_errors
@@ -37,6 +38,8 @@ IGNORED_WARNINGS = (
     r".*overridden `transfer_batch_to_device` in `LightningModule`.*",  # intended: prepares masks
     r".*isinstance\(treespec, LeafSpec\).*",  # Lightning 2.6 with torch 2.13
     r".*is_gradient_checkpointing.*",  # PEFT 0.21 with transformers 5.23
+    r".*Checkpoint directory .* exists and is not empty.*",  # of a resumed run
+    r".*Experiment logs directory .* exists and is not empty.*",  # the CSV metrics of earlier starts are kept
     r".*does not have many workers.*",  # building rows is much faster than a training step
 )
 
@@ -124,10 +127,13 @@ class FinetuneCLI(LightningCLI):
             if checkpoint is not None:
                 print(f"fit: SLURM requeued the job; it resumes from {checkpoint}", flush=True)
             return checkpoint
-        checkpoint = newest_checkpoint(root, "best")
-        self._evaluated = (
-            f"the newest run's checkpoint {checkpoint}" if checkpoint else f"the untuned model: no run below {root}"
-        )
+        checkpoint, runs = newest_checkpoint(root, "best"), runs_below(root)
+        if checkpoint is None:
+            self._evaluated = f"the untuned model: no run below {root}" + (" has a checkpoint" if runs else "")
+        elif runs[0].resolve() == run_of(checkpoint):
+            self._evaluated = f"the newest run's checkpoint {checkpoint}"
+        else:
+            self._evaluated = f"an older run's checkpoint {checkpoint}: the newest run {runs[0]} has none"
         print(f"{command}: {self._evaluated}", flush=True)
         return checkpoint
 
@@ -165,6 +171,8 @@ class FinetuneCLI(LightningCLI):
             super().instantiate_classes()
         except (ValueError, TypeError, ImportError, MisconfigurationException) as error:
             raise UserError(one_line(error, MESSAGE_LIMIT)) from error
+        if self.trainer is None:  # a command that runs no trainer
+            return
         check_trainer(self.trainer, self.model, self.datamodule)
         for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, RunFolder):

@@ -22,7 +22,8 @@ import yaml
 from datamodules.errors import UserError, one_line
 
 NAME_OR_CLASS = ("trainer.strategy", "trainer.accelerator")  #: options that accept a name or a class path
-PLAIN_MAPPINGS = ("task_weights", "storage_options")  #: options whose value is a mapping of data
+#: options whose value is a mapping of data, each with the default of its class
+PLAIN_MAPPINGS: dict[str, dict[str, Any]] = {"task_weights": {"risk": 1.0}, "storage_options": {}}
 #: the package ``configs`` is next to this package, in a checkout as well as when installed
 CONFIGS = Path(__file__).parents[1] / "configs"
 DEFAULT_CONFIG = CONFIGS / "default.yaml"
@@ -190,13 +191,15 @@ def _add_to_mapping(config: dict[str, Any], path: list[str], value: str) -> bool
     Returns:
         Whether the key is part of such a mapping. A class, its arguments and the groups of options are not.
     """
-    slot: Any = config
-    in_class = False
-    for key in path[:-1]:
-        in_class = in_class or (isinstance(slot, dict) and "class_path" in slot)
-        slot = _arguments(slot, key).get(key) if isinstance(slot, dict) else None
-    if not (path[-2:-1] and path[-2] in PLAIN_MAPPINGS and in_class and isinstance(slot, dict)):
+    if len(path) < 3 or path[-2] not in PLAIN_MAPPINGS:
         return False
+    parent: Any = config
+    for key in path[:-2]:
+        parent = _arguments(parent, key).get(key) if isinstance(parent, dict) else None
+    if not isinstance(parent, dict) or not ("class_path" in parent or path[-3] == "init_args"):
+        return False
+    arguments = _arguments(parent, path[-2])
+    slot = arguments[path[-2]] = dict(arguments.get(path[-2]) or PLAIN_MAPPINGS[path[-2]])
     try:
         slot[path[-1]] = yaml.safe_load(value)
     except yaml.YAMLError as error:

@@ -95,6 +95,7 @@ def new_run_folder(trainer: Trainer, run: Path) -> Iterator[None]:
     if trainer.is_global_zero:
         try:
             run.mkdir(parents=True)
+            (run / "checkpoints").mkdir()  # makes it a run: `last` does not mean an older one if this process is killed
         except FileExistsError as error:
             raise UserError(
                 f"trainer.logger: another fit that started at the same time has the run folder {run}. "

@@ -97,7 +97,7 @@ def check_token_ids(chat: ChatFormat, tasks: Mapping[str, Task], model: str) -> 
     if rows is not None and largest >= rows:
         token = chat.tokenizer.convert_ids_to_tokens(largest)
         raise UserError(
-            f"model.init_args.backbone.model_name_or_path={model}: the chat template uses token {token!r} with id "
+            f"model.init_args.backbone.model_name_or_path={model}: the prompts use token {token!r} with id "
             f"{largest}, and the model's embedding has {rows} rows. Fix: use the tokenizer that the model was "
             "trained with"
         )

@@ -78,6 +78,16 @@ def test_validate_uses_the_best_checkpoint_of_the_newest_run(tmp_path, tiny_llam
     assert f"validate: the newest run's checkpoint {best}" in capsys.readouterr().out
 
 
+def test_validate_prints_that_the_newest_run_has_no_checkpoint(tmp_path, tiny_llama, started, capsys):
+    file = write_checkpoint(tmp_path, 1)
+    newest = tmp_path / "default" / "version_2"
+    (newest / "checkpoints").mkdir(parents=True)
+    FinetuneCLI(["validate", *options(tmp_path, tiny_llama)])
+    assert started[0][2] == str(file)
+    text = f"an older run's checkpoint {file}: the newest run {newest} has none"
+    assert capsys.readouterr().out.splitlines() == [f"validate: {text}", f"validate: evaluated {text}"]
+
+
 def test_without_a_run_the_untuned_model_is_evaluated(tmp_path, tiny_llama, started, capsys):
     FinetuneCLI(["test", *options(tmp_path, tiny_llama)])
     assert started[0][2] is None

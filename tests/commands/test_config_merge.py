@@ -152,3 +152,11 @@ def test_one_task_weight_is_added_to_those_of_the_file(tmp_path, capsys):
         assert capsys.readouterr().out == f"--{key}=2: task_weights is now {{'risk': 1.0, 'triage': 2}}\n"
     args = compose(["--config", file, "--data.init_args.task_weights={triage: 2}"])  # the whole mapping
     assert args[2:] == ["--data.init_args.task_weights={triage: 2}"]
+
+
+def test_one_task_weight_is_added_to_the_default_of_the_class(tmp_path):
+    file = write(tmp_path, "a.yaml", {"data": {"class_path": "Data", "init_args": {"seed": 0}}})
+    args = compose(["--config", file, "--data.init_args.task_weights.triage=2"])
+    assert merged(args)["data"]["init_args"] == {"seed": 0, "task_weights": {"risk": 1.0, "triage": 2}}
+    args = compose(["--config", write(tmp_path, "b.yaml", {"seed": 0}), "--task_weights.triage=2"])  # not the data's
+    assert args[2:] == ["--task_weights.triage=2"]

@@ -98,7 +98,7 @@ def test_a_template_token_without_a_row_in_the_embedding_is_refused(tiny_llama, 
     small = shutil.copytree(tiny_llama, tmp_path / "small")
     config = json.loads((small / "config.json").read_text())
     (small / "config.json").write_text(json.dumps(config | {"vocab_size": 2}))
-    with pytest.raises(UserError, match=r"small: the chat template uses token .* and the model's embedding has 2 rows"):
+    with pytest.raises(UserError, match=r"small: the prompts use token .* and the model's embedding has 2 rows"):
         check_token_ids(chat, tasks, str(small))
     (small / "config.json").unlink()  # the folder of a tokenizer
     assert embedding_rows(str(small)) is None
