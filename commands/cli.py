@@ -175,7 +175,7 @@ class FinetuneCLI(LightningCLI):
             return
         check_trainer(self.trainer, self.model, self.datamodule)
         for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
-            if isinstance(callback, RunFolder):
+            if isinstance(callback, RunFolder) and self._recorded_config:  # empty without a subcommand
                 callback.config = self._recorded_config
             if isinstance(callback, ModelCheckpoint) and self.trainer.fast_dev_run:  # type: ignore[attr-defined]
                 callback.save_last = False  # Lightning skips all checkpoints of fast_dev_run but this one
