@@ -87,11 +87,17 @@ class Evaluation(Callback):
         self._run = Path()
         self._results: list[TaskResults] = []
         self._validations = 0
+        self._checkpoint_step: int | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Resolves the run directory; called on all ranks."""
         self._run = run_directory(trainer)
         self._validations = 0
+        self._checkpoint_step = None
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Reads the step of the evaluated weights; ``validate`` and ``test`` do not set the trainer's step."""
+        self._checkpoint_step = checkpoint["global_step"]
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measures the untuned model, or restores its column in a resumed fit."""
@@ -134,7 +140,8 @@ class Evaluation(Callback):
         self._results = self._load_questions(trainer, split)
         self._restore_untuned()  # of the fit that wrote the checkpoint
         checkpoint = {"checkpoint": Path(trainer.ckpt_path).name} if trainer.ckpt_path else {}
-        self._measure(trainer, pl_module, "this model", {"step": trainer.global_step} | checkpoint, constrained=True)
+        about = {"step": self._step(trainer)} | checkpoint
+        self._measure(trainer, pl_module, "this model", about, constrained=True)
         self._report(trainer, f"evaluation_{split}.json")
 
     def _load_questions(self, trainer: Trainer, split: str) -> list[TaskResults]:
@@ -151,7 +158,7 @@ class Evaluation(Callback):
     ) -> None:
         options: dict[str, Any] = {"constrained": constrained, "console": self.console}
         for results in self.evaluator.evaluate(trainer, pl_module, self._results, heading, about, **options):
-            log_results(trainer, results, heading)
+            log_results(trainer, results, heading, self._step(trainer))
 
     def _log_forced_choice(self, trainer: Trainer, pl_module: LightningModule) -> None:
         for results in self._results:
@@ -172,7 +179,11 @@ class Evaluation(Callback):
 
     def _write(self, trainer: Trainer, file: str) -> None:
         if trainer.is_global_zero:
-            write_results(self._run / file, self._results, step=trainer.global_step)
+            write_results(self._run / file, self._results, step=self._step(trainer))
+
+    def _step(self, trainer: Trainer) -> int:
+        fitting = trainer.state.fn == TrainerFn.FITTING
+        return trainer.global_step if fitting or self._checkpoint_step is None else self._checkpoint_step
 
     def _restore_untuned(self) -> None:
         """Reads the untuned model's answers from the fit's evaluation of the same questions."""

@@ -6,14 +6,21 @@ from pathlib import Path
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
 
 def run_directory(trainer: Trainer) -> Path:
-    """Returns the logger's directory of this run, or the trainer's default root without a logger.
+    """Returns the directory of the first logger that writes one per run, or else the trainer's default root.
 
-    Must be called on all ranks, because Lightning broadcasts the path of rank zero.
+    Loggers such as MLFlow's and Comet's have no directory of their own for a run. Must be called on all ranks, because
+    the path of rank zero is broadcast: another rank may find another number for a new run.
     """
-    return Path(trainer.log_dir or trainer.default_root_dir)
+    directory = trainer.default_root_dir
+    for logger in trainer.loggers:
+        if isinstance(logger, (TensorBoardLogger, CSVLogger)):
+            directory = logger.log_dir
+            break
+    return Path(trainer.strategy.broadcast(directory))
 
 
 def checkpoint_directory(trainer: Trainer, run: Path) -> Path:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
+import subprocess
 import threading
 from pathlib import Path
 from types import FrameType
@@ -11,11 +13,15 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from callbacks.paths import checkpoint_directory, run_directory
+from datamodules.errors import one_line
 
 SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name))
+
+
+OPTIONAL_SIGNALS = tuple(getattr(signal, name) for name in ("SIGUSR1", "SIGUSR2", "SIGHUP") if hasattr(signal, name))
 
 
 class Interrupted(SystemExit):
@@ -43,7 +49,9 @@ class Preemption(Callback):
 
     Lightning's own SIGTERM handler stops in the middle of an accumulation window and saves nothing, and its broadcast
     inside a signal handler may deadlock several ranks. This handler replaces it from the first step until the end of
-    the fit. Under SLURM with automatic requeueing, SIGUSR1 keeps Lightning's handler.
+    the fit. Under SLURM with automatic requeueing, Lightning's handler of the requeue signal is replaced, too: it
+    writes ``hpc_ckpt_1.ckpt`` into the working directory, and any later job there would resume from it. Here the job is
+    requeued after ``last.ckpt`` was saved, and the command line resumes the run of a requeued job from that file.
 
     Args:
         agree_every_n_steps: with several ranks, optimizer steps between two checks whether any rank received a signal.
@@ -60,6 +68,7 @@ class Preemption(Callback):
         self.interrupted: signal.Signals | None = None
         self._received: int | None = None
         self._previous: dict[int, Any] = {}
+        self._requeue_signal: int | None = None
         self._last_step = 0
         self._between_steps = self._training = False
         self._run = Path()
@@ -118,10 +127,13 @@ class Preemption(Callback):
     def _install(self) -> None:
         if threading.current_thread() is not threading.main_thread():
             return  # Python delivers signals to the main thread only
-        for signum in SIGNALS:
+        for signum in dict.fromkeys((*SIGNALS, *OPTIONAL_SIGNALS)):
             previous = signal.getsignal(signum)
-            if signum == getattr(signal, "SIGUSR1", None) and callable(previous):
-                continue  # Lightning's, under SLURM with requeueing
+            if signum in OPTIONAL_SIGNALS and not _is_lightnings(previous):
+                if signum != getattr(signal, "SIGUSR1", None) or callable(previous):
+                    continue  # the user's own, or a signal that no one uses
+            elif signum in OPTIONAL_SIGNALS:
+                self._requeue_signal = signum
             self._previous[signum] = previous
             signal.signal(signum, self._receive)
 
@@ -151,7 +163,11 @@ class Preemption(Callback):
         if not trainer.fast_dev_run:  # type: ignore[attr-defined]
             path = self._save(trainer)
             rank_zero_info(f"Stopped by {self.interrupted.name} after step {trainer.global_step}; saved {path}")
-            rank_zero_info("To resume, rerun the same command with --ckpt_path last")
+            if self._received is not None and self._received == self._requeue_signal:
+                if trainer.is_global_zero:
+                    requeue()
+            else:
+                rank_zero_info("To resume, rerun the same command with --ckpt_path last")
         raise Interrupted(self.interrupted)
 
     def _save(self, trainer: Trainer) -> Path:
@@ -163,3 +179,26 @@ class Preemption(Callback):
                 callback.last_model_path = str(path)  # it then replaces this file instead of adding last-v1.ckpt
         trainer.save_checkpoint(path, weights_only=False)
         return path
+
+
+def requeue() -> None:
+    """Asks SLURM to start this job again; it then resumes its run."""
+    job, program = slurm_job(), shutil.which("scontrol")
+    if job is None or program is None:
+        rank_zero_warn("SLURM: the job was not requeued: scontrol or SLURM_JOB_ID is missing. Fix: submit it again")
+        return
+    result = subprocess.run([program, "requeue", job], capture_output=True, text=True)  # noqa: S603
+    if result.returncode:
+        rank_zero_warn(f"SLURM: scontrol requeue {job} failed: {one_line(result.stderr)}. Fix: submit the job again")
+    else:
+        rank_zero_info(f"SLURM: requeued job {job}; it resumes this run")
+
+
+def slurm_job() -> str | None:
+    """Returns the SLURM job of this process, for an array with the task's number; None outside of SLURM."""
+    array = os.environ.get("SLURM_ARRAY_JOB_ID")
+    return f"{array}_{os.environ['SLURM_ARRAY_TASK_ID']}" if array else os.environ.get("SLURM_JOB_ID")
+
+
+def _is_lightnings(handler: Any) -> bool:
+    return callable(handler) and type(handler).__module__.startswith("lightning.")

@@ -22,7 +22,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from rich.console import Console
 
 from callbacks.paths import checkpoint_directory, run_directory
-from callbacks.preemption import Interrupted
+from callbacks.preemption import Interrupted, slurm_job
 from callbacks.reporting.html_report import REPORT_FILE, write_report
 from callbacks.run_config import repeated_options
 from datamodules.files import atomic_write
@@ -39,7 +39,8 @@ PACKAGES = (
 class RunRecord(Callback):
     """Writes ``<run>/run.json`` at the start and the end of a fit, then the report, and prints a summary.
 
-    The file is replaced atomically. Its ``state`` is ``running``, ``finished``, ``interrupted`` or ``failed``; it stays
+    The file is first written at the first step, so a start that fails before that writes nothing. It is replaced
+    atomically. Its ``state`` is ``running``, ``finished``, ``interrupted`` or ``failed``; it stays
     ``running`` if the process was killed. A resumed run writes the same file and keeps the earlier records under
     ``previous``. Secrets are masked (see :mod:`datamodules.redaction`). Only rank zero writes.
 
@@ -51,18 +52,26 @@ class RunRecord(Callback):
         self.config = config
         self._run = Path()
         self._record: dict[str, Any] = {}
+        self._written = False
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Resolves the run directory; called on all ranks."""
         self._run = run_directory(trainer)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Writes the facts that are known before the first step."""
+        """Collects the facts that are known before the first step."""
         if not trainer.is_global_zero or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         previous = self._previous()
         self._record = describe(trainer, pl_module) | {"config": self.config, "previous": previous}
-        self._write()
+        self._written = False
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *args: Any, **kwargs: Any) -> None:
+        """Writes the record before the first batch."""
+        if self._record and not self._written:
+            resumed = getattr(pl_module, "resumed", None)
+            self._record["changed_since_checkpoint"] = list(getattr(resumed, "changed", []))
+            self._write()
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Records step, epoch and metrics before the trainer is torn down."""
@@ -77,8 +86,9 @@ class RunRecord(Callback):
             self._finish(trainer, "finished")
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Writes the state of an interrupted or failed fit."""
-        if not self._record:
+        """Writes the state of an interrupted or failed fit, if it had begun."""
+        if not self._written:
+            self._record = {}
             return
         self._record |= progress(trainer)
         if isinstance(exception, (Interrupted, KeyboardInterrupt, SIGTERMException)):
@@ -98,7 +108,7 @@ class RunRecord(Callback):
             checkpoints = checkpoint_directory(trainer, self._run)
             summary = format_summary(self._run, checkpoints, self.config, self._record)
             Console().print(printable(summary, newlines=True), highlight=False, soft_wrap=True, markup=False)
-        self._record = {}
+        self._record, self._written = {}, False
 
     def _previous(self) -> list[dict[str, Any]]:
         try:
@@ -110,6 +120,7 @@ class RunRecord(Callback):
     def _write(self) -> None:
         self._run.mkdir(parents=True, exist_ok=True)
         atomic_write(self._run / "run.json", json.dumps(redact(self._record), indent=2, default=str) + "\n")
+        self._written = True
 
 
 def describe(trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
@@ -125,6 +136,8 @@ def describe(trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
         "platform": platform.platform(),
         "devices": device_names(pl_module.device, trainer.world_size),
         "data": fingerprint() if callable(fingerprint) else None,
+        "slurm_job": slurm_job(),
+        "resumed_from": None if trainer.ckpt_path is None else str(trainer.ckpt_path),
     }
 
 

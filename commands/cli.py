@@ -5,27 +5,42 @@ from __future__ import annotations
 import logging
 import os
 import warnings
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 from jsonargparse import ArgumentError, Namespace
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningDataModule, LightningModule
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import CSVLogger
 
-from commands.config_merge import DEFAULT_CONFIG, compose
-from commands.run_directory import newest_checkpoint, resolve_checkpoint, run_of
+from commands.config_merge import DEFAULT_CONFIG, compose, configured
+from commands.run_directory import (  # fmt: skip
+    file_loggers,
+    has_given_version,
+    new_run,
+    newest_checkpoint,
+    requeued_checkpoint,
+    resolve_checkpoint,
+    run_of,
+    run_root,
+    runs_below,
+)
+from commands.run_folder import RunFolder, keep_file, new_run_folder
+from commands.start_checks import MESSAGE_LIMIT, check_trainer, one_line_errors
 from datamodules.errors import UserError, one_line
 from datamodules.redaction import is_secret_name, redact
-from lightning_modules.models.backend import check_sharding
 
 TRAINER_COMMANDS = ("fit", "validate", "test")
-MESSAGE_LIMIT = 600  #: largest number of characters of an error message of jsonargparse or Lightning
 #: regular expressions of warnings that are irrelevant to users of this program
 IGNORED_WARNINGS = (
     r".*overridden `transfer_batch_to_device` in `LightningModule`.*",  # intended: prepares masks
     r".*isinstance\(treespec, LeafSpec\).*",  # Lightning 2.6 with torch 2.13
     r".*is_gradient_checkpointing.*",  # PEFT 0.21 with transformers 5.23
+    r".*Checkpoint directory .* exists and is not empty.*",  # of a resumed run
+    r".*Experiment logs directory .* exists and is not empty.*",  # the CSV metrics of earlier starts are kept
     r".*does not have many workers.*",  # building rows is much faster than a training step
 )
 
@@ -49,18 +64,23 @@ class FinetuneCLI(LightningCLI):
 
     def __init__(self, args: list[str], run: bool = True) -> None:
         head, tail = (args[:1], args[1:]) if run else ([], args)
+        args = [*head, *compose(tail, DEFAULT_CONFIG)]
+        self._configured_root = _file_logger_root(configured(tail, DEFAULT_CONFIG).get("trainer"))
+        self._evaluated = ""
+        self._new_run: Path | None = None
+        self._recorded_config = Namespace()
         super().__init__(
             LightningModule,
             LightningDataModule,
             subclass_mode_model=True,
             subclass_mode_data=True,
             parser_class=RedactingParser,
-            save_config_kwargs={"overwrite": True},  # a resumed run writes into its own folder again
+            save_config_callback=RunFolder,
             seed_everything_default=0,
             auto_configure_optimizers=False,
             parser_kwargs={"exit_on_error": False}
             | {command: {"exit_on_error": False} for command in (TRAINER_COMMANDS if run else ())},
-            args=[*head, *compose(tail, DEFAULT_CONFIG)],
+            args=args,
             run=run,
         )
 
@@ -90,24 +110,70 @@ class FinetuneCLI(LightningCLI):
         """
 
     def before_instantiate_classes(self) -> None:
-        """Resolves ``--ckpt_path last|best`` to a file, and continues in its run folder."""
+        """Resolves the run folder and ``--ckpt_path``; a resumed fit continues in the run folder of its checkpoint."""
         if self.config.get("subcommand") is None:
             return
         config = self.config[self.config.subcommand]
-        root = self._run_root(config)
-        checkpoint = resolve_checkpoint(config.get("ckpt_path"), root)
-        if checkpoint is None and self.config.subcommand != "fit":
-            checkpoint = newest_checkpoint(root, "best")
-            evaluated = (
-                f"the newest run's checkpoint {checkpoint}" if checkpoint else f"the untuned model: no run below {root}"
-            )
-            print(f"{self.config.subcommand}: {evaluated}", flush=True)
-        config["ckpt_path"] = str(checkpoint) if checkpoint else None
         config["weights_only"] = True
-        if config.trainer.get("logger") is False:
+        if config.trainer.get("logger") in (False, []):
             _remove_learning_rate_monitor(config.trainer)
-        if checkpoint is not None and run_of(checkpoint).parent == root.resolve():
-            config.trainer.logger.init_args.version = run_of(checkpoint).name
+        self._recorded_config = config.clone()  # without the folder of this run, so that it starts a new one again
+        self._recorded_config["ckpt_path"] = None
+        root = run_root(config.trainer, self._configured_root)
+        checkpoint = self._checkpoint(config.get("ckpt_path"), root)
+        config["ckpt_path"] = str(checkpoint) if checkpoint else None
+        run = root if has_given_version(config.trainer) else _run_folder(root, checkpoint)
+        self._new_run = None if run.exists() else run
+        _set_run(config.trainer, run)
+
+    def _checkpoint(self, ckpt_path: str | None, root: Path) -> Path | None:
+        """Returns the checkpoint that the command starts from, and prints one that the user did not name."""
+        command = self.config.subcommand
+        checkpoint = resolve_checkpoint(ckpt_path, root)
+        if checkpoint is not None:
+            return checkpoint
+        if command == "fit":
+            checkpoint = requeued_checkpoint(root)
+            if checkpoint is not None:
+                print(f"fit: SLURM requeued the job; it resumes from {checkpoint}", flush=True)
+            return checkpoint
+        checkpoint, runs = newest_checkpoint(root, "best"), runs_below(root)
+        if checkpoint is None:
+            self._evaluated = f"the untuned model: no run below {root}" + (" has a checkpoint" if runs else "")
+        elif runs[0].resolve() == run_of(checkpoint):
+            self._evaluated = f"the newest run's checkpoint {checkpoint}"
+        else:
+            self._evaluated = f"an older run's checkpoint {checkpoint}: the newest run {runs[0]} has none"
+        print(f"{command}: {self._evaluated}", flush=True)
+        return checkpoint
+
+    def fit(self, **kwargs: Any) -> None:
+        """Runs ``Trainer.fit``; a start that fails before its first step leaves no folder."""
+        new = self._new_run if not self.trainer.fast_dev_run else None  # type: ignore[attr-defined]
+        for logger in self.trainer.loggers:
+            if isinstance(logger, CSVLogger) and self.trainer.is_global_zero:  # it would delete them
+                keep_file(Path(logger.log_dir) / "metrics.csv")
+        with one_line_errors(), new_run_folder(self.trainer, new) if new else nullcontext():
+            self.trainer.fit(**kwargs)
+
+    def validate(self, **kwargs: Any) -> None:
+        """Runs ``Trainer.validate``."""
+        with one_line_errors():
+            self.trainer.validate(**kwargs)
+
+    def test(self, **kwargs: Any) -> None:
+        """Runs ``Trainer.test``."""
+        with one_line_errors():
+            self.trainer.test(**kwargs)
+
+    def after_validate(self) -> None:
+        """Prints again at the end which model was evaluated, if the user did not name it."""
+        if self._evaluated:
+            print(f"{self.config.subcommand}: evaluated {self._evaluated}", flush=True)
+
+    def after_test(self) -> None:
+        """Does the same as :meth:`after_validate`."""
+        self.after_validate()
 
     def instantiate_classes(self) -> None:
         """Builds the classes; raises :class:`UserError` if a constructor rejects its arguments."""
@@ -115,16 +181,42 @@ class FinetuneCLI(LightningCLI):
             super().instantiate_classes()
         except (ValueError, TypeError, ImportError, MisconfigurationException) as error:
             raise UserError(one_line(error, MESSAGE_LIMIT)) from error
-        backbone = getattr(self.model, "backbone", None)
-        check_sharding(getattr(self.trainer, "strategy", None), getattr(backbone, "quantization", "none"))
+        if self.trainer is None:  # a command that runs no trainer
+            return
+        check_trainer(self.trainer, self.model, self.datamodule)
+        for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, RunFolder) and self._recorded_config:  # empty without a subcommand
+                callback.config = self._recorded_config
+            if isinstance(callback, ModelCheckpoint) and self.trainer.fast_dev_run:  # type: ignore[attr-defined]
+                callback.save_last = False  # Lightning skips all checkpoints of fast_dev_run but this one
 
-    @staticmethod
-    def _run_root(config: Namespace) -> Path:
-        logger = config.trainer.get("logger")
-        if isinstance(logger, Namespace):
-            arguments = logger.init_args
-            return Path(arguments.save_dir) / (arguments.name or "")
-        return Path(config.trainer.get("default_root_dir") or Path.cwd())
+
+def _run_folder(root: Path, checkpoint: Path | None) -> Path:
+    """Returns the run folder of a checkpoint below the root of runs, else the folder of a new run."""
+    if checkpoint is not None:
+        run = run_of(checkpoint)
+        if run == root.resolve():
+            return root
+        if run.parent == root.resolve():
+            return root / run.name
+    return new_run(root)
+
+
+def _set_run(trainer: Namespace, run: Path) -> None:
+    """Sets the folder that the trainer and its loggers write to, so that nothing is written outside of it."""
+    trainer.default_root_dir = str(run)
+    for logger in file_loggers(trainer.get("logger")):
+        if logger.init_args.get("version") is None:
+            logger.init_args.version = run.name
+
+
+def _file_logger_root(trainer: Any) -> Path | None:
+    """Returns the folder of runs that the logger in the config files sets, or None."""
+    logger = trainer.get("logger") if isinstance(trainer, dict) else None
+    arguments = logger.get("init_args") if isinstance(logger, dict) else None
+    if not isinstance(arguments, dict) or not arguments.get("save_dir"):
+        return None
+    return Path(arguments["save_dir"]) / (arguments.get("name") or "")
 
 
 def _without_secrets(value: Any) -> Any:

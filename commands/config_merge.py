@@ -1,10 +1,11 @@
-"""Merges config files, and works around three errors of jsonargparse.
+"""Merges config files, and works around errors of jsonargparse.
 
 - If two files give different classes for one key, jsonargparse keeps those ``init_args`` of the first class that the
   second accepts too: Lion would run with AdamW's betas (https://github.com/omni-us/jsonargparse/issues/460). Here a
   later class replaces the earlier one with all its arguments, whether it comes from a file or from the command line;
   arguments of the same class are merged. ``key+: [...]`` in a later file appends to a list.
 - ``null`` for an argument within a class's arguments: jsonargparse passes the string "None".
+- One key of a mapping of data (``--data.init_args.task_weights.triage=2``): jsonargparse removes the other keys.
 - A class path for an option that also accepts a name: for ``trainer.strategy`` Lightning would look for a registered
   strategy of that name.
 """
@@ -30,6 +31,8 @@ from datamodules.redaction import remember_secrets
 from lightning_modules.allowed_classes import PLAIN_KEYS, file_content
 
 NAME_OR_CLASS = ("trainer.strategy", "trainer.accelerator")  #: options that accept a name or a class path
+#: options whose value is a mapping of data, each with the default of its class
+PLAIN_MAPPINGS: dict[str, dict[str, Any]] = {"task_weights": {"risk": 1.0}, "storage_options": {}}
 #: the package ``configs`` is next to this package, in a checkout as well as when installed
 CONFIGS = Path(__file__).parents[1] / "configs"
 DEFAULT_CONFIG = CONFIGS / "default.yaml"
@@ -77,11 +80,28 @@ def compose(args: list[str], default: Path | None = None) -> list[str]:
         if value in ("null", "~"):
             _set_null(merged, path)
             continue
+        if _add_to_mapping(merged, path, value):
+            continue
         _forget_other_class(merged, path, value)
         if key in NAME_OR_CLASS and re.fullmatch(r"[\w.]+\.[A-Z]\w*", value):
             words = [f"--{key}.class_path={value}"]
         kept += words
     return ["--config", yaml.safe_dump(merged, sort_keys=False), *kept]
+
+
+def configured(args: list[str], default: Path | None = None) -> dict[str, Any]:
+    """Returns the merged content of the ``--config`` files of a command line; the default config's if there is none.
+
+    Raises:
+        UserError: a file is missing or is no YAML mapping.
+    """
+    files = split_config_arguments(args)[0]
+    if not files and default is not None:
+        files = [str(default)]
+    merged: dict[str, Any] = {}
+    for file in files:
+        merged = merge(merged, load_config(file))
+    return merged
 
 
 def split_config_arguments(args: list[str]) -> tuple[list[str], list[str]]:
@@ -198,8 +218,49 @@ def _set_null(config: dict[str, Any], path: list[str]) -> None:
         slot = slot.setdefault(key, {})
 
 
-def _forget_other_class(config: dict[str, Any], path: list[str], class_path: str) -> None:
-    """Removes the ``init_args`` of a key if the command line gives another class for it."""
+def _add_to_mapping(config: dict[str, Any], path: list[str], value: str) -> bool:
+    """Sets one key of a mapping that is plain data, such as ``task_weights``, and keeps the other keys.
+
+    jsonargparse would replace the whole mapping by one with this key only.
+
+    Returns:
+        Whether the key is part of such a mapping. A class, its arguments and the groups of options are not.
+    """
+    if len(path) < 3 or path[-2] not in PLAIN_MAPPINGS:
+        return False
+    parent: Any = config
+    for key in path[:-2]:
+        parent = _arguments(parent, key).get(key) if isinstance(parent, dict) else None
+    if not isinstance(parent, dict) or not ("class_path" in parent or path[-3] == "init_args"):
+        return False
+    arguments = _arguments(parent, path[-2])
+    slot = arguments[path[-2]] = dict(arguments.get(path[-2]) or PLAIN_MAPPINGS[path[-2]])
+    try:
+        slot[path[-1]] = yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise UserError(f"--{'.'.join(path)}={value}: not valid YAML: {one_line(error, 200)}") from error
+    print(f"--{'.'.join(path)}={value}: {path[-2]} is now {slot}", flush=True)
+    return True
+
+
+def _class_of(value: str) -> str | None:
+    """Returns the class that a value of the command line names.
+
+    A value may be a class path, a mapping with a ``class_path``, or something else: a name such as ``cpu``, a number, a
+    list, a mapping of options, or a YAML file.
+    """
+    if value[:1] in "{[":
+        try:
+            content = yaml.safe_load(value)
+        except yaml.YAMLError:
+            return None
+        return content.get("class_path") if isinstance(content, dict) else None
+    is_path = re.fullmatch(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*", value) and not Path(value).is_file()
+    return value if is_path and ("." in value or value[:1].isupper()) else None
+
+
+def _forget_other_class(config: dict[str, Any], path: list[str], value: str) -> None:
+    """Removes the ``init_args`` of a key if the command line gives another class, or no class, for it."""
     slot: Any = config
     parent: Any = None
     for key in path:
@@ -207,13 +268,12 @@ def _forget_other_class(config: dict[str, Any], path: list[str], class_path: str
         if key not in parent:
             return
         slot = parent[key]
-    if (
-        isinstance(slot, dict)
-        and "class_path" in slot
-        and slot["class_path"].split(".")[-1] != class_path.split(".")[-1]
-    ):
-        if "." not in class_path and not class_path[:1].isupper():  # a name like "cpu" instead of a class
+    if not isinstance(slot, dict) or "class_path" not in slot:
+        return
+    class_path = _class_of(value)
+    if class_path is None:
+        if not value.startswith("{"):  # a mapping without a class changes arguments of this class
             del parent[path[-1]]
-            return
+    elif slot["class_path"].split(".")[-1] != class_path.split(".")[-1]:
         slot.clear()
         slot["class_path"] = class_path

@@ -7,13 +7,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning.pytorch import LightningDataModule
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from datamodules.findings_stream import FindingsStream
 from datamodules.stream.batching import DataShard
 from datamodules.stream.prefetch import Restartable
-from datamodules.stream.resume import Cursor
-from datamodules.validation import check_options, check_prefixes
+from datamodules.stream.resume import Cursor, check_place, compare_settings
+from datamodules.validation import check_options, check_prefixes, check_token_ids
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
@@ -39,9 +40,11 @@ class FindingsDataModule(FindingsStream, LightningDataModule):
             severity_balance=self.severity_balance, val_fraction=self.val_fraction, test_fraction=self.test_fraction,
         )  # fmt: skip
         _ = self.document_processor.sources
+        check_token_ids(self.chat, self.tasks, self.document_processor.tokenizer)
         check_prefixes(self.chat, self.tasks, self.sequence_length)
         if stage == "fit" and self.trainer is not None and not batches_started(self.trainer):
             self._resume.reset()  # a new run; a checkpoint is loaded after this
+            self._is_resumed = self.sources_changed = False
 
     def teardown(self, stage: str) -> None:
         """Prints at the end of a fit the counters of its last epoch."""
@@ -64,6 +67,12 @@ class FindingsDataModule(FindingsStream, LightningDataModule):
         """Records a training batch. Lightning calls this right before the step, not when it prefetches."""
         cursor = getattr(batch, "cursor", None)
         if isinstance(cursor, Cursor) and self.trainer is not None and self.trainer.training:
+            if self.trainer.ckpt_path is not None and not self._is_resumed:
+                self._is_resumed = True
+                rank_zero_warn(
+                    f"--ckpt_path {self.trainer.ckpt_path}: the checkpoint holds no position in the data; they are "
+                    "read from the beginning"
+                )
             if cursor.first:
                 # a checkpoint of an epoch's last batch is resumed in the next epoch with the old epoch's batch count,
                 # which would shift gradient accumulation (Lightning resets it only for loaders of known length)
@@ -74,15 +83,27 @@ class FindingsDataModule(FindingsStream, LightningDataModule):
     def state_dict(self) -> dict[str, Any]:
         """Returns the position after the last consumed batch; ``torch.load(weights_only=True)`` reads it."""
         finished = None if self.trainer is None else batches_finished(self.trainer)
-        return self._resume.state_dict(finished) | {"settings": self.settings()}
+        return self._resume.state_dict(finished) | {"settings": self.settings(), "sources": self.source_fingerprints()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continues at the position of a checkpoint; workers, ranks and batch size may be others than before."""
-        saved, now = state_dict["settings"], self.settings()
-        changed = [f"{name} {saved.get(name)} -> {value}" for name, value in now.items() if saved.get(name) != value]
-        if changed:
-            rank_zero_warn(f"data settings differ from the checkpoint's, resuming is not exact: {', '.join(changed)}")
+        """Continues at the position of a checkpoint; workers, ranks and batch size may be others than before.
+
+        Raises:
+            UserError: a fit resumes with other held-out data or another order, or with a position beyond the data.
+        """
+        fitting = self.trainer is not None and self.trainer.state.fn == TrainerFn.FITTING
+        compare_settings(state_dict["settings"], self.settings(), fitting)
+        now = self.source_fingerprints()
+        self.sources_changed = state_dict.get("sources", now) != now
+        if self.sources_changed:
+            rank_zero_warn(
+                f"data.init_args.sources={self.document_processor.specs}: names, sizes or times of the files differ "
+                "from the checkpoint's; if their records differ too, resuming is not exact"
+            )
         self._resume.load_state_dict(state_dict)
+        self._is_resumed = True
+        if fitting:
+            check_place(self._resume.cursor.start, self.document_processor, self.seed)
         if self.trainer is not None:
             restart_data_fetcher(self.trainer)
 

@@ -18,7 +18,7 @@ from datamodules.stream.counters import PipelineCounters
 from datamodules.stream.epoch_order import epoch_order
 from datamodules.stream.prefetch import prefetch
 from datamodules.stream.preprocessing import Conflicts, DocumentProcessor, first_pairs
-from datamodules.stream.resume import BlockStart, Cursor, ResumeState
+from datamodules.stream.resume import BlockStart, Cursor, ResumeState, beyond_data_error
 from datamodules.stream.token_cache import TokenCache
 from datamodules.stream.workers import DocumentStream, read_documents
 from datamodules.validation import empty_epoch_error, empty_split_error
@@ -77,6 +77,7 @@ class FindingsStream:
         document_processor: opens sources, tasks and tokenizer, and prepares documents.
         extras: computes the additional tensors of a batch (``Batch.extras``) from its rows, for objectives; or None.
         steps_per_epoch: batches per rank in an epoch; None until an epoch was read to its end.
+        sources_changed: whether the files differ from those of the checkpoint whose position was loaded.
     """
 
     def __init__(
@@ -120,6 +121,8 @@ class FindingsStream:
         )  # fmt: skip
         self.extras: Callable[[Sequence[Row]], dict[str, torch.Tensor]] | None = None
         self.steps_per_epoch: int | None = None
+        self.sources_changed = self._is_resumed = False
+        self._fingerprints: list[str] | None = None
         self._resume = ResumeState()
         self._counters = PipelineCounters(max_quarantine)  # of the training epoch that was read last
         self._held_out = HeldOutRows()
@@ -145,9 +148,14 @@ class FindingsStream:
 
     def fingerprint(self) -> str:
         """Returns a digest of the sources and of all options that affect the batches."""
-        sources = [source.fingerprint() for source in self.document_processor.sources]
-        content = [sources, self.chat.fingerprint(), self.settings(), self.batch_size]
+        content = [self.source_fingerprints(), self.chat.fingerprint(), self.settings(), self.batch_size]
         return hashlib.blake2b(orjson.dumps(content), digest_size=16).hexdigest()
+
+    def source_fingerprints(self) -> list[str]:
+        """Returns a digest per source, of names, sizes and times, when the sources were opened."""
+        if self._fingerprints is None:  # a digest of a data set on the hub is a request
+            self._fingerprints = [source.fingerprint() for source in self.document_processor.sources]
+        return self._fingerprints
 
     def block_config(self, packing: Packing, *, training: bool = True) -> BlockConfig:
         """Returns the settings of the blocks in a packing mode, for training or for evaluation."""
@@ -189,6 +197,8 @@ class FindingsStream:
                 self.document_processor.specs, list(self.task_weights), counters.counts,
                 batch_size=self.batch_size, ranks=shard.ranks,
             )  # fmt: skip
+        elif self.sources_changed:
+            raise beyond_data_error(self.document_processor.specs)
         else:  # resumed on more ranks: the rest of the epoch is less than one batch for each of them
             self._resume.cursor = start.next_epoch()
             yield from self.train_batches(None, shard)

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from datamodules.errors import UserError
+from datamodules.pretrained.locate import resolve
 from datamodules.stream.splits import check_fractions
 
 if TYPE_CHECKING:
@@ -72,6 +73,47 @@ def check_prefixes(chat: ChatFormat, tasks: Mapping[str, Task], sequence_length:
                 f"data.init_args.sequence_length={sequence_length}: not longer than the instruction of task {name} "
                 f"({prefix} tokens). Fix: set it to some hundred tokens more than that"
             )
+
+
+def check_token_ids(chat: ChatFormat, tasks: Mapping[str, Task], model: str) -> None:
+    """Checks that the embedding of the model has a row for each token of the chat template.
+
+    Args:
+        chat: chat format of the tokenizer.
+        tasks: tasks by name.
+        model: name or folder of the model that the tokenizer belongs to. Without a model's config, nothing is checked.
+
+    Raises:
+        UserError: a token has no row.
+    """
+    rows = embedding_rows(model)
+    used = {
+        chat.bos_id,
+        chat.eos_id,
+        chat.pad_id,
+        *(i for task in tasks.values() for i in chat.prompt_ids(task, ["{}"])[0]),
+    }
+    largest = max(index for index in used if index is not None)
+    if rows is not None and largest >= rows:
+        token = chat.tokenizer.convert_ids_to_tokens(largest)
+        raise UserError(
+            f"model.init_args.backbone.model_name_or_path={model}: the prompts use token {token!r} with id "
+            f"{largest}, and the model's embedding has {rows} rows. Fix: use the tokenizer that the model was "
+            "trained with"
+        )
+
+
+def embedding_rows(model: str) -> int | None:
+    """Returns the number of rows of a model's embedding by its config; None if it has no config."""
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(
+            resolve(model.removeprefix("random:"), weights=False), trust_remote_code=False
+        )
+    except (OSError, ValueError, UserError):
+        return None
+    return getattr(config.get_text_config(), "vocab_size", None)
 
 
 def empty_epoch_error(

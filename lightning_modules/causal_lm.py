@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from torch.nn import ModuleList
@@ -41,6 +42,7 @@ from lightning_modules.models.backbone import Backbone, out_of_memory_advice
 from lightning_modules.models.backend import Backend, backend_of, check_precision, check_sharding, gather_positions
 from lightning_modules.models.fused_decoder import FusedDecoder, build_decoder
 from lightning_modules.optimization import normalize_gradients, parameter_groups, total_steps, trainable_parameters
+from lightning_modules.resumed_settings import ResumedSettings
 from lightning_modules.token_sums import RunningSums, token_means
 from lightning_modules.trainable_state import check_loaded_names, checked_loading, save_adapter, trainable_only
 
@@ -68,6 +70,7 @@ class CausalLMModule(LightningModule):
         teacher_source: the teacher of the objective.
         step_sums: sums of the micro-batches since the last optimizer step.
         step_metrics: values logged at the last optimizer step, as tensors on the device.
+        resumed: settings that differ from those of the checkpoint that the fit resumes from.
     """
 
     def __init__(
@@ -93,6 +96,7 @@ class CausalLMModule(LightningModule):
         self.teacher_source = TeacherSource()
         self.step_sums, self.evaluation_sums = RunningSums(), RunningSums()
         self.step_metrics: dict[str, Tensor] = {}
+        self.resumed = ResumedSettings()
 
     @property
     def attached_trainer(self) -> Trainer | None:
@@ -230,9 +234,10 @@ class CausalLMModule(LightningModule):
         projections = self.projections.parameters() if self.projections is not None else ()
         trainable = trainable_parameters(self.model, self.backbone.quantization)
         optimizer = self.optimizer(parameter_groups([*trainable, *projections]))
-        if self.lr_scheduler is None:
+        schedule = self.lr_scheduler(optimizer, total_steps(self.trainer)) if self.lr_scheduler is not None else None
+        self.resumed.remember(optimizer)
+        if schedule is None:
             return optimizer
-        schedule = self.lr_scheduler(optimizer, total_steps(self.trainer))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -243,9 +248,20 @@ class CausalLMModule(LightningModule):
             warnings.warn(f"the checkpoint does not hold {missing}: pass it to load_from_checkpoint", stacklevel=2)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Takes over the stored arguments when the module is rebuilt from them, so that it stores them again."""
+        """Compares the checkpoint's settings with the module's, or takes them over if the module is rebuilt from them.
+
+        Raises:
+            UserError: the checkpoint does not fit the module's arguments.
+        """
+        stored = checkpoint.get(self.CHECKPOINT_HYPER_PARAMS_KEY, {})
         if self.attached_trainer is None:
-            self._store_arguments(checkpoint[self.CHECKPOINT_HYPER_PARAMS_KEY])
+            self._store_arguments(stored)
+        else:
+            self.resumed.compare(checkpoint, stored, self.hparams, self.trainer.state.fn == TrainerFn.FITTING)
+
+    def on_train_start(self) -> None:
+        """Applies the configured options to the optimizer and the schedule of a resumed fit."""
+        self.resumed.apply(self.trainer)
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Loads a checkpoint's tensors. Every trainable tensor must be there, and no unknown one.

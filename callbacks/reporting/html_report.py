@@ -19,7 +19,7 @@ import yaml
 
 from callbacks.reporting.figures import draw_figures
 from callbacks.reporting.html_page import page
-from callbacks.reporting.tables import format_cell, informative_rows
+from callbacks.reporting.tables import format_cell, informative_rows, weights_label
 from callbacks.reporting.training_curves import draw_curves
 from datamodules.files import atomic_write
 from datamodules.output_text import html
@@ -182,7 +182,7 @@ def _cell(scores: EvaluationScores, name: str, form: str) -> str:
 def _heading(name: str, about: Mapping[str, Any]) -> str:
     if name == "untuned" or "step" not in about:
         return _text(name)
-    return f"{_text(name)}<br><small>{'best' if 'checkpoint' in about else 'last'} step {_text(about['step'])}</small>"
+    return f"{_text(name)}<br><small>{_text(weights_label(about))}</small>"
 
 
 def _percent(value: float | None) -> str:

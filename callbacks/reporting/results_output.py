@@ -17,15 +17,16 @@ if TYPE_CHECKING:
     from lightning_modules.evaluation.results import TaskResults
 
 
-def log_results(trainer: Trainer, results: TaskResults, heading: str) -> None:
+def log_results(trainer: Trainer, results: TaskResults, heading: str, step: int) -> None:
     """Logs one column of a task: its figures to all loggers, plots and samples to TensorBoard.
 
     Args:
-        trainer: holds the loggers and the current step.
+        trainer: holds the loggers.
         results: results of the task.
         heading: heading of the column.
+        step: optimizer steps of the measured weights.
     """
-    prefix, scores, step = f"evaluation_{results.task.name}", results.columns[heading], trainer.global_step
+    prefix, scores = f"evaluation_{results.task.name}", results.columns[heading]
     figures = {f"{prefix}/{name}": value for name, value in scores.figures.items() if not math.isnan(value)}
     for logger in trainer.loggers:
         logger.log_metrics(figures, step=step)

@@ -81,7 +81,20 @@ def comparison_table(
 def _heading(heading: str, about: Mapping[str, Any]) -> str:
     if heading == "untuned" or "step" not in about:
         return heading
-    return f"{heading}\n{'best' if 'checkpoint' in about else 'last'} step {about['step']}"
+    return f"{heading}\n{weights_label(about)}"
+
+
+def weights_label(about: Mapping[str, Any]) -> str:
+    """Returns the words for the weights of a column: ``best step 12``, ``last step 20`` or ``untuned``.
+
+    Args:
+        about: ``step`` of the weights and, for a checkpoint's weights, ``checkpoint``, its file name.
+    """
+    checkpoint = about.get("checkpoint")
+    if checkpoint is None and not about["step"]:
+        return "untuned"
+    kind = next((word for word in ("best", "last") if (checkpoint or "last").startswith(word)), "")
+    return f"{kind} step {about['step']}".strip()
 
 
 def category_table(columns: Mapping[str, EvaluationScores], input_determined: Collection[str]) -> Table:

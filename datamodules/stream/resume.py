@@ -7,19 +7,25 @@ cursor of the last batch that training consumed.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from lightning.pytorch.utilities import rank_zero_warn
 
+from datamodules.errors import UserError
 from datamodules.stream.dedup import Deduplicator
-from datamodules.stream.epoch_order import Place
+from datamodules.stream.epoch_order import WHOLE, Place, epoch_order
 from datamodules.stream.example_columns import Columns, to_tensor
 
 if TYPE_CHECKING:
     from datamodules.packing import Row
+    from datamodules.stream.preprocessing import DocumentProcessor
     from datamodules.tokenization.chat_format import Example
+
+#: options that decide which findings are held out, and the order of the others
+SPLIT_OPTIONS = ("seed", "val_fraction", "test_fraction")
 
 
 @dataclass(slots=True)
@@ -178,3 +184,54 @@ class ResumeState:
         self.reset()
         start = BlockStart.from_state_dict(state)
         self.cursor = Cursor(start, state["rows"], state["batches"], state["digest"])
+
+
+def compare_settings(saved: Mapping[str, Any], now: Mapping[str, Any], fitting: bool) -> None:
+    """Compares the options that the sequence of examples depends on with those of a checkpoint.
+
+    Args:
+        saved: the options when the checkpoint was written.
+        now: the configured options; they apply.
+        fitting: whether a fit resumes.
+
+    Raises:
+        UserError: a fit resumes with another split or order: it would train on findings that were held out, and
+            evaluate on findings that were trained on.
+    """
+    changed = [f"{name} {saved.get(name)} -> {value}" for name, value in now.items() if saved.get(name) != value]
+    for name in SPLIT_OPTIONS if fitting else ():
+        if saved.get(name) != now[name]:
+            raise UserError(
+                f"data.init_args.{name}={now[name]}: the checkpoint was trained with {saved.get(name)}; with another "
+                "value, held-out findings would be trained on or an epoch would repeat records. "
+                f"Fix: set it to {saved.get(name)}, or start a new run without --ckpt_path"
+            )
+    if changed:
+        rank_zero_warn(f"data settings differ from the checkpoint's, resuming is not exact: {', '.join(changed)}")
+
+
+def check_place(start: BlockStart, processor: DocumentProcessor, seed: int) -> None:
+    """Checks that the document at which a block starts exists.
+
+    Args:
+        start: the state before the block.
+        processor: opens the sources.
+        seed: of the order of the epoch.
+
+    Raises:
+        UserError: the sources have fewer files or members.
+    """
+    if start.place is None:
+        return
+    order = epoch_order(processor.sources, epoch=start.epoch, seed=seed)
+    place = start.place
+    if place.unit >= len(order) or (order[place.unit].member != WHOLE and place.member != order[place.unit].member):
+        raise beyond_data_error(processor.specs)
+
+
+def beyond_data_error(sources: Sequence[str]) -> UserError:
+    """Returns the error for a position at which the sources have no records."""
+    return UserError(
+        f"data.init_args.sources={list(sources)}: the checkpoint's position is beyond these data. Fix: give the "
+        "sources of the run, or start a new run without --ckpt_path"
+    )

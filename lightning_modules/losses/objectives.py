@@ -49,6 +49,11 @@ class Objective(ABC):
         """The student's layers whose hidden states the call needs, each with the teacher's layer, by name."""
         return {}
 
+    @property
+    def sum_names(self) -> tuple[str, ...] | None:
+        """The names of the sums that the call returns; None if they are not known before it."""
+        return None
+
     def cached_teacher(self, data: FindingsDataModule, student: Backbone) -> CachedTeacher | None:
         """Opens the cache of the teacher's predictions on this data; returns None without a cache."""
         return None
@@ -76,6 +81,11 @@ class CompletionCrossEntropy(Objective):
 
     chunk_size: int = 1024
     """Number of tokens whose logits are in memory at the same time."""
+
+    @property
+    def sum_names(self) -> tuple[str, ...]:
+        """See :class:`Objective`."""
+        return ("loss", "correct")
 
     def __call__(
         self, student: Predictions, labels_N: Tensor, teacher: Predictions | Targets | None = None
@@ -166,6 +176,12 @@ class Distillation(Objective):
     @property
     def _uses_teacher(self) -> bool:
         return self.alpha > 0 or self.hidden is not None
+
+    @property
+    def sum_names(self) -> tuple[str, ...]:
+        """See :class:`Objective`."""
+        names = ("loss", "correct", "ce")
+        return (*names, *(("kl",) if self._uses_teacher else ()), *(("hidden",) if self.hidden is not None else ()))
 
     @property
     def teacher_backbone(self) -> Backbone | Literal["base"] | None:

@@ -215,3 +215,26 @@ def test_validate_without_the_data_module_is_a_user_error(tmp_path, tiny_llama, 
     data, module = EvaluationData(chatml_tokenizer), EvaluationModule(tiny_llama)
     with pytest.raises(UserError, match="data module has no pairs"):
         make_evaluation_trainer(tmp_path, Evaluation()).validate(module, dataloaders=data.loader("train"))
+
+
+def test_validate_prints_the_step_of_the_checkpoint(tmp_path, tiny_llama, chatml_tokenizer):
+    data, module = EvaluationData(chatml_tokenizer), EvaluationModule(tiny_llama)
+    trainer = make_evaluation_trainer(tmp_path, Evaluation(num_samples=2), 3)
+    trainer.fit(module, datamodule=data)
+    for name in ("best.ckpt", "last.ckpt"):
+        trainer.save_checkpoint(tmp_path / name)
+        callback, logger = Evaluation(num_samples=2), TensorBoardLogger(tmp_path / name[:4], name="", version="")
+        evaluating = make_evaluation_trainer(tmp_path, callback, logger=logger)
+        evaluating.validate(module, datamodule=data, ckpt_path=tmp_path / name, weights_only=True)
+        assert f"{name[:4]} step 3" in callback.console.file.getvalue()
+        events = EventAccumulator(str(tmp_path / name[:4])).Reload()
+        assert [event.step for event in events.Scalars("evaluation_risk/schema_valid")] == [3]
+    assert json.loads((tmp_path / "last" / "evaluation_val.json").read_text())["step"] == 3
+    assert read_risk_record(tmp_path / "last", "evaluation_val.json")["columns"]["this model"]["about"]["step"] == 3
+
+
+def test_validate_of_the_untuned_model_prints_no_step(tmp_path, tiny_llama, chatml_tokenizer):
+    data, module, callback = EvaluationData(chatml_tokenizer), EvaluationModule(tiny_llama), Evaluation(num_samples=2)
+    make_evaluation_trainer(tmp_path, callback).validate(module, datamodule=data)
+    printed = callback.console.file.getvalue()
+    assert "untuned" in printed and "step 0" not in printed

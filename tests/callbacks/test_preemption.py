@@ -11,8 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.plugins.environments import SLURMEnvironment
 
 from callbacks import AdapterCheckpoint, Interrupted, Preemption, RunRecord
+from callbacks.preemption import requeue, slurm_job
 from tests.helpers.tiny_run import TinyData, TinyModule, best_and_last, make_trainer
 
 SCRIPT = Path(__file__).parents[1] / "helpers/tiny_run.py"
@@ -156,6 +158,36 @@ def test_an_existing_sigusr1_handler_is_kept(tmp_path):
     assert got == ["previous handler"] and interrupted is None
 
 
+@pytest.mark.parametrize("signum", [signal.SIGUSR1, signal.SIGUSR2], ids=["default signal", "another signal"])
+def test_under_slurm_the_run_is_saved_in_its_folder_and_the_job_is_requeued(tmp_path, monkeypatch, caplog, signum):
+    commands = tmp_path / "commands"
+    program = tmp_path / "bin" / "scontrol"
+    program.parent.mkdir()
+    program.write_text(f'#!/bin/sh\necho "$@" >> {commands}\n')
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{program.parent}:{os.environ['PATH']}")
+    monkeypatch.setenv("SLURM_JOB_ID", "71")
+    monkeypatch.chdir(tmp_path)
+    environment = SLURMEnvironment(auto_requeue=True, requeue_signal=signum)
+    for name, value in {"world_size": 1, "global_rank": 0, "local_rank": 0, "node_rank": 0}.items():
+        monkeypatch.setattr(environment, name, lambda value=value: value)
+    monkeypatch.setattr(environment, "validate_settings", lambda *args: None)
+    monkeypatch.setattr(SLURMEnvironment, "detect", lambda: False)
+    with caplog.at_level("INFO"):
+        trainer, _, _, interrupted = fit(tmp_path, send(signum, "train", 1), plugins=[environment])
+    assert interrupted.code == 128 + signum and trainer.global_step == 1
+    assert commands.read_text() == "requeue 71\n"
+    assert not list(tmp_path.rglob("hpc_ckpt*"))
+    assert (tmp_path / "version_0/checkpoints/last.ckpt").is_file()
+    assert "SLURM: requeued job 71; it resumes this run" in caplog.text
+
+
+def test_without_scontrol_the_user_is_asked_to_submit_the_job_again(monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    with pytest.warns(UserWarning, match=r"the job was not requeued: .* Fix: submit it again"):
+        requeue()
+
+
 def test_the_target_of_a_linked_last_checkpoint_is_not_overwritten(tmp_path):
     def checkpoints():
         return [ModelCheckpoint(filename="step{step}", every_n_train_steps=1, save_top_k=-1, save_last="link")]
@@ -245,3 +277,13 @@ def test_all_ranks_stop_at_the_same_step(tmp_path):
     saved = torch.load(tmp_path / "version_0/checkpoints/last.ckpt", weights_only=True)
     assert saved["global_step"] == 1
     assert read_record(tmp_path)["state"] == "interrupted"
+
+
+def test_the_job_of_an_array_has_the_number_of_its_task(monkeypatch):
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    assert slurm_job() is None
+    monkeypatch.setenv("SLURM_JOB_ID", "8")
+    assert slurm_job() == "8"
+    monkeypatch.setenv("SLURM_ARRAY_JOB_ID", "5")
+    monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "2")
+    assert slurm_job() == "5_2"

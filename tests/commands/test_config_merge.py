@@ -113,3 +113,50 @@ def test_an_invalid_file_is_a_user_error_on_one_line(tmp_path, content, message)
     assert "\n" not in str(caught.value)
     with pytest.raises(UserError, match="needs a file"):
         compose(["--config"])
+
+
+LOGGER = {"trainer": {"logger": {"class_path": "loggers.A", "init_args": {"save_dir": "runs", "name": "x"}}}}
+
+
+@pytest.mark.parametrize(
+    ("value", "left"),
+    [
+        ('{"class_path": "loggers.B", "init_args": {"name": "y"}}', {"logger": {"class_path": "loggers.B"}}),
+        ("{class_path: loggers.A, init_args: {name: y}}", LOGGER["trainer"]),
+        ("{name: y}", LOGGER["trainer"]),
+        ("[{class_path: loggers.A}, {class_path: loggers.B}]", {}),
+        ("loggers.B", {"logger": {"class_path": "loggers.B"}}),
+        ("false", {}),
+        ("no_class", {}),
+    ],
+)
+def test_each_form_of_a_class_is_accepted(tmp_path, value, left):
+    args = compose(["--config", write(tmp_path, "a.yaml", LOGGER), f"--trainer.logger={value}"])
+    assert merged(args)["trainer"] == left
+    assert args[2:] == [f"--trainer.logger={value}"]
+
+
+def test_a_yaml_file_is_not_a_class_path(tmp_path):
+    file = write(tmp_path, "logger.yaml", {"class_path": "loggers.B"})
+    args = compose(["--config", write(tmp_path, "a.yaml", LOGGER), f"--trainer.logger={file}"])
+    assert merged(args)["trainer"] == {}
+
+
+def test_one_task_weight_is_added_to_those_of_the_file(tmp_path, capsys):
+    content = {"data": {"class_path": "Data", "init_args": {"task_weights": {"risk": 1.0}, "seed": 0}}}
+    file = write(tmp_path, "a.yaml", content)
+    for key in ("data.init_args.task_weights.triage", "data.task_weights.triage"):
+        args = compose(["--config", file, f"--{key}=2", "--data.init_args.seed=1"])
+        assert merged(args)["data"]["init_args"]["task_weights"] == {"risk": 1.0, "triage": 2}
+        assert args[2:] == ["--data.init_args.seed=1"]
+        assert capsys.readouterr().out == f"--{key}=2: task_weights is now {{'risk': 1.0, 'triage': 2}}\n"
+    args = compose(["--config", file, "--data.init_args.task_weights={triage: 2}"])  # the whole mapping
+    assert args[2:] == ["--data.init_args.task_weights={triage: 2}"]
+
+
+def test_one_task_weight_is_added_to_the_default_of_the_class(tmp_path):
+    file = write(tmp_path, "a.yaml", {"data": {"class_path": "Data", "init_args": {"seed": 0}}})
+    args = compose(["--config", file, "--data.init_args.task_weights.triage=2"])
+    assert merged(args)["data"]["init_args"] == {"seed": 0, "task_weights": {"risk": 1.0, "triage": 2}}
+    args = compose(["--config", write(tmp_path, "b.yaml", {"seed": 0}), "--task_weights.triage=2"])  # not the data's
+    assert args[2:] == ["--task_weights.triage=2"]

@@ -1,10 +1,21 @@
 """Checkpoints of run folders: the newest run, the best or last checkpoint, and errors."""
 
 import os
+from pathlib import Path
 
 import pytest
+from jsonargparse import Namespace, dict_to_namespace
 
-from commands.run_directory import checkpoint_of, newest_checkpoint, resolve_checkpoint, run_of
+from commands.run_directory import (  # fmt: skip
+    checkpoint_of,
+    has_given_version,
+    new_run,
+    newest_checkpoint,
+    resolve_checkpoint,
+    run_of,
+    run_root,
+    runs_below,
+)
 from datamodules.errors import UserError
 
 
@@ -56,3 +67,44 @@ def test_a_checkpoint_that_does_not_exist_is_an_error(tmp_path, monkeypatch, pat
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match=rf"--ckpt_path {path}: {message}.*Fix: "):
         resolve_checkpoint(path, tmp_path)
+
+
+def test_a_run_that_was_killed_before_its_first_step_is_the_newest_run(tmp_path):
+    older = write(tmp_path, "version_0", "last.ckpt")
+    (tmp_path / "version_1" / "checkpoints").mkdir(parents=True)  # made before the model is built
+    (tmp_path / "version_2").mkdir()  # of an evaluation
+    assert runs_below(tmp_path) == [tmp_path / "version_1", tmp_path / "version_0"]
+    with pytest.raises(UserError, match=rf"--ckpt_path last: the newest run .*version_1 was stopped before .* {older}"):
+        resolve_checkpoint("last", tmp_path)
+    assert newest_checkpoint(tmp_path, "last") == older
+    assert new_run(tmp_path) == tmp_path / "version_3"
+
+
+TENSORBOARD = {"class_path": "lightning.pytorch.loggers.TensorBoardLogger"}
+REMOTE = {"class_path": "tests.helpers.remote_logger.RemoteLogger", "init_args": {}}
+
+
+@pytest.mark.parametrize(
+    ("logger", "root", "given"),
+    [
+        ({**TENSORBOARD, "init_args": {"save_dir": "a", "name": "b", "version": None}}, "a/b", False),
+        ({**TENSORBOARD, "init_args": {"save_dir": "a", "name": None, "version": None}}, "a", False),
+        ({**TENSORBOARD, "init_args": {"save_dir": "a", "name": "b", "version": 4}}, "a/b/version_4", True),
+        ({**TENSORBOARD, "init_args": {"save_dir": "a", "name": "b", "version": "c"}}, "a/b/c", True),
+        ([REMOTE, {**TENSORBOARD, "init_args": {"save_dir": "a", "name": "b", "version": None}}], "a/b", False),
+        (REMOTE, "files", False),
+        (None, "files", False),
+        (True, "files", False),
+    ],
+)
+def test_the_root_of_runs_is_that_of_the_first_logger_that_writes_files(logger, root, given):
+    items = [dict_to_namespace(item) for item in logger] if isinstance(logger, list) else logger
+    trainer = Namespace(logger=dict_to_namespace(items) if isinstance(items, dict) else items, default_root_dir=None)
+    assert run_root(trainer, Path("files")) == Path(root)
+    assert has_given_version(trainer) is given
+    trainer.default_root_dir = "d"
+    assert run_root(trainer, Path("files")) == Path("d" if root == "files" else root)
+
+
+def test_without_any_folder_runs_are_below_runs():
+    assert run_root(Namespace(logger=False, default_root_dir=None)) == Path("runs")

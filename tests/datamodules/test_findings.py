@@ -4,10 +4,11 @@ import pytest
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.trainer.states import TrainerFn
 
 from datamodules import FindingsDataModule
 from datamodules.errors import UserError
-from tests.helpers.findings_data import row_ids, write_archive
+from tests.helpers.findings_data import row_ids, write_archive, write_folder
 
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create", "ignore:Consider setting `persistent")
 
@@ -152,3 +153,76 @@ def test_construction_reads_nothing(tmp_path):
     module = FindingsDataModule([str(tmp_path / "absent")], str(tmp_path / "no-tokenizer"))
     with pytest.raises(UserError, match="absent"):
         module.setup("fit")
+
+
+@pytest.fixture
+def stopped(make_data, tmp_path):
+    """Trains five steps and saves a checkpoint; returns it."""
+    trainer = fit(Tiny(), make_data(), tmp_path / "first", max_steps=5)
+    trainer.save_checkpoint(tmp_path / "five.ckpt")
+    return tmp_path / "five.ckpt"
+
+
+@pytest.mark.parametrize(("name", "value"), [("seed", 3), ("val_fraction", 0.4), ("test_fraction", 0.3)])
+def test_a_fit_is_not_resumed_with_other_held_out_data(make_data, tmp_path, stopped, name, value):
+    saved = getattr(make_data(), name)
+    message = rf"data\.init_args\.{name}={value}: the checkpoint was trained with {saved}; .* Fix: set it to {saved}"
+    with pytest.raises(UserError, match=message):
+        fit(Tiny(), make_data(**{name: value}), tmp_path / "second", stopped, max_steps=6)
+
+
+def test_an_evaluation_with_another_split_is_a_warning(make_data, tmp_path, stopped):
+    trainer = Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, default_root_dir=tmp_path)
+    with pytest.warns(UserWarning, match=r"resuming is not exact: val_fraction 0\.2 -> 0\.4"):
+        trainer.validate(Tiny(), make_data(val_fraction=0.4), ckpt_path=stopped, weights_only=True)
+
+
+def test_other_files_of_the_same_name_are_named_when_resuming(make_data, tmp_path, stopped):
+    write_folder(tmp_path / "shards", [30, 20, 1, 40, 8])
+    with pytest.warns(UserWarning, match=r"data\.init_args\.sources=.*: names, sizes or times of the files differ"):
+        fit(Tiny(), make_data(), tmp_path / "second", stopped, max_steps=6)
+
+
+def test_the_same_files_are_not_named(make_data, tmp_path, stopped, recwarn):
+    fit(Tiny(), make_data(), tmp_path / "second", stopped, max_steps=6)
+    assert not [warning for warning in recwarn if "sources" in str(warning.message)]
+
+
+def test_a_position_beyond_the_data_is_refused(make_data, tmp_path):
+    state = make_data(block_findings=4)
+    for _, batch in zip(range(60), state.train_batches(), strict=False):
+        state.mark_consumed(batch)
+    saved = state.state_dict()
+    assert saved["place"][0] > 0
+    shorter = str(write_archive(tmp_path / "shorter.tar.gz", [1]))
+    trainer = Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, default_root_dir=tmp_path)
+    module = make_data(sources=[shorter], block_findings=4)
+    module.trainer = trainer
+    trainer.state.fn = TrainerFn.FITTING
+    with pytest.raises(UserError, match=r"the checkpoint's position is beyond these data\. Fix: give the sources"):
+        module.load_state_dict(saved)
+
+
+def test_a_position_beyond_the_end_of_the_same_archive_is_refused(make_data, tmp_path):
+    options = {"block_findings": 4, "val_fraction": 0.0, "test_fraction": 0.0}
+    file = write_archive(tmp_path / "findings.tar.gz", [8] * 6)
+    state = make_data(sources=[str(file)], **options)
+    for _, batch in zip(range(40), state.train_batches(), strict=False):
+        state.mark_consumed(batch)
+    saved = state.state_dict()
+    write_archive(tmp_path / "findings.tar.gz", [8])
+    module = make_data(sources=[str(file)], **options)
+    with pytest.warns(UserWarning, match="files differ"):
+        module.load_state_dict(saved)
+    with pytest.raises(UserError, match="position is beyond these data"):
+        list(module.train_batches(None))
+
+
+def test_a_checkpoint_without_a_position_in_the_data_is_named(make_data, tmp_path, stopped):
+    checkpoint = torch.load(stopped, weights_only=True)
+    del checkpoint["FindingsDataModule"]
+    torch.save(checkpoint, stopped)
+    module = Tiny()
+    with pytest.warns(UserWarning, match=r"five\.ckpt: the checkpoint holds no position in the data; they are"):
+        fit(module, make_data(), tmp_path / "second", stopped, max_steps=7)
+    assert len(module.trained) == 2

@@ -1,5 +1,7 @@
 """Checks of options, and errors: each names option, value, problem and fix on one line."""
 
+import json
+import shutil
 from collections import Counter
 
 import pytest
@@ -7,7 +9,14 @@ import pytest
 from datamodules.errors import UserError
 from datamodules.tasks import build_tasks
 from datamodules.tokenization.chat_format import ChatFormat
-from datamodules.validation import check_options, check_prefixes, empty_epoch_error, empty_split_error
+from datamodules.validation import (  # fmt: skip
+    check_options,
+    check_prefixes,
+    check_token_ids,
+    embedding_rows,
+    empty_epoch_error,
+    empty_split_error,
+)
 
 VALID = {
     "sequence_length": 64, "batch_size": 1, "task_weights": {"risk": 1.0}, "severity_balance": 0.5,
@@ -79,3 +88,18 @@ def test_an_epoch_of_too_few_examples_reports_the_rows_that_are_needed():
 
 def test_an_empty_split_names_its_fraction():
     assert str(empty_split_error("val", 0.001)).startswith("data.init_args.val_fraction=0.001: leaves no val example")
+
+
+def test_a_template_token_without_a_row_in_the_embedding_is_refused(tiny_llama, tmp_path, chatml_tokenizer):
+    """The model would raise IndexError at the first batch."""
+    chat, tasks = ChatFormat(chatml_tokenizer), build_tasks(["risk", "summary"])
+    check_token_ids(chat, tasks, str(tiny_llama))
+    assert embedding_rows(str(tiny_llama)) == 259
+    small = shutil.copytree(tiny_llama, tmp_path / "small")
+    config = json.loads((small / "config.json").read_text())
+    (small / "config.json").write_text(json.dumps(config | {"vocab_size": 2}))
+    with pytest.raises(UserError, match=r"small: the prompts use token .* and the model's embedding has 2 rows"):
+        check_token_ids(chat, tasks, str(small))
+    (small / "config.json").unlink()  # the folder of a tokenizer
+    assert embedding_rows(str(small)) is None
+    check_token_ids(chat, tasks, str(small))

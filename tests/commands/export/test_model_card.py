@@ -34,6 +34,7 @@ def test_the_card_has_data_training_and_limits_of_the_run(run):
     assert '- tasks and shares: {"correlation": 1.0, "remediation": 1.0, "risk": 1.0' in card
     assert "- held out: val 0.2, test 0.2, by content" in card
     assert "- steps: 3" in card
+    assert "- products and weights: float32" in card and "- LoRA weights: float32" in card
     assert "## Limits" in card
     assert str(run) not in card
     assert str(run.parent) not in card
