@@ -13,6 +13,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ from commands.config_safety import (
     without_init_args,
 )
 from datamodules.errors import UserError, one_line
-from datamodules.redaction import remember_secrets
+from datamodules.redaction import redact, redact_text, remember_secrets
 from lightning_modules.allowed_classes import PLAIN_KEYS, file_content
 
 NAME_OR_CLASS = ("trainer.strategy", "trainer.accelerator")  #: options that accept a name or a class path
@@ -239,7 +240,8 @@ def _add_to_mapping(config: dict[str, Any], path: list[str], value: str) -> bool
         slot[path[-1]] = yaml.safe_load(value)
     except yaml.YAMLError as error:
         raise UserError(f"--{'.'.join(path)}={value}: not valid YAML: {one_line(error, 200)}") from error
-    print(f"--{'.'.join(path)}={value}: {path[-2]} is now {slot}", flush=True)
+    name = ".".join(path)
+    print(redact_text(f"--{name}={value}: {path[-2]} is now {redact({path[-2]: slot})[path[-2]]}"), file=sys.stderr)
     return True
 
 

@@ -16,6 +16,7 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from callbacks.paths import run_directory
 from datamodules.errors import UserError
+from datamodules.redaction import redact_text
 from lightning_modules.resumed_settings import differences
 
 CHECKPOINT_PATHS = ("best_model_path", "kth_best_model_path", "last_model_path")
@@ -123,7 +124,7 @@ def _print_changes(kept: Path | None, text: str) -> None:
     before, after = (_plain_config(config) for config in (kept.read_text(encoding="utf-8"), text))
     changed = [line for name in ("trainer", "data") for line in differences(before.get(name), after.get(name), name)]
     if changed:
-        rank_zero_info(f"resume: {', '.join(changed)}; {kept.name} has the earlier configuration")
+        rank_zero_info(redact_text(f"resume: {', '.join(changed)}; {kept.name} has the earlier configuration"))
 
 
 def _plain_config(text: str) -> dict[str, Any]:

@@ -1,5 +1,7 @@
 """Merging of config files and of the command line, and the errors of jsonargparse that it avoids."""
 
+import json
+
 import pytest
 import yaml
 
@@ -115,17 +117,18 @@ def test_an_invalid_file_is_a_user_error_on_one_line(tmp_path, content, message)
         compose(["--config"])
 
 
-LOGGER = {"trainer": {"logger": {"class_path": "loggers.A", "init_args": {"save_dir": "runs", "name": "x"}}}}
+CSV, BOARD = "lightning.pytorch.loggers.CSVLogger", "lightning.pytorch.loggers.TensorBoardLogger"
+LOGGER = {"trainer": {"logger": {"class_path": CSV, "init_args": {"save_dir": "runs", "name": "x"}}}}
 
 
 @pytest.mark.parametrize(
     ("value", "left"),
     [
-        ('{"class_path": "loggers.B", "init_args": {"name": "y"}}', {"logger": {"class_path": "loggers.B"}}),
-        ("{class_path: loggers.A, init_args: {name: y}}", LOGGER["trainer"]),
+        (json.dumps({"class_path": BOARD, "init_args": {"name": "y"}}), {"logger": {"class_path": BOARD}}),
+        (f"{{class_path: {CSV}, init_args: {{name: y}}}}", LOGGER["trainer"]),
         ("{name: y}", LOGGER["trainer"]),
-        ("[{class_path: loggers.A}, {class_path: loggers.B}]", {}),
-        ("loggers.B", {"logger": {"class_path": "loggers.B"}}),
+        (f"[{{class_path: {CSV}}}, {{class_path: {BOARD}}}]", {}),
+        (BOARD, {"logger": {"class_path": BOARD}}),
         ("false", {}),
         ("no_class", {}),
     ],
@@ -137,7 +140,7 @@ def test_each_form_of_a_class_is_accepted(tmp_path, value, left):
 
 
 def test_a_yaml_file_is_not_a_class_path(tmp_path):
-    file = write(tmp_path, "logger.yaml", {"class_path": "loggers.B"})
+    file = write(tmp_path, "logger.yaml", {"class_path": BOARD})
     args = compose(["--config", write(tmp_path, "a.yaml", LOGGER), f"--trainer.logger={file}"])
     assert merged(args)["trainer"] == {}
 
@@ -149,7 +152,7 @@ def test_one_task_weight_is_added_to_those_of_the_file(tmp_path, capsys):
         args = compose(["--config", file, f"--{key}=2", "--data.init_args.seed=1"])
         assert merged(args)["data"]["init_args"]["task_weights"] == {"risk": 1.0, "triage": 2}
         assert args[2:] == ["--data.init_args.seed=1"]
-        assert capsys.readouterr().out == f"--{key}=2: task_weights is now {{'risk': 1.0, 'triage': 2}}\n"
+        assert capsys.readouterr().err == f"--{key}=2: task_weights is now {{'risk': 1.0, 'triage': 2}}\n"
     args = compose(["--config", file, "--data.init_args.task_weights={triage: 2}"])  # the whole mapping
     assert args[2:] == ["--data.init_args.task_weights={triage: 2}"]
 
