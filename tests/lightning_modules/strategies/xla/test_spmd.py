@@ -47,6 +47,7 @@ def command(tiny_mistral, tmp_path_factory):
     def arguments(name, *more, subcommand="fit"):
         return [
             subcommand, "--config", SMOKE, "--config", str(folder / "overlay.yaml"),
+            "--allow_class=tests.helpers.strategy_probe.Probe",
             f"--model.init_args.backbone.model_name_or_path={tiny_mistral}", "--model.init_args.backbone.lora.rank=8",
             f"--trainer.logger.init_args.save_dir={folder}", f"--trainer.logger.init_args.name={name}", *more,
         ]  # fmt: skip
