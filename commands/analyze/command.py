@@ -5,27 +5,28 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 from rich.console import Console
 
 from callbacks.task_progress import TaskProgress
+from commands import __version__
 from commands.analyze.html import to_html
+from commands.analyze.inputs import Inputs, Report, ReportFile, find_reports, parse_report, read_all_reports
 from commands.analyze.markdown import to_markdown
-from commands.analyze.pipeline import Analysis, AnalysisLimits
+from commands.analyze.outputs import Results, open_results
+from commands.analyze.pipeline import Analysis, AnalysisLimits, ShowProgress
+from commands.analyze.totals import ReportsProgress, Totals
 from commands.device import pick_device
 from commands.model_source import TrainedModel, open_trained_model
 from commands.options import check_minimum, parse_function_options
-from datamodules.errors import UserError
-from datamodules.files import atomic_write
-from datamodules.sources.decompression import loads
-from datamodules.sources.field_coercion import InvalidRecord
-from datamodules.sources.formats import Parsed
-from datamodules.sources.scanner_report import read_report
+from datamodules.errors import UserError, one_line
 from datamodules.tasks import TASKS
 from datamodules.tokenization.chat_format import ChatFormat, load_tokenizer
 from lightning_modules.generation.merged_weights import merged
@@ -35,7 +36,12 @@ from lightning_modules.models.backbone import out_of_memory_advice
 if TYPE_CHECKING:
     from lightning_modules.generation.response_cache import Progress
 
+SOME_UNREADABLE = 1  #: exit status if some, but not all, reports can't be read
 INTERRUPTED = 130  #: exit status after Ctrl-C, as shells define it
+MAX_CACHED_ANSWERS = 50_000  #: answers in memory, some 30 MB
+REPORT_HELP = "scanner's JSON files (version 2, 3 or 4), folders, globs or archives (.tar, .tar.gz, .tar.zst)"
+#: options that don't change a result
+NOT_IN_RESULTS = ("model", "report", "output", "batch_size", "device")
 BATCH_SIZE_CPU, BATCH_SIZE_GPU = 24, 256  #: more answers at a time are no faster on a CPU, which is compute-bound there
 
 
@@ -46,36 +52,38 @@ def main(args: list[str]) -> int:
         args: the command's name and its options.
 
     Returns:
-        The exit status: 0, or 130 after an interrupt.
+        The exit status: 0; 1 if some of the reports can't be read; 130 after an interrupt.
 
     Raises:
-        UserError: an option is unknown, missing or out of its range, or a file can't be read.
+        UserError: an option is unknown, missing or out of its range, the output can't be written, or no report can be
+            read.
     """
-    return analyze(**parse_function_options(args, analyze))
+    return analyze(**parse_function_options(args, analyze, lists={"report": REPORT_HELP}))
 
 
 def analyze(
     model: str,
-    report: str,
+    report: list[str],
     output: str,
     limit: int | None = None,
     batch_size: int | None = None,
-    format: Literal["json", "markdown", "html"] = "json",
+    format: Literal["json", "markdown", "html", "v4"] = "json",
     constrained: bool | None = None,
     device: str = "auto",
     actions: int = 10,
     correlations: int = 16,
     max_new_tokens: int | None = None,
 ) -> int:
-    """Scores every finding, correlates findings, summarises the report and recommends actions.
+    """Scores every finding, correlates findings, summarises each report and recommends actions.
 
     Args:
         model: run folder, or a folder written by export.
-        report: JSON file of the scanner, version 2 or 3.
-        output: file to write; until it is complete, finished answers are kept in OUTPUT.partial.jsonl.
-        limit: use only the first findings of the report, at most this number.
+        report: scanner's JSON files (version 2, 3 or 4), folders, globs or archives.
+        output: file for one report; a folder, or a file with suffix .jsonl, for several. The same command resumes.
+        limit: use only the first findings of each report, at most this number.
         batch_size: answers generated at the same time; null is 24 on a CPU and 256 on a GPU.
-        format: json is a ground_truth_v1 document; markdown and html (one file that loads nothing) are for people.
+        format: json is a ground_truth_v1 document; v4 has the raw scan in addition; markdown and html (one file that
+            loads nothing) are for people.
         constrained: whether a grammar constrains every answer to its schema; null is true if llguidance is installed.
         device: auto (a GPU if there is one), cpu, cuda or cuda:N.
         actions: number of findings above severity info that get a remediation, the riskiest of each kind first.
@@ -83,8 +91,9 @@ def analyze(
         max_new_tokens: limit of the length of an answer; null uses a limit for each task.
 
     Raises:
-        UserError: an option is out of its range, or a file can't be read or written.
+        UserError: an option is out of its range, the output can't be written, or no report can be read.
     """
+    options = dict(locals())  # before any other variable: the options of this call
     started = time.monotonic()
     check_minimum(
         {
@@ -93,78 +102,143 @@ def analyze(
         },
         {"limit": 1, "batch_size": 1, "actions": 0, "correlations": 0, "max_new_tokens": 1},
     )  # fmt: skip
-    source, target, console = Path(report), Path(output), Console()
-    _check_target(target, source)
-    parsed, reference = read(source, limit)
+    console = Console()
+    inputs = find_reports(report, Path(output).expanduser())
     trained = open_trained_model(model, "--model")
-    partial_answers = target.with_name(target.name + ".partial.jsonl")
     constrained = find_spec("llguidance") is not None if constrained is None else constrained
     tasks = [name for name in TASKS if trained.tasks is None or name in trained.tasks]
     answer_limits = MAX_NEW_TOKENS if max_new_tokens is None else dict.fromkeys(TASKS, max_new_tokens)
-    generator = build_generator(trained, device, batch_size, constrained, answer_limits, partial_answers)
-    analysis = Analysis(
-        generator,
-        tasks,
-        AnalysisLimits(actions=actions, correlations=correlations),
-        lambda names, count: _task_progress(names, count, console),
-    )
-    try:
-        # the adapter is merged once for all tasks
-        with out_of_memory_advice("--batch_size"), merged(generator.model):
-            document = analysis(parsed.document)
-    except KeyboardInterrupt:
-        _print(console, [f"interrupted: finished answers are in {partial_answers}; to resume, run the command again"])
-        return INTERRUPTED
-    settings = {"model": trained.name, "tasks": tasks, "constrained": constrained}
-    results = document["enrichment_results"]
-    results["model_report"] = settings | {"answers": results["model_report"]}
-    document["raw_reference"] = reference
-    _write(target, WRITERS[format](document))
-    partial_answers.unlink(missing_ok=True)
-    _print(console, format_summary(document, target, generator.reused, time.monotonic() - started))
-    return 0
+    with open_results(output, inputs, format) as results:
+
+        def load() -> CachedGenerator:
+            return build_generator(trained, device, batch_size, bool(constrained), answer_limits, results.answers)
+
+        analyzer = ReportAnalyzer(
+            load, {"model": trained.name, "tasks": tasks, "constrained": constrained},
+            AnalysisLimits(actions=actions, correlations=correlations),
+        )  # fmt: skip
+        kept = {name: value for name, value in options.items() if name not in NOT_IN_RESULTS}
+        settings = {**kept, "constrained": constrained, "version": __version__, "digest": trained.digest()}
+        totals = Totals()
+        try:
+            with analyzer:
+                _analyze_all(inputs, results, analyzer, totals, settings, console)
+        except KeyboardInterrupt:
+            _print(console, [_interrupted(inputs, results, totals)])
+            return INTERRUPTED
+        results.finish(totals.set_aside)
+    if not totals.reports + totals.done_before:
+        first = totals.set_aside[0]
+        raise UserError(
+            f"--report: none of the {len(totals.set_aside)} reports can be read; {first['report']}: {first['reason']}"
+        )
+    lines = totals.lines(results.target, time.monotonic() - started, analyzer.reused, inputs.ignored)
+    _print(console, lines)
+    return SOME_UNREADABLE if totals.set_aside else 0
 
 
-def read(source: Path, limit: int | None) -> tuple[Parsed, dict[str, Any]]:
-    """Reads a report.
+class ReportAnalyzer:
+    """Analyses reports one after the other. The model is loaded, and its adapter merged, for the first one.
+
+    A context manager, which restores the model at its end.
 
     Args:
-        source: file of the scanner.
-        limit: largest number of findings; None for all.
-
-    Returns:
-        The usable part of the report, and the document's ``raw_reference``.
-
-    Raises:
-        UserError: the file can't be read, is no scanner report, or none of its findings is usable.
+        load: loads the model.
+        settings: model, tasks and settings of the document's ``model_report``.
+        limits: bounds of an analysis.
     """
-    try:
-        data = source.read_bytes()
-        value, _ = loads(data)
-    except OSError as error:
-        raise UserError(f"--report {source}: {error.strerror or error}. Fix: give a file that can be read.") from error
-    except InvalidRecord as error:
-        problem = error.detail or error.reason
-        raise UserError(f"--report {source}: not readable as JSON: {problem}. Fix: give a scanner's report.") from error
-    parsed = read_report(value, f"--report {source}")
-    document, unusable = parsed.document, parsed.quarantined
-    if unusable and not document.findings:
-        first = unusable[0]
-        problem = f"{first.reason} {first.detail}".rstrip()
-        raise UserError(
-            f"--report {source}: none of its {len(unusable)} findings is usable; number {first.position + 1}: {problem}"
-        )
-    reference = {
-        "file": source.name,
-        "sha256": hashlib.sha256(data).hexdigest(),
-        "findings": len(document.findings),
-        "repairs": dict(parsed.repairs),
-        "unusable": [{"position": bad.position, "reason": bad.reason, "detail": bad.detail} for bad in unusable],
-    }
-    if limit is not None and limit < len(document.findings):
-        document.findings[limit:] = []
-        reference["limit"] = limit
-    return parsed, reference
+
+    def __init__(self, load: Callable[[], CachedGenerator], settings: dict[str, Any], limits: AnalysisLimits) -> None:
+        self._load, self._settings, self._limits = load, settings, limits
+        self._generator: CachedGenerator | None = None
+        self._stack = ExitStack()
+
+    @property
+    def reused(self) -> int:
+        """Number of answers that were not generated again."""
+        return 0 if self._generator is None else self._generator.reused
+
+    def __enter__(self) -> Self:
+        """Returns the object."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> bool | None:
+        """Restores the model."""
+        return self._stack.__exit__(kind, error, traceback)
+
+    def __call__(self, report: Report, show_progress: ShowProgress) -> dict[str, Any]:
+        """Returns the analysis of a report.
+
+        Args:
+            report: the report.
+            show_progress: opens the progress display of tasks.
+        """
+        generator = self._generator
+        if generator is None:
+            generator = self._generator = self._load()
+            self._stack.enter_context(out_of_memory_advice("--batch_size"))
+            self._stack.enter_context(merged(generator.model))
+        if len(generator.responses) > MAX_CACHED_ANSWERS:  # answers are kept for equal findings of other reports
+            generator.responses.clear()
+        analysis = Analysis(generator, self._settings["tasks"], self._limits, show_progress)
+        document = analysis(report.parsed.document)
+        results = document["enrichment_results"]
+        results["model_report"] = self._settings | {"answers": results["model_report"]}
+        document["raw_reference"] = report.reference
+        return document
+
+
+def _analyze_all(
+    inputs: Inputs, results: Results, analyzer: ReportAnalyzer, totals: Totals, settings: dict[str, Any],
+    console: Console,
+) -> None:  # fmt: skip
+    """Analyses the reports that are not done, and adds to ``totals``."""
+    format, limit = settings["format"], settings["limit"]
+    with _progress(inputs, console) as (progress, show_progress):
+        for file, data in read_all_reports(inputs.reports):
+            try:
+                if isinstance(data, str):
+                    raise UserError(f"--report {file.label}: {data}. Fix: give a file that can be read.")
+                key = _key(data, settings)
+                if results.is_done(file.name, key):
+                    totals.done_before += 1
+                    progress.skip(file.size)
+                    continue
+                report = parse_report(data, file, limit, with_raw=format in WITH_RAW_SCAN)
+            except UserError as error:
+                if not inputs.several:
+                    raise
+                totals.set_aside.append(_unreadable(file, error))
+                results.discard(file.name)
+                progress.skip(file.size)
+                continue
+            progress.start(file.size)
+            document = analyzer(report, show_progress)
+            results.write(file.name, key, WRITERS[format](document))
+            totals.add(document)
+            progress.finish()
+
+
+def _unreadable(file: ReportFile, error: UserError) -> dict[str, str]:
+    reason = one_line(error, 400).removeprefix(f"--report {file.label}: ")
+    return {"report": file.label, "name": file.name, "reason": reason.partition(" Fix: ")[0].removesuffix(".")}
+
+
+def _key(data: bytes, settings: dict[str, Any]) -> str:
+    """Returns the digest of a report's content and of all that its analysis depends on."""
+    state = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
+    state.update(data)
+    return state.hexdigest()
+
+
+def _interrupted(inputs: Inputs, results: Results, totals: Totals) -> str:
+    kept = f"finished answers are in {results.answers}"
+    if inputs.several:
+        count = totals.reports + totals.done_before
+        kept = f"{count} of {len(inputs.reports)} reports are done, and {kept}"
+    return f"interrupted: {kept}; to resume, run the command again"
 
 
 def build_generator(
@@ -208,57 +282,26 @@ def dumps(document: dict[str, Any]) -> str:
     return json.dumps(document, indent=2, ensure_ascii=True, allow_nan=False) + "\n"
 
 
-WRITERS = {"json": dumps, "markdown": to_markdown, "html": to_html}
+WRITERS = {"json": dumps, "v4": dumps, "markdown": to_markdown, "html": to_html}
+WITH_RAW_SCAN = ("v4",)  #: formats that hold the raw scan
+
+
+@contextmanager
+def _progress(inputs: Inputs, console: Console) -> Iterator[tuple[ReportsProgress, ShowProgress]]:
+    """Opens one display for several reports, or one for each batch of tasks of a single report."""
+    sizes = sum(report.size for report in inputs.reports)
+    if not inputs.several:
+        yield ReportsProgress(TaskProgress("", None), sizes), partial(_task_progress, console=console)
+        return
+    with TaskProgress(f"{len(inputs.reports)} reports", console) as bar:
+        progress = ReportsProgress(bar, sizes)
+        yield progress, progress.stage
 
 
 @contextmanager
 def _task_progress(names: str, count: int, console: Console) -> Iterator[Progress]:
     with TaskProgress(f"{names}: {count} question{'s' * (count != 1)}", console) as progress:
         yield progress
-
-
-def _check_target(target: Path, source: Path) -> None:
-    if target.is_dir():
-        raise UserError(
-            f"--output {target}: this is a folder. Fix: name a file in it, such as {target / 'enriched.json'}."
-        )
-    if target.exists() and source.exists() and target.samefile(source):
-        raise UserError(f"--output {target}: this is the report itself. Fix: choose another file.")
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--output {target}: {error.strerror or error}. Fix: choose another folder.") from error
-
-
-def _write(target: Path, text: str) -> None:
-    try:
-        atomic_write(target, text)
-    except OSError as error:
-        raise UserError(f"--output {target}: {error.strerror or error}. Fix: choose another folder.") from error
-
-
-def format_summary(document: dict[str, Any], target: Path, reused: int, seconds: float) -> list[str]:
-    """Returns the lines that ``analyze`` prints at its end.
-
-    Args:
-        document: the analysis.
-        target: file that was written.
-        reused: answers read from an interrupted run.
-        seconds: duration of the command.
-    """
-    findings, answers = document["enriched_findings"], document["enrichment_results"]["model_report"]["answers"]
-    rate = len(findings) / max(seconds, 1e-9)
-    earlier = f", {reused} answers of an interrupted run" if reused else ""
-    lines = [
-        f"{len(findings)} findings, {len(document['correlations'])} correlations, {len(document['actions'])} actions "
-        f"in {seconds:.0f} s ({rate:.2g} findings/s{earlier}): {target}"
-    ]
-    for task, counts in answers.items():
-        reasons = ", ".join(f"{count} {reason}" for reason, count in counts["by_rule"].items())
-        lines.append(f"  {task:<12} {counts['by_model']} by the model" + (f"; by rule: {reasons}" if reasons else ""))
-    if unusable := document["raw_reference"]["unusable"]:
-        lines.append(f"  not usable   {len(unusable)} records of the report; see raw_reference.unusable")
-    return lines
 
 
 def _print(console: Console, lines: list[str]) -> None:
