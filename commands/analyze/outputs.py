@@ -28,11 +28,6 @@ STATE = ".analyze"  #: folder of the state inside of a folder of results
 _TEMPORARY = re.compile(r"\.\d+-[0-9a-f]{8}\.tmp$")  #: of ``datamodules.files``, left by a killed process
 
 
-def work_names(output: str) -> tuple[str, ...]:
-    """Returns the names of the files and folders that are kept next to an output file of a name."""
-    return f"{output}.partial", f"{output}.partial.jsonl", f"{output}.{SET_ASIDE}"
-
-
 class Results:
     """Receives the analyses of reports. A context manager, which holds the output.
 

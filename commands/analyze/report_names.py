@@ -11,6 +11,11 @@ NAME_BYTES = 120  #: largest length of one part of a name; file systems allow 25
 NAME_PARTS = 8  #: largest number of parts of a name
 
 
+def work_names(output: str) -> tuple[str, ...]:
+    """Returns the names of the files and folders that are kept next to an output file of a name."""
+    return f"{output}.partial", f"{output}.partial.jsonl", f"{output}.{SET_ASIDE}"
+
+
 def distinct_names(names: Sequence[str]) -> list[str]:
     """Returns safe names in the same order that are distinct as results, also if the file system ignores case.
 
