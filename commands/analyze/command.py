@@ -2,39 +2,36 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal, Self
+from typing import Any, Literal, Self
 
 from rich.console import Console
 
-from callbacks.task_progress import TaskProgress
 from commands import __version__
 from commands.analyze.html import to_html
-from commands.analyze.inputs import Inputs, Report, ReportFile, find_reports, parse_report, read_all_reports
+from commands.analyze.inputs import Inputs, Report, find_reports, parse_report
 from commands.analyze.markdown import to_markdown
 from commands.analyze.outputs import Results, open_results
-from commands.analyze.pipeline import Analysis, AnalysisLimits, ShowProgress
-from commands.analyze.totals import ReportsProgress, Totals
+from commands.analyze.pipeline import Analysis, AnalysisLimits, AnswerGenerator
+from commands.analyze.report_loop import ReportLoop
+from commands.analyze.several.shared_batches import ShowProgress, run_together
+from commands.analyze.several.totals import Totals
 from commands.device import pick_device
 from commands.model_source import TrainedModel, open_trained_model
 from commands.options import check_minimum, parse_function_options
-from datamodules.errors import UserError, one_line
+from datamodules.errors import UserError
 from datamodules.tasks import TASKS
 from datamodules.tokenization.chat_format import ChatFormat, load_tokenizer
 from lightning_modules.generation.merged_weights import merged
 from lightning_modules.generation.response_cache import MAX_NEW_TOKENS, CachedGenerator
 from lightning_modules.models.backbone import out_of_memory_advice
-
-if TYPE_CHECKING:
-    from lightning_modules.generation.response_cache import Progress
 
 SOME_UNREADABLE = 1  #: exit status if some, but not all, reports can't be read
 INTERRUPTED = 130  #: exit status after Ctrl-C, as shells define it
@@ -108,10 +105,12 @@ def analyze(
     constrained = find_spec("llguidance") is not None if constrained is None else constrained
     tasks = [name for name in TASKS if trained.tasks is None or name in trained.tasks]
     answer_limits = MAX_NEW_TOKENS if max_new_tokens is None else dict.fromkeys(TASKS, max_new_tokens)
+    on_cpu = pick_device(device).type == "cpu"
+    batch = batch_size or (BATCH_SIZE_CPU if on_cpu else BATCH_SIZE_GPU)
     with open_results(output, inputs, format) as results:
 
         def load() -> CachedGenerator:
-            return build_generator(trained, device, batch_size, bool(constrained), answer_limits, results.answers)
+            return build_generator(trained, device, batch, bool(constrained), answer_limits, results.answers)
 
         analyzer = ReportAnalyzer(
             load, {"model": trained.name, "tasks": tasks, "constrained": constrained},
@@ -120,9 +119,10 @@ def analyze(
         kept = {name: value for name, value in options.items() if name not in NOT_IN_RESULTS}
         settings = {**kept, "constrained": constrained, "version": __version__, "digest": trained.digest()}
         totals = Totals()
+        parse = partial(parse_report, limit=limit, with_raw=format in WITH_RAW_SCAN)
         try:
             with analyzer:
-                _analyze_all(inputs, results, analyzer, totals, settings, console)
+                ReportLoop(inputs, results, totals, parse, analyzer, WRITERS[format], settings, batch).run(console)
         except KeyboardInterrupt:
             _print(console, [_interrupted(inputs, results, totals)])
             return INTERRUPTED
@@ -138,7 +138,7 @@ def analyze(
 
 
 class ReportAnalyzer:
-    """Analyses reports one after the other. The model is loaded, and its adapter merged, for the first one.
+    """Analyses reports with one model. The model is loaded, and its adapter merged, for the first one.
 
     A context manager, which restores the model at its end.
 
@@ -168,11 +168,11 @@ class ReportAnalyzer:
         """Restores the model."""
         return self._stack.__exit__(kind, error, traceback)
 
-    def __call__(self, report: Report, show_progress: ShowProgress) -> dict[str, Any]:
-        """Returns the analysis of a report.
+    def __call__(self, reports: Sequence[Report], show_progress: ShowProgress) -> list[dict[str, Any]]:
+        """Returns the analyses of reports, whose questions are answered in shared batches.
 
         Args:
-            report: the report.
+            reports: the reports.
             show_progress: opens the progress display of tasks.
         """
         generator = self._generator
@@ -182,55 +182,14 @@ class ReportAnalyzer:
             self._stack.enter_context(merged(generator.model))
         if len(generator.responses) > MAX_CACHED_ANSWERS:  # answers are kept for equal findings of other reports
             generator.responses.clear()
-        analysis = Analysis(generator, self._settings["tasks"], self._limits, show_progress)
-        document = analysis(report.parsed.document)
+        return run_together([partial(self._analyze, report) for report in reports], generator, show_progress)
+
+    def _analyze(self, report: Report, generator: AnswerGenerator) -> dict[str, Any]:
+        document = Analysis(generator, self._settings["tasks"], self._limits)(report.parsed.document)
         results = document["enrichment_results"]
         results["model_report"] = self._settings | {"answers": results["model_report"]}
         document["raw_reference"] = report.reference
         return document
-
-
-def _analyze_all(
-    inputs: Inputs, results: Results, analyzer: ReportAnalyzer, totals: Totals, settings: dict[str, Any],
-    console: Console,
-) -> None:  # fmt: skip
-    """Analyses the reports that are not done, and adds to ``totals``."""
-    format, limit = settings["format"], settings["limit"]
-    with _progress(inputs, console) as (progress, show_progress):
-        for file, data in read_all_reports(inputs.reports):
-            try:
-                if isinstance(data, str):
-                    raise UserError(f"--report {file.label}: {data}. Fix: give a file that can be read.")
-                key = _key(data, settings)
-                if results.is_done(file.name, key):
-                    totals.done_before += 1
-                    progress.skip(file.size)
-                    continue
-                report = parse_report(data, file, limit, with_raw=format in WITH_RAW_SCAN)
-            except UserError as error:
-                if not inputs.several:
-                    raise
-                totals.set_aside.append(_unreadable(file, error))
-                results.discard(file.name)
-                progress.skip(file.size)
-                continue
-            progress.start(file.size)
-            document = analyzer(report, show_progress)
-            results.write(file.name, key, WRITERS[format](document))
-            totals.add(document)
-            progress.finish()
-
-
-def _unreadable(file: ReportFile, error: UserError) -> dict[str, str]:
-    reason = one_line(error, 400).removeprefix(f"--report {file.label}: ")
-    return {"report": file.label, "name": file.name, "reason": reason.partition(" Fix: ")[0].removesuffix(".")}
-
-
-def _key(data: bytes, settings: dict[str, Any]) -> str:
-    """Returns the digest of a report's content and of all that its analysis depends on."""
-    state = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
-    state.update(data)
-    return state.hexdigest()
 
 
 def _interrupted(inputs: Inputs, results: Results, totals: Totals) -> str:
@@ -284,24 +243,6 @@ def dumps(document: dict[str, Any]) -> str:
 
 WRITERS = {"json": dumps, "v4": dumps, "markdown": to_markdown, "html": to_html}
 WITH_RAW_SCAN = ("v4",)  #: formats that hold the raw scan
-
-
-@contextmanager
-def _progress(inputs: Inputs, console: Console) -> Iterator[tuple[ReportsProgress, ShowProgress]]:
-    """Opens one display for several reports, or one for each batch of tasks of a single report."""
-    sizes = sum(report.size for report in inputs.reports)
-    if not inputs.several:
-        yield ReportsProgress(TaskProgress("", None), sizes), partial(_task_progress, console=console)
-        return
-    with TaskProgress(f"{len(inputs.reports)} reports", console) as bar:
-        progress = ReportsProgress(bar, sizes)
-        yield progress, progress.stage
-
-
-@contextmanager
-def _task_progress(names: str, count: int, console: Console) -> Iterator[Progress]:
-    with TaskProgress(f"{names}: {count} question{'s' * (count != 1)}", console) as progress:
-        yield progress
 
 
 def _print(console: Console, lines: list[str]) -> None:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from commands.analyze.markdown import visible
-from commands.analyze.report_names import distinct_names, work_names
+from commands.analyze.several.names import distinct_names, work_names
 from datamodules.errors import UserError, one_line
 from datamodules.records import SEVERITIES
 from datamodules.sources.byte_stream import ByteStream, compression_of, read_all

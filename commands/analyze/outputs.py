@@ -16,7 +16,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, TYPE_CHECKING, Any, Self
 
-from commands.analyze.report_names import SET_ASIDE
+from commands.analyze.several.names import SET_ASIDE
 from datamodules.errors import UserError, one_line
 from datamodules.files import atomic_write, atomic_writer
 

@@ -27,7 +27,7 @@ def fleet(folder, count=4):
     for number in range(count):
         report = json.loads(json.dumps(REPORT))
         report["meta"]["hostname"] = f"host{number}"
-        report["results"][2]["findings"][0]["metadata"]["port"] = str(4000 + number)
+        report["results"][2]["findings"][0]["title"] = f"TCP {4000 + number} listening"
         (folder / f"host{number}.json").write_text(json.dumps(report))
     return folder
 
@@ -61,7 +61,8 @@ def asked(monkeypatch):
 def test_several_reports_share_one_model_and_equal_answers(run, tmp_path, monkeypatch, asked, capsys):
     loads, build = [], command.build_generator
     monkeypatch.setattr(command, "build_generator", lambda *args: loads.append(1) or build(*args))
-    assert analyze_all(run, tmp_path / "out", fleet(tmp_path / "scans"), single_report(tmp_path)) == 0
+    few = ("--batch_size", "6")
+    assert analyze_all(run, tmp_path / "out", fleet(tmp_path / "scans"), single_report(tmp_path), options=few) == 0
     documents = results_of(tmp_path / "out" / "scans")
     assert [document["raw_reference"]["file"] for document in documents.values()] == [
         f"scans/host{n}.json" for n in range(4)
@@ -75,6 +76,20 @@ def test_several_reports_share_one_model_and_equal_answers(run, tmp_path, monkey
     assert "answers reused" in output
 
 
+def test_small_reports_share_batches(run, tmp_path, monkeypatch):
+    batches, answer = [], response_cache.generate_requests
+
+    def counted(model, chat, questions, **options):
+        batches.append([question.task.name for question in questions])
+        return answer(model, chat, questions, **options)
+
+    monkeypatch.setattr(response_cache, "generate_requests", counted)
+    assert analyze_all(run, tmp_path / "out", fleet(tmp_path / "scans"), options=("--batch_size", "6")) == 0
+    # groups of two reports with three findings each; two findings of the second group were answered before
+    assert [batch.count("risk") for batch in batches if "risk" in batch] == [4, 2]
+    assert [batch.count("summary") for batch in batches if "summary" in batch] == [2, 2]
+
+
 def test_the_result_of_a_report_is_the_same_alone_and_among_others(run, tmp_path):
     scans = fleet(tmp_path / "scans", 2)
     assert analyze_all(run, tmp_path / "out", scans) == 0
@@ -86,7 +101,8 @@ def test_after_ctrl_c_the_same_command_continues_with_the_reports_that_are_not_d
     scans = fleet(tmp_path / "scans")
     assert analyze_all(run, tmp_path / "whole", scans) == 0
     total, asked.stop = len(asked), len(asked) + 9
-    assert analyze_all(run, tmp_path / "out", scans) == 130
+    few = ("--batch_size", "3")  # one report in each group
+    assert analyze_all(run, tmp_path / "out", scans, options=few) == 130
     done = results_of(tmp_path / "out")
     assert 0 < len(done) < 4
     assert f"{len(done)} of 4 reports are done" in capsys.readouterr().out

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from commands.analyze.totals import ReportsProgress, Totals, skipped_text
+from commands.analyze.several.totals import ReportsProgress, Totals, skipped_text
 
 
 def document(by_model, by_rule, unusable=(), **skipped):

@@ -2,7 +2,7 @@
 
 import pytest
 
-from commands.analyze.report_names import NAME_BYTES, distinct_names, safe_name
+from commands.analyze.several.names import NAME_BYTES, distinct_names, safe_name
 
 
 @pytest.mark.parametrize(
