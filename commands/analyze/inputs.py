@@ -207,7 +207,7 @@ def parse_report(data: bytes, file: ReportFile, limit: int | None, with_raw: boo
     document, unusable = parsed.document, parsed.quarantined
     if unusable and not document.findings:
         first = unusable[0]
-        problem = f"{first.reason} {first.detail}".rstrip()
+        problem = visible(f"{first.reason} {first.detail}")
         raise UserError(
             f"--report {file.label}: none of its {len(unusable)} findings is usable; number {first.position + 1}: "
             f"{problem}. Fix: let the scanner write the report again."
@@ -289,7 +289,7 @@ def _add_archive(inputs: Inputs, path: Path, name: str) -> None:
             if member.error is not None:
                 inputs.reports.append(_unreadable(path, f"damaged archive: {_detail(member.error)}"))
             elif member.size > largest:  # skipping it would take as long as reading it
-                problem = f"decompression bomb: {member.name} has {member.size} bytes; the rest is not read"
+                problem = f"decompression bomb: {visible(member.name)} has {member.size} bytes; the rest is not read"
                 inputs.reports.append(_unreadable(path, problem))
                 break
             elif not _is_report_name(member.name):
