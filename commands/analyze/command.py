@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from rich.console import Console
 
 from callbacks.task_progress import TaskProgress
+from commands.analyze.agent_format import to_agent
 from commands.analyze.html import to_html
 from commands.analyze.markdown import to_markdown
 from commands.analyze.pipeline import Analysis, AnalysisLimits
@@ -60,7 +61,7 @@ def analyze(
     output: str,
     limit: int | None = None,
     batch_size: int | None = None,
-    format: Literal["json", "markdown", "html"] = "json",
+    format: Literal["json", "markdown", "html", "agent"] = "json",
     constrained: bool | None = None,
     device: str = "auto",
     actions: int = 10,
@@ -75,7 +76,8 @@ def analyze(
         output: file to write; until it is complete, finished answers are kept in OUTPUT.partial.jsonl.
         limit: use only the first findings of the report, at most this number.
         batch_size: answers generated at the same time; null is 24 on a CPU and 256 on a GPU.
-        format: json is a ground_truth_v1 document; markdown and html (one file that loads nothing) are for people.
+        format: json is a ground_truth_v1 document; markdown and html (one file that loads nothing) are for people;
+            agent is an EnrichedOutput document of sys-scan-graph's agent, for its HTML report, diff and --prev.
         constrained: whether a grammar constrains every answer to its schema; null is true if llguidance is installed.
         device: auto (a GPU if there is one), cpu, cuda or cuda:N.
         actions: number of findings above severity info that get a remediation, the riskiest of each kind first.
@@ -208,7 +210,7 @@ def dumps(document: dict[str, Any]) -> str:
     return json.dumps(document, indent=2, ensure_ascii=True, allow_nan=False) + "\n"
 
 
-WRITERS = {"json": dumps, "markdown": to_markdown, "html": to_html}
+WRITERS = {"json": dumps, "markdown": to_markdown, "html": to_html, "agent": lambda document: dumps(to_agent(document))}
 
 
 @contextmanager

@@ -188,8 +188,8 @@ def _measure(
     load_as: LoadAs, console: Console,
 ) -> dict[str, Any]:  # fmt: skip
     """Measures the trained model, then the exported one as stored; only one of them is in memory at a time."""
-    templates = (trained.config.get("data", {}).get("init_args") or {}).get("agent_templates")
-    task = build_tasks([task_name], agent_templates=templates)[task_name]
+    rationale = bool((trained.config.get("data", {}).get("init_args") or {}).get("risk_rationale"))
+    task = build_tasks([task_name], rationale=rationale)[task_name]
 
     def measured(heading: str, tokenizer: str, build: Callable[[], Any]) -> Record:
         chat = ChatFormat(load_tokenizer(tokenizer))
