@@ -5,8 +5,8 @@ ten riskiest. Its providers send these reductions, and rule suggestions that it 
 functions of this module return the same values from :class:`~datamodules.records.Finding` objects; ``make test-agent``
 compares the prompts with those of the installed agent, character for character.
 
-The agent fails on a report whose metadata has a list or an object where it counts values; such values are left out
-here.
+The agent fails on a report in which one of the counted metadata values is a list or an object; such values are left
+out here.
 """
 
 from __future__ import annotations

@@ -52,7 +52,7 @@ def prompts(findings, correlations=(), actions=(), answers=None):
         findings: findings of a report, as the scanner writes them.
         correlations: correlations, with the fields of the agent's model.
         actions: actions, with the fields of the agent's model.
-        answers: text of the model by prompt name; a valid one of the agent's own form where there is none.
+        answers: text of the model by prompt name; a short valid answer is used for a missing one.
     """
     from sys_scan_agent import models, reduction
     from sys_scan_agent.graph import rules, summarization

@@ -245,7 +245,7 @@ def openai_server(answer):
 
 
 def test_the_command_line_sends_the_prompts_of_the_tasks_to_a_local_server(cli, shared_data, tmp_path):
-    """The recipe of docs/agent.md: the graph with the chat provider, and a local server in place of OpenAI."""
+    """The instructions of docs/agent.md: the graph with the chat provider, and a local server in place of OpenAI."""
     value = report(shared_data, "host_scan")
     (tmp_path / "report.json").write_text(json.dumps(value))
     findings = read_report(value, "report").document.findings
@@ -264,3 +264,46 @@ def test_the_command_line_sends_the_prompts_of_the_tasks_to_a_local_server(cli, 
     result = json.loads((tmp_path / "out.json").read_text())
     expected = json.loads(AGENT_TASKS["agent_chat_summary"]().answer(findings))["executive_summary"]
     assert result["summaries"]["executive_summary"] == expected
+
+
+#: module that takes the place of llama-cpp-python, which pip would have to compile; it records its arguments
+LLAMA_CPP = """
+import json
+
+class Llama:
+    def __init__(self, **options):
+        self.options = options
+
+    def __call__(self, prompt, **options):
+        with open("calls.json", "w") as file:
+            json.dump({"model": self.options, "prompt": prompt, "call": options}, file)
+        return {"choices": [{"text": "Summary of the local model."}]}
+"""
+
+
+def test_the_command_line_runs_a_file_in_the_cache_as_its_local_model(cli, shared_data, tmp_path):
+    """The instructions of docs/agent.md: the export in the cache of the Hugging Face Hub, without downloads."""
+    value = report(shared_data, "host_scan")
+    (tmp_path / "report.json").write_text(json.dumps(value))
+    folder = tmp_path / "home" / "hub" / "models--J-mazz--sys-scan-graph"
+    model = folder / "snapshots" / "local" / "qwen3_analyst.gguf"
+    model.parent.mkdir(parents=True)
+    model.write_bytes(b"GGUF")
+    (folder / "refs").mkdir()
+    (folder / "refs" / "main").write_text("local")
+    (tmp_path / "modules").mkdir()
+    (tmp_path / "modules" / "llama_cpp.py").write_text(LLAMA_CPP)
+    environment = {
+        "AGENT_GRAPH_APP_ENABLED": "1", "AGENT_LLM_PROVIDER": "local-qwen", "HF_HUB_OFFLINE": "1",
+        "HF_HOME": str(tmp_path / "home"), "PYTHONPATH": str(tmp_path / "modules"),
+    }  # fmt: skip
+    cli("analyze", "--report", "report.json", "--out", "out.json", **environment)
+    calls = json.loads((tmp_path / "calls.json").read_text())
+    assert Path(calls["model"]["model_path"]) == model
+    assert calls["model"]["n_ctx"] == 8192
+    task = AGENT_TASKS["agent_local_summary"]()
+    content = task.content(read_report(value, "report").document.findings)
+    assert calls["prompt"] == sent_text(task.name, task, content)
+    assert calls["call"]["stop"] == ["<|im_end|>", "<|endoftext|>"]
+    summary = json.loads((tmp_path / "out.json").read_text())["summaries"]["executive_summary"]
+    assert summary == "Summary of the local model."
