@@ -2,9 +2,10 @@
 
 Its model ``EnrichedOutput`` differs from ``ground_truth_v1``: a rationale is a list of sentences, an action is one line
 with a whole number as its priority, ``raw_reference`` is a digest, and the triage summary is an object. The agent's
-HTML report, its diff and ``sys-scan-graph analyze --prev`` sort by one severity and one risk score per finding. Both
-are the higher of the scanner's and the model's here, so that a model which lowers a finding can't hide it; the
-rationale states both when they differ.
+HTML report, its diff and ``sys-scan-graph analyze --prev`` sort by one severity and one risk score per finding. These
+are the ones that the analysis ranks by; in an analysis that states the model's severity only, the higher of the
+scanner's and the model's, so that a model which lowers a finding can't hide it. The rationale states both severities
+when they differ.
 """
 
 from __future__ import annotations
@@ -47,12 +48,12 @@ def to_agent(document: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _finding(record: Mapping[str, Any]) -> dict[str, Any]:
-    model, scanner = record["severity"], record.get("scanner_severity") or record["severity"]
-    severity = max(model, scanner, key=SEVERITIES.index)
-    risk, base = record["risk_score"], record["base_severity_score"]
-    if severity != model:
-        risk = max(risk, base)
-    source = "raw" if record.get("severity_source") == "rule" or severity != model else "model"
+    model, severity, risk = record.get("model_severity"), record["severity"], record["risk_score"]
+    scanner, base = record.get("scanner_severity") or severity, record["base_severity_score"]
+    if "model_severity" not in record:
+        model, severity = severity, max(severity, scanner, key=SEVERITIES.index)
+        risk = max(risk, base) if severity != model else risk
+    from_model = record.get("severity_source") == "model" and severity == model
     finding = {
         "id": record["id"],
         "title": record["title"],
@@ -67,19 +68,19 @@ def _finding(record: Mapping[str, Any]) -> dict[str, Any]:
         "risk_subscores": record["risk_subscores"],
         "correlation_refs": list(record["correlation_refs"]),
         "baseline_status": record["baseline_status"],
-        "severity_source": source,
+        "severity_source": "model" if from_model else "raw",
         "probability_actionable": record["probability_actionable"],
         "graph_degree": record.get("graph_degree"),
         "risk_total": risk,
     }
-    return finding | {"rationale": _rationale(record, model, scanner)}
+    return finding | {"rationale": _rationale(record, severity, scanner, model)}
 
 
-def _rationale(record: Mapping[str, Any], model: str, scanner: str) -> list[str]:
+def _rationale(record: Mapping[str, Any], severity: str, scanner: str, model: str | None) -> list[str]:
     text = record.get("rationale") or []
     sentences = [text] if isinstance(text, str) else list(text)
-    if model != scanner:
-        sentences.insert(0, f"The scanner rates this {scanner}, the model {model}; the higher one is used.")
+    if model is not None and model != scanner:
+        sentences.insert(0, f"The scanner rates this {scanner}, the model {model}; {severity} is used.")
     return sentences
 
 
@@ -149,6 +150,7 @@ def _actions(
 
 def _line(action: Mapping[str, Any]) -> str:
     parts = [action["title"], action.get("description") or ""]
-    if command := action.get("command"):
-        parts.append(f"Command: {command}")
+    for key in ("command", "needs", "danger", "undo"):
+        if value := action.get(key):
+            parts.append(f"{key.capitalize()}: {value if isinstance(value, str) else ', '.join(value)}")
     return " - ".join(filter(None, parts))

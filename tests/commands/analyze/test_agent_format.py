@@ -32,18 +32,45 @@ def test_a_finding_that_the_model_lowers_keeps_the_scanners_severity_and_score()
     analysis = analysis_document(REPORT)
     worst = next(one for one in analysis["enriched_findings"] if one["id"] == "ioc2")
     worst |= {"severity": "low", "risk_score": 20, "severity_source": "model", "risk_total": 20}
+    worst.pop("model_severity", None)  # an analysis whose severity is the model's
     finding = by_id(to_agent(analysis))["ioc2"]
     assert (finding["severity"], finding["risk_score"], finding["risk_total"]) == ("critical", 90, 90)
     assert finding["severity_source"] == "raw"
-    assert finding["rationale"][0] == "The scanner rates this critical, the model low; the higher one is used."
+    assert finding["rationale"][0] == "The scanner rates this critical, the model low; critical is used."
 
 
 def test_a_finding_that_the_model_raises_has_the_models_values():
     analysis = analysis_document(REPORT)
     first = analysis["enriched_findings"][0]
     first |= {"severity": "critical", "scanner_severity": "low", "risk_score": 95, "severity_source": "model"}
+    first.pop("model_severity", None)
     finding = by_id(to_agent(analysis))[first["id"]]
     assert (finding["severity"], finding["risk_score"], finding["severity_source"]) == ("critical", 95, "model")
+
+
+def test_the_severity_that_the_analysis_ranks_by_is_kept():
+    analysis = analysis_document(REPORT)
+    first = analysis["enriched_findings"][0]
+    first |= {"severity": "low", "scanner_severity": "high", "model_severity": "low", "risk_score": 20}
+    first |= {"severity_source": "model"}
+    finding = by_id(to_agent(analysis))[first["id"]]
+    assert (finding["severity"], finding["risk_score"], finding["severity_source"]) == ("low", 20, "model")
+    assert finding["rationale"][0] == "The scanner rates this high, the model low; low is used."
+    first |= {"model_severity": None, "severity_source": "rule", "severity": "high"}
+    finding = by_id(to_agent(analysis))[first["id"]]
+    assert (finding["severity"], finding["severity_source"], finding["rationale"]) == ("high", "raw", [])
+
+
+def test_a_line_of_an_action_has_its_command_needs_danger_and_undo():
+    analysis = analysis_document(REPORT)
+    analysis["actions"] = [analysis["actions"][0] | {
+        "title": "Stop it", "description": "", "command": "kill 1", "needs": ["debian", "sudo"], "danger": "Locks out.",
+        "undo": "start 1",
+    }]  # fmt: skip
+    (action,) = to_agent(analysis)["actions"]
+    line = "Stop it - Command: kill 1 - Needs: debian, sudo - Danger: Locks out. - Undo: start 1"
+    assert action["action"] == line
+    assert to_agent(analysis)["summaries"]["action_narrative"] == f"1. {line}"
 
 
 def test_the_summaries_have_the_agents_types():
