@@ -109,6 +109,7 @@ def analyze(
         tasks,
         AnalysisLimits(actions=actions, correlations=correlations),
         lambda names, count: _task_progress(names, count, console),
+        trained.rationale,
     )
     try:
         # the adapter is merged once for all tasks

@@ -106,6 +106,7 @@ class Analysis:
         tasks: names of the tasks that the model answers; the others are answered by rule.
         limits: bounds.
         show_progress: opens the progress display of tasks.
+        rationale: whether the model was trained to state a rationale in answers of the risk task.
 
     Attributes:
         counts: counts of questions and answers by task.
@@ -117,7 +118,9 @@ class Analysis:
         tasks: Sequence[str],
         limits: AnalysisLimits | None = None,
         show_progress: ShowProgress = lambda names, count: _no_progress(),
+        rationale: bool = False,
     ) -> None:
+        self.rationale = rationale
         self.generator, self.tasks, self.show_progress = generator, set(tasks), show_progress
         self.limits = limits or AnalysisLimits()
         self.counts: dict[str, TaskCounts] = defaultdict(TaskCounts)
@@ -152,9 +155,10 @@ class Analysis:
         }
 
     def _score(self, findings: Sequence[Finding]) -> list[ScoredFinding]:
-        task = RiskTask()
-        task.answer_schema = require_all(schemas.RISK)  # the document needs properties that training data may lack
-        (answers,) = self._answers((task, [task.content(finding) for finding in findings], schemas.RISK))
+        task = RiskTask(self.rationale)
+        schema = task.answer_schema
+        task.answer_schema = require_all(schema)  # the document needs properties that training data may lack
+        (answers,) = self._answers((task, [task.content(finding) for finding in findings], schema))
         return [score_finding(finding, answer) for finding, answer in zip(findings, answers, strict=True)]
 
     def _correlate_and_remediate(

@@ -188,8 +188,7 @@ def _measure(
     load_as: LoadAs, console: Console,
 ) -> dict[str, Any]:  # fmt: skip
     """Measures the trained model, then the exported one as stored; only one of them is in memory at a time."""
-    rationale = bool((trained.config.get("data", {}).get("init_args") or {}).get("risk_rationale"))
-    task = build_tasks([task_name], rationale=rationale)[task_name]
+    task = build_tasks([task_name], rationale=trained.rationale)[task_name]
 
     def measured(heading: str, tokenizer: str, build: Callable[[], Any]) -> Record:
         chat = ChatFormat(load_tokenizer(tokenizer))
