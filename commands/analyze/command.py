@@ -15,6 +15,7 @@ from typing import Any, Literal, Self
 from rich.console import Console
 
 from commands import __version__
+from commands.analyze.agent_format import to_agent
 from commands.analyze.answer_collector import AnswerGenerator
 from commands.analyze.assessment.limits import KnownLimits, known_limits
 from commands.analyze.assessment.trust import Trust
@@ -68,7 +69,7 @@ def analyze(
     output: str,
     limit: int | None = None,
     batch_size: int | None = None,
-    format: Literal["json", "markdown", "html", "v4"] = "json",
+    format: Literal["json", "markdown", "html", "v4", "agent"] = "json",
     constrained: bool | None = None,
     device: str = "auto",
     actions: int = 10,
@@ -85,7 +86,8 @@ def analyze(
         limit: use only the first findings of each report, at most this number.
         batch_size: answers generated at the same time; null is 24 on a CPU and 256 on a GPU.
         format: json is a ground_truth_v1 document; v4 has the raw scan in addition; markdown and html (one file that
-            loads nothing) are for people.
+            loads nothing) are for people; agent is an EnrichedOutput document of sys-scan-graph's agent, for its HTML
+            report, diff and --prev.
         constrained: whether a grammar constrains every answer to its schema; null is true if llguidance is installed.
         device: auto (a GPU if there is one), cpu, cuda or cuda:N.
         actions: number of findings above severity info that get a remediation, the riskiest of each kind first.
@@ -121,6 +123,7 @@ def analyze(
         analyzer = ReportAnalyzer(
             load, {"model": trained.name, "tasks": tasks, "constrained": constrained},
             AnalysisLimits(actions=actions, correlations=correlations), trust, partial(known_limits, trained),
+            trained.rationale,
         )  # fmt: skip
         kept = {name: value for name, value in options.items() if name not in NOT_IN_RESULTS}
         settings = {**kept, "constrained": constrained, "version": __version__, "digest": trained.digest()}
@@ -154,6 +157,7 @@ class ReportAnalyzer:
         limits: bounds of an analysis.
         trust: whose severities rank the findings.
         find_limits: finds the known limits of the model.
+        rationale: whether the model was trained to state a rationale in answers of the risk task.
     """
 
     def __init__(
@@ -163,8 +167,10 @@ class ReportAnalyzer:
         limits: AnalysisLimits,
         trust: Trust,
         find_limits: Callable[[], KnownLimits],
+        rationale: bool,
     ) -> None:
-        self._load, self._settings, self._limits, self._trust = load, settings, limits, trust
+        self._load, self._settings, self._limits = load, settings, limits
+        self._trust, self._rationale = trust, rationale
         self._find_limits, self._known_limits = find_limits, KnownLimits()
         self._generator: CachedGenerator | None = None
         self._stack = ExitStack()
@@ -203,7 +209,10 @@ class ReportAnalyzer:
 
     def _analyze(self, report: Report, generator: AnswerGenerator) -> dict[str, Any]:
         tasks, limits = self._settings["tasks"], self._limits
-        analysis = Analysis(generator, tasks, limits, trust=self._trust, known_limits=self._known_limits)
+        analysis = Analysis(
+            generator, tasks, limits,
+            trust=self._trust, known_limits=self._known_limits, rationale=self._rationale,
+        )  # fmt: skip
         document = analysis(report.parsed.document, report.reference)
         results = document["enrichment_results"]
         results["model_report"] = self._settings | results["model_report"]
@@ -260,7 +269,13 @@ def dumps(document: dict[str, Any]) -> str:
     return json.dumps(document, indent=2, ensure_ascii=True, allow_nan=False) + "\n"
 
 
-WRITERS = {"json": dumps, "v4": dumps, "markdown": to_markdown, "html": to_html}
+WRITERS: dict[str, Callable[[dict[str, Any]], str]] = {
+    "json": dumps,
+    "v4": dumps,
+    "markdown": to_markdown,
+    "html": to_html,
+    "agent": lambda document: dumps(to_agent(document)),
+}
 WITH_RAW_SCAN = ("v4",)  #: formats that hold the raw scan
 
 
