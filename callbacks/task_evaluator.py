@@ -202,6 +202,9 @@ def gather_predictions(own: list[PredictionResult], rank: int, ranks: int) -> li
 
 
 def _json_grammar(chat: Any, task: Any) -> Any:
+    """Returns the grammar of a task's answers; None for answers that are plain text."""
+    if task.answer_schema.get("type") == "string":
+        return None
     from lightning_modules.generation.constrained_decoding import JsonGrammar
 
     return JsonGrammar(chat.tokenizer, chat.eos_id, task.answer_schema)

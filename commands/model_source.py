@@ -27,6 +27,7 @@ class TrainedModel:
         tasks: tasks that the model was trained on; None if they are not recorded.
         run: run folder; None for an export.
         config: the run's config; empty for an export.
+        rationale: whether the model was trained to state a rationale in answers of the risk task.
     """
 
     folder: Path
@@ -35,6 +36,7 @@ class TrainedModel:
     tasks: tuple[str, ...] | None
     run: Path | None
     config: dict[str, Any]
+    rationale: bool = False
 
     @property
     def name(self) -> str:
@@ -80,7 +82,9 @@ def open_trained_model(path: str, option: str) -> TrainedModel:
     if (folder / MODEL).is_file():
         record = _certificate(folder)
         backbone = Backbone(model_name_or_path=str(folder))
-        return TrainedModel(folder, backbone, str(folder), _tasks(record.get("tasks")), None, {})
+        return TrainedModel(
+            folder, backbone, str(folder), _tasks(record.get("tasks")), None, {}, _rationale(record.get("config"))
+        )
     if any(folder.glob("*.gguf")):
         raise UserError(
             f"{option} {path}: a GGUF export is for llama.cpp and Ollama. Fix: give the run folder, or an export with "
@@ -118,7 +122,14 @@ def _open_run(run: Path, option: str) -> TrainedModel:
     )
     tokenizer = str(folder) if (folder / "tokenizer.json").is_file() else backbone.model_name_or_path
     tasks = config.get("data", {}).get("init_args", {}).get("task_weights") or {"risk": 1.0}
-    return TrainedModel(folder, backbone, tokenizer, _tasks([n for n, s in tasks.items() if s]), run, config)
+    names = _tasks([n for n, s in tasks.items() if s])
+    return TrainedModel(folder, backbone, tokenizer, names, run, config, _rationale(config))
+
+
+def _rationale(config: Any) -> bool:
+    """Returns ``data.risk_rationale`` of a config, or of the config in a certificate."""
+    data = config.get("data") if isinstance(config, dict) else None
+    return isinstance(data, dict) and bool((data.get("init_args") or {}).get("risk_rationale"))
 
 
 def _open_adapter(folder: Path, option: str) -> TrainedModel:
@@ -133,7 +144,9 @@ def _open_adapter(folder: Path, option: str) -> TrainedModel:
     known = {field.name for field in fields(Backbone)}
     backbone = Backbone(**{k: v for k, v in base.items() if k in known}, adapter=str(folder))
     tokenizer = str(folder) if (folder / "tokenizer.json").is_file() else backbone.model_name_or_path
-    return TrainedModel(folder, backbone, tokenizer, _tasks(record.get("tasks")), None, {})
+    return TrainedModel(
+        folder, backbone, tokenizer, _tasks(record.get("tasks")), None, {}, _rationale(record.get("config"))
+    )
 
 
 def _backbone(config: dict[str, Any], run: Path, option: str) -> Backbone:

@@ -18,7 +18,10 @@ from datamodules.errors import UserError, one_line
 
 
 def parse_function_options(
-    args: list[str], function: Callable[..., Any], flags: Mapping[str, str] | None = None
+    args: list[str],
+    function: Callable[..., Any],
+    flags: Mapping[str, str] | None = None,
+    lists: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
     """Parses the options that are the arguments of a function.
 
@@ -27,6 +30,7 @@ def parse_function_options(
         function: its signature and docstring define the options.
         flags: help texts of boolean arguments that may be given without a value (``--overwrite`` for
             ``--overwrite=true``), by name.
+        lists: help texts of required arguments that take one or more texts (``--report a.json b.json``), by name.
 
     Returns:
         The function's keyword arguments.
@@ -34,12 +38,14 @@ def parse_function_options(
     Raises:
         UserError: an option is unknown, missing or has a wrong type.
     """
-    command, flags = args[0], flags or {}
+    command, flags, lists = args[0], flags or {}, lists or {}
     summary = COMMANDS[command].summary
     parser = jsonargparse.ArgumentParser(prog=f"{program()} {command}", exit_on_error=False, description=summary)
-    parser.add_function_arguments(function, skip=set(flags))
+    parser.add_function_arguments(function, skip={*flags, *lists})
     for name, text in flags.items():
         parser.add_argument(f"--{name}", type=bool, nargs="?", const=True, default=False, help=text)
+    for name, text in lists.items():
+        parser.add_argument(f"--{name}", type=str, nargs="+", action="extend", required=True, help=text)
     try:
         options = parser.parse_args([with_underscores(argument) for argument in args[1:]])
     except jsonargparse.ArgumentError as error:

@@ -67,7 +67,7 @@ class FindingsStream:
         max_quarantine: largest allowed share of records that can't be used.
         quarantine_path: file (JSON Lines) for these records; None only counts them.
         cache_dir: folder for tokenized documents and source indexes; None stores no tokenized documents.
-        agent_templates: folder of the agent's prompt templates, for the tasks ``agent_*``.
+        risk_rationale: whether the risk task trains the rationale of findings that have one.
         storage_options: options of fsspec, for remote sources.
         val_rows: largest number of validation rows, on all ranks together; None is all.
         val_packing: packing of validation and test; None is ``packing``.
@@ -99,7 +99,7 @@ class FindingsStream:
         max_quarantine: float = 0.01,
         quarantine_path: str | None = None,
         cache_dir: str | None = None,
-        agent_templates: str | None = None,
+        risk_rationale: bool = False,
         storage_options: dict[str, Any] | None = None,
         val_rows: int | None = None,
         val_packing: Packing | None = None,
@@ -116,7 +116,7 @@ class FindingsStream:
         self.max_quarantine, self.quarantine_path, self.cache_dir = max_quarantine, quarantine_path, cache_dir
         self.document_processor = DocumentProcessor(
             sources=sources, tokenizer=tokenizer, tasks=list(self.task_weights), val_fraction=val_fraction,
-            test_fraction=test_fraction, seed=seed, conflicts=conflicts, agent_templates=agent_templates,
+            test_fraction=test_fraction, seed=seed, conflicts=conflicts, risk_rationale=risk_rationale,
             storage_options=storage_options, cache_dir=cache_dir,
         )  # fmt: skip
         self.extras: Callable[[Sequence[Row]], dict[str, torch.Tensor]] | None = None

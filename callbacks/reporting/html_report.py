@@ -157,7 +157,10 @@ def _samples(questions: Sequence[Mapping[str, str]], columns: Mapping[str, Evalu
 
 def _comparison_rows(expected: str, answers: Mapping[str, str]) -> Iterator[list[str]]:
     """Yields a row per key of the answers, with differing values marked, and a last row for answers without JSON."""
-    expected_values, answered = parse(expected) or {}, {name: parse(text) for name, text in answers.items()}
+    expected_values, answered = parse(expected), {name: parse(text) for name, text in answers.items()}
+    if expected_values is None:  # plain text or an array
+        yield ["answer", f"<pre>{_text(expected)}</pre>", *(f"<pre>{_text(text)}</pre>" for text in answers.values())]
+        return
     for key in dict.fromkeys([*expected_values, *(key for answer in answered.values() for key in answer or {})]):
         cells = [_text(key), f"<pre>{_value(expected_values, key)}</pre>"]
         for answer in answered.values():

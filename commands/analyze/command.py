@@ -2,44 +2,48 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from types import TracebackType
+from typing import Any, Literal, Self
 
 from rich.console import Console
 
-from callbacks.task_progress import TaskProgress
-from commands.analyze.assessment.evidence import host_of, scanner_failures, skipped_findings
-from commands.analyze.assessment.limits import known_limits
-from commands.analyze.assessment.trust import Trust, require_readable
+from commands import __version__
+from commands.analyze.agent_format import to_agent
+from commands.analyze.answer_collector import AnswerGenerator
+from commands.analyze.assessment.limits import KnownLimits, known_limits
+from commands.analyze.assessment.trust import Trust
 from commands.analyze.console import trust_lines
 from commands.analyze.html import to_html
+from commands.analyze.inputs import Inputs, Report, find_reports, parse_report
 from commands.analyze.markdown import to_markdown
+from commands.analyze.outputs import Results, open_results
 from commands.analyze.pipeline import Analysis, AnalysisLimits
+from commands.analyze.report_loop import ReportLoop
+from commands.analyze.several.shared_batches import ShowProgress, run_together
+from commands.analyze.several.totals import Totals
 from commands.device import pick_device
 from commands.model_source import TrainedModel, open_trained_model
 from commands.options import check_minimum, parse_function_options
 from datamodules.errors import UserError
-from datamodules.files import atomic_write
-from datamodules.sources.decompression import loads
-from datamodules.sources.field_coercion import InvalidRecord
-from datamodules.sources.formats import Parsed
-from datamodules.sources.scanner_report import read_report
 from datamodules.tasks import TASKS
 from datamodules.tokenization.chat_format import ChatFormat, load_tokenizer
 from lightning_modules.generation.merged_weights import merged
 from lightning_modules.generation.response_cache import MAX_NEW_TOKENS, CachedGenerator
 from lightning_modules.models.backbone import out_of_memory_advice
 
-if TYPE_CHECKING:
-    from lightning_modules.generation.response_cache import Progress
-
+SOME_UNREADABLE = 1  #: exit status if some, but not all, reports can't be read
 INTERRUPTED = 130  #: exit status after Ctrl-C, as shells define it
+MAX_CACHED_ANSWERS = 50_000  #: answers in memory, some 30 MB
+REPORT_HELP = "scanner's JSON files (version 2, 3 or 4), folders, globs or archives (.tar, .tar.gz, .tar.zst)"
+#: options that don't change a result
+NOT_IN_RESULTS = ("model", "report", "output", "batch_size", "device")
 BATCH_SIZE_CPU, BATCH_SIZE_GPU = 24, 256  #: more answers at a time are no faster on a CPU, which is compute-bound there
 
 
@@ -50,21 +54,22 @@ def main(args: list[str]) -> int:
         args: the command's name and its options.
 
     Returns:
-        The exit status: 0, or 130 after an interrupt.
+        The exit status: 0; 1 if some of the reports can't be read; 130 after an interrupt.
 
     Raises:
-        UserError: an option is unknown, missing or out of its range, or a file can't be read.
+        UserError: an option is unknown, missing or out of its range, the output can't be written, or no report can be
+            read.
     """
-    return analyze(**parse_function_options(args, analyze))
+    return analyze(**parse_function_options(args, analyze, lists={"report": REPORT_HELP}))
 
 
 def analyze(
     model: str,
-    report: str,
+    report: list[str],
     output: str,
     limit: int | None = None,
     batch_size: int | None = None,
-    format: Literal["json", "markdown", "html"] = "json",
+    format: Literal["json", "markdown", "html", "v4", "agent"] = "json",
     constrained: bool | None = None,
     device: str = "auto",
     actions: int = 10,
@@ -72,15 +77,17 @@ def analyze(
     max_new_tokens: int | None = None,
     trust: Trust = "higher",
 ) -> int:
-    """Scores every finding, correlates findings, summarises the report and recommends actions.
+    """Scores every finding, correlates findings, summarises each report and recommends actions.
 
     Args:
         model: run folder, or a folder written by export.
-        report: JSON file of the scanner, version 2 or 3.
-        output: file to write; until it is complete, finished answers are kept in OUTPUT.partial.jsonl.
-        limit: use only the first findings of the report, at most this number.
+        report: scanner's JSON files (version 2, 3 or 4), folders, globs or archives.
+        output: file for one report; a folder, or a file with suffix .jsonl, for several. The same command resumes.
+        limit: use only the first findings of each report, at most this number.
         batch_size: answers generated at the same time; null is 24 on a CPU and 256 on a GPU.
-        format: json is a ground_truth_v1 document; markdown and html (one file that loads nothing) are for people.
+        format: json is a ground_truth_v1 document; v4 has the raw scan in addition; markdown and html (one file that
+            loads nothing) are for people; agent is an EnrichedOutput document of sys-scan-graph's agent, for its HTML
+            report, diff and --prev.
         constrained: whether a grammar constrains every answer to its schema; null is true if llguidance is installed.
         device: auto (a GPU if there is one), cpu, cuda or cuda:N.
         actions: number of findings above severity info that get a remediation, the riskiest of each kind first.
@@ -89,8 +96,9 @@ def analyze(
         trust: whose severities rank the findings: scanner, model, or the higher one of the two for each finding.
 
     Raises:
-        UserError: an option is out of its range, or a file can't be read or written.
+        UserError: an option is out of its range, the output can't be written, or no report can be read.
     """
+    options = dict(locals())  # before any other variable: the options of this call
     started = time.monotonic()
     check_minimum(
         {
@@ -99,77 +107,125 @@ def analyze(
         },
         {"limit": 1, "batch_size": 1, "actions": 0, "correlations": 0, "max_new_tokens": 1},
     )  # fmt: skip
-    source, target, console = Path(report), Path(output), Console()
-    _check_target(target, source)
-    parsed, reference = read(source, limit)
+    console = Console()
+    inputs = find_reports(report, Path(output).expanduser())
     trained = open_trained_model(model, "--model")
-    partial_answers = target.with_name(target.name + ".partial.jsonl")
     constrained = find_spec("llguidance") is not None if constrained is None else constrained
     tasks = [name for name in TASKS if trained.tasks is None or name in trained.tasks]
     answer_limits = MAX_NEW_TOKENS if max_new_tokens is None else dict.fromkeys(TASKS, max_new_tokens)
-    generator = build_generator(trained, device, batch_size, constrained, answer_limits, partial_answers)
-    analysis = Analysis(
-        generator,
-        tasks,
-        AnalysisLimits(actions=actions, correlations=correlations),
-        lambda names, count: _task_progress(names, count, console),
-        trust,
-        known_limits(trained),
-    )
-    try:
-        # the adapter is merged once for all tasks
-        with out_of_memory_advice("--batch_size"), merged(generator.model):
-            document = analysis(parsed.document, reference)
-    except KeyboardInterrupt:
-        _print(console, [f"interrupted: finished answers are in {partial_answers}; to resume, run the command again"])
-        return INTERRUPTED
-    settings = {"model": trained.name, "tasks": tasks, "constrained": constrained}
-    results = document["enrichment_results"]
-    results["model_report"] = settings | results["model_report"]
-    document["raw_reference"] = reference
-    _write(target, WRITERS[format](document))
-    partial_answers.unlink(missing_ok=True)
-    _print(console, format_summary(document, target, generator.reused, time.monotonic() - started))
-    return 0
+    on_cpu = pick_device(device).type == "cpu"
+    batch = batch_size or (BATCH_SIZE_CPU if on_cpu else BATCH_SIZE_GPU)
+    with open_results(output, inputs, format) as results:
+
+        def load() -> CachedGenerator:
+            return build_generator(trained, device, batch, bool(constrained), answer_limits, results.answers)
+
+        analyzer = ReportAnalyzer(
+            load, {"model": trained.name, "tasks": tasks, "constrained": constrained},
+            AnalysisLimits(actions=actions, correlations=correlations), trust, partial(known_limits, trained),
+            trained.rationale,
+        )  # fmt: skip
+        kept = {name: value for name, value in options.items() if name not in NOT_IN_RESULTS}
+        settings = {**kept, "constrained": constrained, "version": __version__, "digest": trained.digest()}
+        totals = Totals(trust_lines)
+        parse = partial(parse_report, limit=limit, with_raw=format in WITH_RAW_SCAN)
+        try:
+            with analyzer:
+                ReportLoop(inputs, results, totals, parse, analyzer, WRITERS[format], settings, batch).run(console)
+        except KeyboardInterrupt:
+            _print(console, [_interrupted(inputs, results, totals)])
+            return INTERRUPTED
+        results.finish(totals.set_aside)
+    if not totals.reports + totals.done_before:
+        first = totals.set_aside[0]
+        raise UserError(
+            f"--report: none of the {len(totals.set_aside)} reports can be read; {first['report']}: {first['reason']}"
+        )
+    lines = totals.lines(results.target, time.monotonic() - started, analyzer.reused, inputs.ignored)
+    _print(console, lines)
+    return SOME_UNREADABLE if totals.set_aside else 0
 
 
-def read(source: Path, limit: int | None) -> tuple[Parsed, dict[str, Any]]:
-    """Reads a report.
+class ReportAnalyzer:
+    """Analyses reports with one model. The model is loaded, and its adapter merged, for the first one.
+
+    A context manager, which restores the model at its end.
 
     Args:
-        source: file of the scanner.
-        limit: largest number of findings; None for all.
-
-    Returns:
-        The usable part of the report, and the document's ``raw_reference``.
-
-    Raises:
-        UserError: the file can't be read, is no scanner report, or none of its findings is usable.
+        load: loads the model.
+        settings: model, tasks and settings of the document's ``model_report``.
+        limits: bounds of an analysis.
+        trust: whose severities rank the findings.
+        find_limits: finds the known limits of the model.
+        rationale: whether the model was trained to state a rationale in answers of the risk task.
     """
-    try:
-        data = source.read_bytes()
-        value, _ = loads(data)
-    except OSError as error:
-        raise UserError(f"--report {source}: {error.strerror or error}. Fix: give a file that can be read.") from error
-    except InvalidRecord as error:
-        problem = error.detail or error.reason
-        raise UserError(f"--report {source}: not readable as JSON: {problem}. Fix: give a scanner's report.") from error
-    parsed = read_report(value, f"--report {source}")
-    document, unusable = parsed.document, parsed.quarantined
-    require_readable(value, parsed, f"--report {source}")
-    reference = {
-        "file": source.name,
-        "sha256": hashlib.sha256(data).hexdigest(),
-        "host": host_of(value),
-        "findings": len(document.findings),
-        "repairs": dict(parsed.repairs),
-        "unusable": [{"position": bad.position, "reason": bad.reason, "detail": bad.detail} for bad in unusable],
-    } | scanner_failures(value)
-    if limit is not None and limit < len(document.findings):
-        reference["skipped"] = skipped_findings(document.findings[limit:])
-        document.findings[limit:] = []
-        reference["limit"] = limit
-    return parsed, reference
+
+    def __init__(
+        self,
+        load: Callable[[], CachedGenerator],
+        settings: dict[str, Any],
+        limits: AnalysisLimits,
+        trust: Trust,
+        find_limits: Callable[[], KnownLimits],
+        rationale: bool,
+    ) -> None:
+        self._load, self._settings, self._limits = load, settings, limits
+        self._trust, self._rationale = trust, rationale
+        self._find_limits, self._known_limits = find_limits, KnownLimits()
+        self._generator: CachedGenerator | None = None
+        self._stack = ExitStack()
+
+    @property
+    def reused(self) -> int:
+        """Number of answers that were not generated again."""
+        return 0 if self._generator is None else self._generator.reused
+
+    def __enter__(self) -> Self:
+        """Returns the object."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> bool | None:
+        """Restores the model."""
+        return self._stack.__exit__(kind, error, traceback)
+
+    def __call__(self, reports: Sequence[Report], show_progress: ShowProgress) -> list[dict[str, Any]]:
+        """Returns the analyses of reports, whose questions are answered in shared batches.
+
+        Args:
+            reports: the reports.
+            show_progress: opens the progress display of tasks.
+        """
+        generator = self._generator
+        if generator is None:
+            generator = self._generator = self._load()
+            self._known_limits = self._find_limits()
+            self._stack.enter_context(out_of_memory_advice("--batch_size"))
+            self._stack.enter_context(merged(generator.model))
+        if len(generator.responses) > MAX_CACHED_ANSWERS:  # answers are kept for equal findings of other reports
+            generator.responses.clear()
+        return run_together([partial(self._analyze, report) for report in reports], generator, show_progress)
+
+    def _analyze(self, report: Report, generator: AnswerGenerator) -> dict[str, Any]:
+        tasks, limits = self._settings["tasks"], self._limits
+        analysis = Analysis(
+            generator, tasks, limits,
+            trust=self._trust, known_limits=self._known_limits, rationale=self._rationale,
+        )  # fmt: skip
+        document = analysis(report.parsed.document, report.reference)
+        results = document["enrichment_results"]
+        results["model_report"] = self._settings | results["model_report"]
+        document["raw_reference"] = report.reference
+        return document
+
+
+def _interrupted(inputs: Inputs, results: Results, totals: Totals) -> str:
+    kept = f"finished answers are in {results.answers}"
+    if inputs.several:
+        count = totals.reports + totals.done_before
+        kept = f"{count} of {len(inputs.reports)} reports are done, and {kept}"
+    return f"interrupted: {kept}; to resume, run the command again"
 
 
 def build_generator(
@@ -213,55 +269,14 @@ def dumps(document: dict[str, Any]) -> str:
     return json.dumps(document, indent=2, ensure_ascii=True, allow_nan=False) + "\n"
 
 
-WRITERS = {"json": dumps, "markdown": to_markdown, "html": to_html}
-
-
-@contextmanager
-def _task_progress(names: str, count: int, console: Console) -> Iterator[Progress]:
-    with TaskProgress(f"{names}: {count} question{'s' * (count != 1)}", console) as progress:
-        yield progress
-
-
-def _check_target(target: Path, source: Path) -> None:
-    if target.is_dir():
-        raise UserError(
-            f"--output {target}: this is a folder. Fix: name a file in it, such as {target / 'enriched.json'}."
-        )
-    if target.exists() and source.exists() and target.samefile(source):
-        raise UserError(f"--output {target}: this is the report itself. Fix: choose another file.")
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--output {target}: {error.strerror or error}. Fix: choose another folder.") from error
-
-
-def _write(target: Path, text: str) -> None:
-    try:
-        atomic_write(target, text)
-    except OSError as error:
-        raise UserError(f"--output {target}: {error.strerror or error}. Fix: choose another folder.") from error
-
-
-def format_summary(document: dict[str, Any], target: Path, reused: int, seconds: float) -> list[str]:
-    """Returns the lines that ``analyze`` prints at its end.
-
-    Args:
-        document: the analysis.
-        target: file that was written.
-        reused: answers read from an interrupted run.
-        seconds: duration of the command.
-    """
-    findings, answers = document["enriched_findings"], document["enrichment_results"]["model_report"]["answers"]
-    rate = len(findings) / max(seconds, 1e-9)
-    earlier = f", {reused} answers of an interrupted run" if reused else ""
-    lines = [
-        f"{len(findings)} findings, {len(document['correlations'])} correlations, {len(document['actions'])} actions "
-        f"in {seconds:.0f} s ({rate:.2g} findings/s{earlier}): {target}"
-    ]
-    for task, counts in answers.items():
-        reasons = ", ".join(f"{count} {reason}" for reason, count in counts["by_rule"].items())
-        lines.append(f"  {task:<12} {counts['by_model']} by the model" + (f"; by rule: {reasons}" if reasons else ""))
-    return lines + trust_lines(document)
+WRITERS: dict[str, Callable[[dict[str, Any]], str]] = {
+    "json": dumps,
+    "v4": dumps,
+    "markdown": to_markdown,
+    "html": to_html,
+    "agent": lambda document: dumps(to_agent(document)),
+}
+WITH_RAW_SCAN = ("v4",)  #: formats that hold the raw scan
 
 
 def _print(console: Console, lines: list[str]) -> None:

@@ -78,6 +78,7 @@ class Analysis:
         show_progress: opens the progress display of tasks; None shows nothing.
         trust: whose severities and risk scores rank the findings.
         known_limits: known limits of the model, which are noted next to the findings.
+        rationale: whether the model was trained to state a rationale in answers of the risk task.
 
     Attributes:
         ask: asks the model, and counts questions and answers by task.
@@ -91,10 +92,11 @@ class Analysis:
         show_progress: ShowProgress | None = None,
         trust: Trust = "higher",
         known_limits: KnownLimits | None = None,
+        rationale: bool = False,
     ) -> None:
         self.ask = AnswerCollector(generator, tasks, show_progress)
         self.limits, self.trust = limits or AnalysisLimits(), trust
-        self.known_limits = known_limits or KnownLimits()
+        self.known_limits, self.rationale = known_limits or KnownLimits(), rationale
 
     def __call__(self, document: Document, reference: Mapping[str, Any] | None = None) -> dict[str, Any]:
         """Analyses the findings of a report; the report's own correlations are kept.
@@ -138,9 +140,10 @@ class Analysis:
         }
 
     def _score(self, findings: Sequence[Finding]) -> list[ScoredFinding]:
-        task = RiskTask()
-        task.answer_schema = require_all(schemas.RISK)  # the document needs properties that training data may lack
-        (answers,) = self.ask((task, [task.content(finding) for finding in findings], schemas.RISK))
+        task = RiskTask(self.rationale)
+        schema = task.answer_schema
+        task.answer_schema = require_all(schema)  # the document needs properties that training data may lack
+        (answers,) = self.ask((task, [task.content(finding) for finding in findings], schema))
         return [score_finding(finding, answer, self.trust) for finding, answer in zip(findings, answers, strict=True)]
 
     def _correlate_and_remediate(

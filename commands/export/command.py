@@ -188,8 +188,7 @@ def _measure(
     load_as: LoadAs, console: Console,
 ) -> dict[str, Any]:  # fmt: skip
     """Measures the trained model, then the exported one as stored; only one of them is in memory at a time."""
-    templates = (trained.config.get("data", {}).get("init_args") or {}).get("agent_templates")
-    task = build_tasks([task_name], agent_templates=templates)[task_name]
+    task = build_tasks([task_name], rationale=trained.rationale)[task_name]
 
     def measured(heading: str, tokenizer: str, build: Callable[[], Any]) -> Record:
         chat = ChatFormat(load_tokenizer(tokenizer))

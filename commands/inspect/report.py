@@ -147,6 +147,7 @@ def _records(report: dict[str, Any]) -> Table:
         ("sources", ", ".join(report["sources"]) + whole),
         ("documents", f"{records['documents']:,}"),
         ("findings", f"{records['findings']:,}"),
+        ("with a rationale", f"{records['rationales']:,} findings; risk_rationale: true trains them"),
         ("correlations", f"{records['correlations']:,}"),
         ("repaired", _total_with_reasons(report["repaired"], report["repairs"])),
         ("quarantined", _total_with_reasons(report["quarantined"], report["quarantine"])),

@@ -131,6 +131,7 @@ class _DocumentCounter:
             documents=int(parsed.records > 0),  # a generation report has no records and is not counted
             records=parsed.records,
             findings=len(parsed.document.findings),
+            rationales=sum(bool(finding.rationale) for finding in parsed.document.findings),
             correlations=len(parsed.document.correlations),
         )
         self.summary.repairs.update(parsed.repairs)

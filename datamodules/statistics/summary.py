@@ -95,8 +95,8 @@ class DatasetSummary:
     """Results of ``scan_dataset``. Counters by task count distinct examples of all splits that fit a row.
 
     Attributes:
-        counts: ``documents``, ``records``, ``findings``, ``correlations``, ``duplicates``, ``conflicts``, ``merged``,
-            ``unsupervised``.
+        counts: ``documents``, ``records``, ``findings``, ``rationales`` (findings that have one), ``correlations``,
+            ``duplicates``, ``conflicts``, ``merged``, ``unsupervised``.
         repairs: repaired records by kind.
         quarantine: records that can't be used, by reason.
         skipped: records without an example, by task and reason.
@@ -144,6 +144,7 @@ def report_counts(summary: DatasetSummary, data: FindingsDataModule) -> dict[str
         "records": {
             "total": summary.counts["records"], "documents": summary.counts["documents"],
             "findings": summary.counts["findings"], "correlations": summary.counts["correlations"],
+            "rationales": summary.counts["rationales"],
             "skipped": dict(summary.skipped), "complete": summary.complete,
         },
         "quarantined": summary.quarantine.total(), "quarantine": dict(summary.quarantine.most_common()),

@@ -64,7 +64,7 @@ class DocumentProcessor:
         test_fraction: fraction of findings for test.
         seed: seed of the split.
         conflicts: ``merge`` gives equal inputs of a document one answer.
-        agent_templates: folder of the agent's prompt templates, or None.
+        risk_rationale: whether answers of the risk task have a rationale.
         storage_options: options of fsspec for remote sources.
         cache_dir: folder for the indexes of sources. None uses the user's cache folder, so that resuming never reads an
             archive from its start.
@@ -80,13 +80,13 @@ class DocumentProcessor:
         test_fraction: float,
         seed: int,
         conflicts: Conflicts = "keep",
-        agent_templates: str | None = None,
+        risk_rationale: bool = False,
         storage_options: dict[str, Any] | None = None,
         cache_dir: str | Path | None = None,
     ) -> None:
         self.specs, self.tokenizer, self.task_names = list(sources), tokenizer, list(tasks)
         self.val_fraction, self.test_fraction, self.seed, self.conflicts = val_fraction, test_fraction, seed, conflicts
-        self.agent_templates, self.storage_options, self.cache_dir = agent_templates, storage_options, cache_dir
+        self.risk_rationale, self.storage_options, self.cache_dir = risk_rationale, storage_options, cache_dir
         self._close()
 
     def _close(self) -> None:
@@ -109,7 +109,7 @@ class DocumentProcessor:
     def tasks(self) -> dict[str, Task]:
         """Tasks by name."""
         if self._tasks is None:
-            self._tasks = build_tasks(self.task_names, agent_templates=self.agent_templates)
+            self._tasks = build_tasks(self.task_names, rationale=self.risk_rationale)
         return self._tasks
 
     @property

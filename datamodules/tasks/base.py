@@ -36,8 +36,8 @@ class Pair:
 
     Attributes:
         task: name of the task.
-        content: user text that follows the task's instruction; compact JSON (an agent template adds its own text).
-        completion: target answer; compact JSON.
+        content: user text that follows the task's instruction; compact JSON, except in the agent's own prompts.
+        completion: target answer; compact JSON, except for a task whose answers are plain text.
         severity: severity of the finding, or the highest one of several findings. Used to balance the data.
         category: category of the finding, "correlation", or "mixed" for a window. Used to balance the data.
         findings: number of findings in the prompt.
@@ -55,7 +55,7 @@ class Task(Protocol):
     """One kind of prompt with its answer format.
 
     The system message of a prompt is ``system``, its user message is ``instruction + content``, and the assistant's
-    message is ``completion``. If ``system`` is None, the prompt is ``instruction + content`` without a chat template.
+    message is ``completion``.
 
     ``system`` and ``instruction`` are the same in every example of a task, so that their tokens are computed once per
     row. Each task also has a method ``content(...)``, which returns the same user text for findings without answers. It
@@ -63,19 +63,16 @@ class Task(Protocol):
 
     Attributes:
         name: name of the task in the configuration (a key of ``task_weights``).
-        system: system text, or None.
-        instruction: start of the user text; ends with a line break.
-        answer_schema: JSON Schema of the answer; every completion validates against it.
+        system: system text.
+        instruction: start of the user text; ends with a line break, or is empty.
+        answer_schema: JSON Schema of the answer; every completion validates against it. If its type is string, answers
+            are plain text without quotes.
     """
 
     name: str
+    system: str
     instruction: str
     answer_schema: Schema
-
-    @property
-    def system(self) -> str | None:
-        """System text, or None. A read-only property here, so that a class may declare it as ``str`` or as None."""
-        ...
 
     def pairs(self, document: Document) -> Iterator[Pair]:
         """Yields the pairs of a document: the same ones, in the same order, in every process."""

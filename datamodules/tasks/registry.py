@@ -8,10 +8,11 @@ that the same document gives the same pairs in every process.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING
 
 from datamodules.errors import UserError
-from datamodules.tasks.agent_templates import AgentTask, load_templates
+from datamodules.tasks.agent_prompts import AGENT_TASKS
 from datamodules.tasks.correlation import CorrelationTask
 from datamodules.tasks.remediation import RemediationTask
 from datamodules.tasks.risk import RiskTask
@@ -23,13 +24,12 @@ if TYPE_CHECKING:
     from datamodules.tasks.base import Task
 
 TASKS = ("risk", "correlation", "summary", "triage", "remediation")
-AGENT_PREFIX = "agent_"
 
 
 def build_tasks(
     names: Sequence[str],
     *,
-    agent_templates: str | None = None,
+    rationale: bool = False,
     window: int = 24,
     members: int = 8,
     distractors: int = 4,
@@ -37,9 +37,9 @@ def build_tasks(
     """Builds tasks by name.
 
     Args:
-        names: names of :data:`TASKS`, or ``agent_NAME`` for the newest version of the template NAME.
-        agent_templates: folder of the agent's prompt templates (``NAME_v1.json``).
-        window: largest number of findings in a prompt of summary, triage and the agent's templates; at least 1.
+        names: names of :data:`TASKS` or of :data:`~datamodules.tasks.agent_prompts.AGENT_TASKS`.
+        rationale: whether answers of the risk task have a rationale.
+        window: largest number of findings in a prompt of summary, triage and the agent's tasks; at least 1.
         members: largest number of a correlation's findings in a prompt; at least 2.
         distractors: largest number of other findings in a correlation prompt; at least 0.
 
@@ -47,30 +47,23 @@ def build_tasks(
         The tasks, in the order of ``names``.
 
     Raises:
-        UserError: a name is unknown, a size is out of range, or a template is missing or asks for a key for which no
-            target can be built.
+        UserError: a name is unknown, or a size is out of range.
     """
     for option, value, least in (("window", window, 1), ("members", members, 2), ("distractors", distractors, 0)):
         if value < least:
             raise UserError(f"{option}={value}: must be at least {least}")
     builders: dict[str, Callable[[], Task]] = {
-        "risk": RiskTask,
+        "risk": lambda: RiskTask(rationale),
         "correlation": lambda: CorrelationTask(members, distractors),
         "summary": lambda: SummaryTask(window),
         "triage": lambda: TriageTask(window),
         "remediation": RemediationTask,
     }
-    templates = load_templates(agent_templates) if agent_templates else {}
-    for name, template in templates.items():
-        builders[AGENT_PREFIX + name] = lambda template=template, name=name: AgentTask(  # type: ignore[misc]
-            AGENT_PREFIX + name, template, window
-        )
+    for name, task in AGENT_TASKS.items():
+        builders[name] = partial(task, window)
     tasks: dict[str, Task] = {}
     for name in names:
         if name not in builders:
-            fix = f"use one of {', '.join(builders)}"
-            if not templates:
-                fix += f"; for a task {AGENT_PREFIX}NAME, set agent_templates to the folder of the agent's templates"
-            raise UserError(f"data.task_weights: there is no task {name!r}. Fix: {fix}.")
+            raise UserError(f"data.task_weights: there is no task {name!r}. Fix: use one of {', '.join(builders)}.")
         tasks[name] = builders[name]()
     return tasks

@@ -73,6 +73,12 @@ RISK: Schema = closed(
     required=["severity", "risk_score"],
 )
 
+#: The rationale is written before the severity, as in the answers of the risk task with a rationale.
+RISK_WITH_RATIONALE: Schema = closed(
+    {"tags": RISK["properties"]["tags"], "rationale": text(MAX_RATIONALE)} | RISK["properties"],
+    required=["severity", "risk_score"],
+)
+
 TOP_FINDING: Schema = closed(
     {
         "id": text(MAX_ID),

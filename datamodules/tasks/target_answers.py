@@ -14,14 +14,20 @@ if TYPE_CHECKING:
     from datamodules.records import Correlation, Finding
 
 
-def risk_answer(finding: Finding) -> dict[str, Any]:
+def risk_answer(finding: Finding, rationale: bool = False) -> dict[str, Any]:
     """Returns the tags, the severity and the scores of a finding; a part that the document lacks is left out.
 
     The tags come first: they name the observations, and a model that has written them predicts the severity better.
     (With the severity first, 64 steps of the embedded default gave every finding the same one, although its tags were
     nearly right.)
+
+    Args:
+        finding: finding of the document.
+        rationale: whether the answer has the finding's rationale, truncated; if there is none it is left out.
     """
     answer: dict[str, Any] = {"tags": truncate_tags(finding.tags)}
+    if rationale and finding.rationale:
+        answer["rationale"] = truncate(" ".join(finding.rationale), MAX_RATIONALE)
     answer |= {"severity": finding.severity, "risk_score": round_number(finding.risk_score)}
     subscores = finding.risk_subscores
     if subscores:

@@ -76,7 +76,6 @@ class Window:
         links: correlations among the findings, the riskiest first.
         whole: whether the window is the whole document.
         summaries: summaries of the document if the window is the whole document, else empty.
-        actions: actions of the document if the window is the whole document, else empty.
         ids: ids as shown in the prompt, one per finding.
     """
 
@@ -84,7 +83,6 @@ class Window:
     links: list[Link] = field(default_factory=list)
     whole: bool = False
     summaries: dict[str, Any] = field(default_factory=dict)
-    actions: list[dict[str, Any]] = field(default_factory=list)
     ids: list[str] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -116,8 +114,7 @@ def iter_windows(document: Document, size: int) -> Iterator[Window]:
     parts = _partition(document.findings, size)
     whole = len(parts) == 1
     for findings, correlations in zip(parts, _correlations_by_window(parts, document.correlations), strict=True):
-        own = (document.summaries, document.actions) if whole else ({}, [])
-        yield Window(findings, links_among(findings, correlations), whole, *own)
+        yield Window(findings, links_among(findings, correlations), whole, document.summaries if whole else {})
 
 
 def _partition(findings: list[Finding], size: int) -> list[list[Finding]]:

@@ -25,7 +25,7 @@ import numpy as np
 
 from datamodules.errors import UserError
 from datamodules.pretrained import locate
-from datamodules.tokenization.chat_template import parse_layout, template_source, with_bos
+from datamodules.tokenization.chat_template import parse_layout, template_source
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -38,7 +38,8 @@ if TYPE_CHECKING:
 
 #: texts after which another text is encoded as a continuation; the first one that does not merge with it is used
 _ANCHORS = ("\n", "x", "!")
-BARE_LEAD = " "  #: text before an answer if there is no chat template; the grammar of an answer allows it
+#: system text S and user text U in ChatML, up to the answer
+CHATML = "<|im_start|>system\nS<|im_end|>\n<|im_start|>user\nU<|im_end|>\n<|im_start|>assistant\n"
 _CUT = "\n[... {tokens} tokens cut ...]\n"
 
 
@@ -72,9 +73,6 @@ class Example:
 class ChatFormat:
     """A tokenizer's chat format for conversations of one turn: system text, user text, answer.
 
-    A task whose system text is None is encoded without chat template: its prompt is the plain text, as sys-scan-graph's
-    agent sends it.
-
     Args:
         tokenizer: a fast Hugging Face tokenizer with a chat template; it is not changed.
 
@@ -99,8 +97,7 @@ class ChatFormat:
         self._anchors = [(text, self._text.encode(text, add_special_tokens=False).ids) for text in _ANCHORS]
         self._layout = parse_layout(tokenizer, control)
         self._tail = self._encode_tail()
-        self._start = with_bos(tokenizer, [])
-        self._prefixes: dict[tuple[str | None, str], list[int]] = {}
+        self._prefixes: dict[tuple[str, str], list[int]] = {}
         self.bos_id = self._layout.bos_id
         self.eos_id = self._layout.eos_id
         self.pad_id: int = self.eos_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
@@ -113,26 +110,37 @@ class ChatFormat:
         """Returns the ids that all examples of a task begin with: up to the end of its instruction.
 
         Raises:
-            ValueError: the instruction does not end with a newline.
+            ValueError: the instruction neither is empty nor ends with a newline.
+            UserError: the task's prompt is in ChatML, and the tokenizer has another chat format.
         """
         key = (task.system, task.instruction)
         if key not in self._prefixes:
-            if not task.instruction.endswith("\n"):
+            if task.instruction and not task.instruction.endswith("\n"):
                 raise ValueError(
                     f"task {task.name}: the instruction must end with a newline, after which the content begins"
                 )
-            if task.system is None:
-                first = self._text.encode(task.instruction, add_special_tokens=False).ids
-                self._prefixes[key] = [*map(int, self._start), *first]
-            else:
-                self._prefixes[key] = self._encode_pieces(self._layout.opening(task.system, task.instruction))
+            if getattr(task, "requires_chatml", False) and not self._writes_chatml():
+                raise UserError(
+                    f"data.task_weights: task {task.name} is a ChatML prompt, and tokenizer "
+                    f"{self.tokenizer.name_or_path} has another chat format. Fix: remove the task, or choose a ChatML "
+                    "model such as embedded:smollm2-135m-instruct."
+                )
+            self._prefixes[key] = self._encode_pieces(self._layout.opening(task.system, task.instruction))
         return list(self._prefixes[key])
+
+    def _writes_chatml(self) -> bool:
+        """Returns whether the template writes nothing but ChatML around system and user text, as control tokens."""
+        opening = [*self._layout.opening("S", "U"), *self._layout.after_user]
+        text = "".join(piece if isinstance(piece, str) else self._backend.id_to_token(piece) or "" for piece in opening)
+        marks = [text.count(mark) for mark in ("<|im_start|>", "<|im_end|>")]
+        ids = [piece for piece in opening if isinstance(piece, int)]
+        return text + self._layout.lead == CHATML and len(ids) == sum(marks)
 
     def encode(self, task: Task, pairs: Sequence[Pair]) -> list[Example]:
         """Encodes pairs of one task, all in one call of the tokenizer."""
-        prefix, (tail_text, tail_ids) = self.prefix_ids(task), self._tail_of(task)
+        prefix, (tail_text, tail_ids) = self.prefix_ids(task), self._tail
         texts = [pair.content + tail_text for pair in pairs]
-        texts += [self._lead(task) + pair.completion for pair in pairs]
+        texts += [self._layout.lead + pair.completion for pair in pairs]
         ids = self._continue(texts)
         return [
             Example(
@@ -151,7 +159,7 @@ class ChatFormat:
 
     def prompt_ids(self, task: Task, contents: Sequence[str]) -> list[list[int]]:
         """Returns the ids of prompts for generation; they are the same as in training."""
-        prefix, (tail_text, tail_ids) = self.prefix_ids(task), self._tail_of(task)
+        prefix, (tail_text, tail_ids) = self.prefix_ids(task), self._tail
         return [prefix + ids + tail_ids for ids in self._continue([text + tail_text for text in contents])]
 
     def truncate_prompt(self, task: Task, content: str, limit: int) -> tuple[list[int], int]:
@@ -181,30 +189,21 @@ class ChatFormat:
             ids = self.prompt_ids(task, [text])[0]
         return ids, cut
 
-    def decode(self, ids: Iterable[int], task: Task | None = None) -> str:
+    def decode(self, ids: Iterable[int]) -> str:
         """Decodes an answer and leaves out its control tokens.
 
         It is the inverse of encoding, except for characters that the tokenizer itself does not distinguish
         (SentencePiece: U+2581 and a space) or normalizes.
-
-        Args:
-            ids: ids of the answer.
-            task: the task; None for any task with a chat template.
         """
         anchor, anchor_ids = self._anchors[1]  # prevents the decoder from stripping the text's own first space
         text = self._backend.decode([*anchor_ids, *map(int, ids)], skip_special_tokens=True)
-        return text.removeprefix(anchor).removeprefix(self._lead(task))
-
-    def _lead(self, task: Task | None) -> str:
-        """Returns the text between the prompt and the answer."""
-        return self._layout.lead if task is None or task.system is not None else BARE_LEAD
-
-    def _tail_of(self, task: Task) -> tuple[str, list[int]]:
-        """Returns the text that is encoded together with a content, after it, and the ids after both."""
-        return self._tail if task.system is not None else ("", [])
+        return text.removeprefix(anchor).removeprefix(self._layout.lead)
 
     def _encode_tail(self) -> tuple[str, list[int]]:
-        """Returns the template's text between a content and the next control token, and the ids from that token on."""
+        """Returns the template's text between a content and the next control token, and the ids from that token on.
+
+        The text is encoded together with the content.
+        """
         pieces = self._layout.after_user
         if pieces and isinstance(pieces[0], str):
             return pieces[0], self._encode_pieces(pieces[1:])

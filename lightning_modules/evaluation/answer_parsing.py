@@ -3,6 +3,9 @@
 Metrics count strict parses: the whole text must be one JSON object. The sys-scan-graph agent is more lenient: it reads
 from the first ``{`` to the last ``}``. The share of answers that the agent could read is a metric of its own, and no
 other metric includes it.
+
+Two prompts of the agent ask for another format, which is the type of the task's schema: a JSON array, or plain text.
+Such an answer is handled as an object with one key, :data:`WRAPPER_KEYS`.
 """
 
 from __future__ import annotations
@@ -16,10 +19,13 @@ from typing import TYPE_CHECKING, Any
 
 import orjson
 
-from datamodules.tasks.schemas import is_valid
+from datamodules.tasks.schemas import closed, is_valid
 
 if TYPE_CHECKING:
-    from datamodules.tasks.base import Pair, Task
+    from datamodules.tasks.base import Pair, Schema, Task
+
+#: type of a schema -> key under which an answer that is no object is stored
+WRAPPER_KEYS = {"array": "items", "string": "text"}
 
 _NUMBER = re.compile(r"(?<![\w.])-?\d+(?:\.\d+)?(?![\w])")
 _OPENING = re.compile(r"[{\[]")
@@ -36,7 +42,7 @@ class ParsedAnswer:
         text: the text that the model generated.
         content: the variable part of the prompt.
         expected: the true answer.
-        answer: the answer as a JSON object; None if the text is not exactly one.
+        answer: the answer as a JSON object; None if the text is not in the format of the task's schema.
         extracted: the object that the agent reads, from the first ``{`` to the last ``}``; None if that is not JSON.
         valid: True if ``answer`` conforms to the task's schema.
         complete: True if the model ended the answer; False if it was cut.
@@ -65,17 +71,46 @@ def parse_answer(task: Task, pair: Pair, text: str, complete: bool = True) -> Pa
         complete: True if the model ended the answer.
 
     Raises:
-        ValueError: the expected answer is not a JSON object.
+        ValueError: the expected answer is not in the format of the task's schema.
     """
-    answer = parse(text)
-    valid = answer is not None and is_valid(answer, task.answer_schema)
-    expected = parse(pair.completion)
+    schema = task.answer_schema
+    answer = parse_as(text, schema)
+    valid = answer is not None and is_valid(answer, object_schema(schema))
+    expected = parse_as(pair.completion, schema)
     if expected is None:
-        raise ValueError(f"the expected answer of a {pair.task} pair is no JSON object: {pair.completion[:200]}")
+        raise ValueError(f"the expected answer of a {pair.task} pair has no valid format: {pair.completion[:200]}")
     return ParsedAnswer(
-        text=text, content=pair.content, expected=expected, answer=answer, extracted=parse(extract_object(text)),
-        valid=valid, complete=complete, severity=pair.severity, category=pair.category,
+        text=text, content=pair.content, expected=expected, answer=answer,
+        extracted=parse_as(extract_json(text, schema), schema), valid=valid, complete=complete,
+        severity=pair.severity, category=pair.category,
     )  # fmt: skip
+
+
+def object_schema(schema: Schema) -> Schema:
+    """Returns the schema of an answer as an object: the schema itself, or one with the key of :data:`WRAPPER_KEYS`."""
+    key = WRAPPER_KEYS.get(schema.get("type", "object"))
+    return schema if key is None else closed({key: schema})
+
+
+def parse_as(text: str, schema: Schema) -> dict[str, Any] | None:
+    """Parses an answer in the format of a schema.
+
+    Args:
+        text: the answer.
+        schema: the task's schema, of the type object, array (a JSON array) or string (plain text).
+
+    Returns:
+        The answer as an object, see :data:`WRAPPER_KEYS`; None if the text has another format or is empty.
+    """
+    if schema.get("type") == "string":
+        return {WRAPPER_KEYS["string"]: text} if text.strip() else None
+    if schema.get("type", "object") == "object":
+        return parse(text)
+    try:
+        value = orjson.loads(text)
+    except (orjson.JSONDecodeError, UnicodeEncodeError):
+        return None
+    return {WRAPPER_KEYS["array"]: value} if isinstance(value, list) else None
 
 
 def parse(text: str) -> dict[str, Any] | None:
@@ -87,9 +122,18 @@ def parse(text: str) -> dict[str, Any] | None:
     return value if isinstance(value, dict) else None
 
 
-def extract_object(text: str) -> str:
-    """Returns the text from the first ``{`` to the last ``}``, as the agent does; "" if there is no such part."""
-    return text[text.find("{") : text.rfind("}") + 1] if "{" in text else ""
+def extract_json(text: str, schema: Schema) -> str:
+    """Returns the part of an answer that the agent reads; "" if there is none.
+
+    Args:
+        text: the answer.
+        schema: the task's schema: from the first ``{`` to the last ``}`` for an object, the brackets of an array, or
+            the whole text if it is a string.
+    """
+    if schema.get("type") == "string":
+        return text
+    opening, closing = "[]" if schema.get("type") == "array" else "{}"
+    return text[text.find(opening) : text.rfind(closing) + 1] if opening in text else ""
 
 
 def as_number(value: Any) -> float | None:

@@ -119,7 +119,7 @@ def answer_pairs(
     ]
     answers = generate_requests(
         model, encoded.chat, requests, batch_size=batch_size,
-        should_stop=_preamble_check(encoded.chat, max_preamble_tokens),
+        should_stop=_preamble_check(encoded.chat, encoded.task, max_preamble_tokens),
         progress=lambda done: progress(LIKELIHOOD_SHARE + (0.9 - LIKELIHOOD_SHARE) * done),
     )  # fmt: skip
     constrained: list[PredictionResult | None] = [None] * len(encoded)
@@ -179,8 +179,8 @@ def forced_severities(model: nn.Module, encoded: EncodedPairs, *, batch_size: in
     return choices
 
 
-def _preamble_check(chat: ChatFormat, tokens: int | None) -> Callable[[list[int]], bool] | None:
-    if tokens is None:
+def _preamble_check(chat: ChatFormat, task: Task, tokens: int | None) -> Callable[[list[int]], bool] | None:
+    if tokens is None or task.answer_schema.get("type") == "string":
         return None
     return lambda ids: len(ids) == tokens and "{" not in chat.decode(ids)
 
@@ -257,6 +257,11 @@ def _share(flags: Iterable[bool]) -> float:
 
 
 def differences(expected: str, answered: str) -> dict[str, tuple[Any, Any]]:
-    """Returns the keys whose values differ, with both values; every key if the answer is not a JSON object."""
-    wanted, got = parse(expected) or {}, parse(answered) or {}
+    """Returns the keys whose values differ, with both values; every key if the answer is not a JSON object.
+
+    If the expected answer is plain text or an array, the key ``answer`` has both texts.
+    """
+    wanted, got = parse(expected), parse(answered) or {}
+    if wanted is None:  # plain text or an array
+        return {"answer": (expected, answered)} if answered != expected else {}
     return {key: (wanted.get(key), got.get(key)) for key in {**wanted, **got} if wanted.get(key) != got.get(key)}

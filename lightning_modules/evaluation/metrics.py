@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from torchmetrics import Metric, MetricCollection
 
-from lightning_modules.evaluation.answer_parsing import as_number, named_ids, strings
+from lightning_modules.evaluation.answer_parsing import as_number, named_ids, object_schema, strings
 from lightning_modules.evaluation.classification_metrics import Calibration, SeverityAgreement
 from lightning_modules.evaluation.field_metrics import NumberError, SetF1, Validity
 from lightning_modules.evaluation.text_metrics import Faithfulness, WordOverlap
@@ -33,7 +33,7 @@ class AnswerMetrics(MetricCollection):
     """
 
     def __init__(self, task: Task, **kwargs: Any) -> None:
-        keys = set(task.answer_schema.get("properties", {}))
+        keys = set(object_schema(task.answer_schema).get("properties", {}))
         metrics: dict[str, Metric] = {"validity": Validity(**kwargs)}
         if "severity" in keys:
             metrics["severity"] = SeverityAgreement(**kwargs)

@@ -136,7 +136,7 @@ def generate_requests(
         length = max(len(prompt) + request.max_new_tokens for prompt, request in zip(prompts, requests, strict=True))
         cache = SlotKVCache(prefix, _fitting_slots(prefix, min(batch_size, len(requests)), length), length)
         for sequence in Scheduler(cache, sequences, chat.eos_id, should_stop).run(tracker):
-            text = chat.decode(sequence.tokens, sequence.request.task)
+            text = chat.decode(sequence.tokens)
             output = GenerationOutput(text, sequence.ended, sequence.tokens, sequence.logprob, cuts[sequence.index])
             outputs[sequence.index] = output
             if on_answer is not None:

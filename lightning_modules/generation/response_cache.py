@@ -112,7 +112,7 @@ class CachedGenerator:
         )
 
     def _constraint(self, task: Task) -> LogitsConstraint | None:
-        if not self.constrained:
+        if not self.constrained or task.answer_schema.get("type") == "string":  # plain text has no grammar
             return None
         from lightning_modules.generation.constrained_decoding import JsonGrammar
 

@@ -63,6 +63,21 @@ def test_a_plain_adapter_gets_its_base_from_peft_and_an_exported_one_from_its_ce
     assert lora_settings(trained) == {}
 
 
+def test_whether_risk_answers_have_a_rationale_is_in_the_config_and_in_the_certificate(run, tmp_path):
+    assert open_folder(run).rationale is False
+    copy = shutil.copytree(run, tmp_path / "version_0")
+    config = yaml.safe_load((copy / "config.yaml").read_text())
+    config["data"]["init_args"]["risk_rationale"] = True
+    (copy / "config.yaml").write_text(yaml.safe_dump(config))
+    assert open_folder(copy).rationale is True
+    adapter = shutil.copytree(copy / "adapter" / "best", tmp_path / "adapter")
+    base = base_settings(open_folder(run).backbone)
+    (adapter / "certificate.json").write_text(json.dumps({"base": base, "tasks": ["risk"], "config": config}))
+    assert open_folder(adapter).rationale is True
+    (adapter / "certificate.json").write_text(json.dumps({"base": base, "tasks": ["risk"], "config": None}))
+    assert open_folder(adapter).rationale is False
+
+
 def test_a_model_folder_is_its_own_base(tiny_llama):
     trained = open_folder(tiny_llama)
     assert (trained.folder, trained.backbone.adapter, trained.name) == (tiny_llama, None, tiny_llama.name)

@@ -1,11 +1,13 @@
-"""Documents of ``analyze`` without a model on disk: a script answers, or every value is computed by rule."""
+"""Documents of ``analyze`` without a model on disk (a script answers, or rules do), and checks of any document."""
 
 import json
+
+from jsonschema import Draft202012Validator
 
 from commands.analyze.assessment.evidence import host_of, scanner_failures, skipped_findings
 from commands.analyze.pipeline import Analysis
 from datamodules.sources.scanner_report import read_report
-from datamodules.tasks import TASKS
+from datamodules.tasks import TASKS, schemas
 from datamodules.tasks.base import compact_json
 from lightning_modules.generation.response_cache import Response
 from tests.helpers.trained_run import REPORT
@@ -47,3 +49,25 @@ def analysis_document(report, unusable=({"position": 4},), answers=None, limit=N
 def _text(answer, content):
     answer = answer(json.loads(content)) if callable(answer) else answer
     return "" if answer is None else compact_json(answer)
+
+
+def check_document(document, ground_truth_schema=None):
+    """Validates a document against the schemas of the project, and its references against its ids."""
+    if ground_truth_schema is not None:
+        Draft202012Validator(ground_truth_schema).validate(document)
+    ids = [finding["id"] for finding in document["enriched_findings"]]
+    assert len(set(ids)) == len(ids)
+    risk = Draft202012Validator({**schemas.RISK, "required": list(schemas.RISK["properties"])})
+    for finding in document["enriched_findings"]:
+        risk.validate({name: finding[name] for name in schemas.RISK["properties"]})
+        assert isinstance(finding["risk_score"], int)
+    correlation = Draft202012Validator(schemas.correlation(8))
+    known = set(schemas.correlation(8)["properties"])
+    for item in document["correlations"]:
+        correlation.validate({name: value for name, value in item.items() if name in known})
+        assert set(item["related_finding_ids"]) <= set(ids)
+    assert {row["id"] for row in document["reductions"]["top_findings"]} <= set(ids)
+    for action in document["actions"]:
+        assert set(action["finding_ids"]) <= set(ids)
+    assert document["summaries"]["executive_summary"]
+    assert document["summaries"]["triage_summary"]

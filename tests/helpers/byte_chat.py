@@ -8,7 +8,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
 CONTENTS = ["a", "an open port 4444", "x" * 41, "suid binary", "", "world writable /tmp/x", "cron"]
-TASK = SimpleNamespace(name="risk")
+TASK = SimpleNamespace(name="risk", answer_schema={"type": "object"})
 
 
 class Bytes:
@@ -42,7 +42,7 @@ class Bytes:
             for prompt, p in zip(prompts, pairs, strict=True)
         ]
 
-    def decode(self, ids, task=None):
+    def decode(self, ids):
         return " ".join(map(str, ids))
 
 

@@ -97,3 +97,21 @@ def export(run, output, *options):
 def short(*options):
     """Returns options of ``analyze`` for short answers: unconstrained, at most 8 tokens (bytes)."""
     return ("--constrained", "false", "--max_new_tokens", "8", *options)
+
+
+def single_report(folder):
+    """Writes the test report to a file of a folder; returns the file."""
+    (folder / "single.json").write_text(json.dumps(REPORT))
+    return folder / "single.json"
+
+
+def analyze_all(run, output, *reports, options=()):
+    """Runs ``analyze`` on several reports; returns the exit status."""
+    few = short("--actions", "1", "--correlations", "0", *options)
+    given = ["--model", str(run), "--report", *map(str, reports), "--output", str(output)]
+    return main(["analyze", *given, *few])
+
+
+def no_model_is_loaded(*_):
+    """Replaces the loader of the model where none may be loaded."""
+    raise AssertionError("the model was loaded")

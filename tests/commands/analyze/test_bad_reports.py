@@ -8,9 +8,11 @@ from pathlib import Path
 import pytest
 from jsonschema import Draft202012Validator
 
-from commands.analyze.command import dumps, format_summary
+from commands.analyze.command import dumps
+from commands.analyze.console import trust_lines
 from commands.analyze.html import to_html
 from commands.analyze.markdown import to_markdown
+from commands.analyze.several.totals import Totals
 from tests.helpers.analysis_document import analysis_document
 from tests.helpers.compromised_host import CALMING, COMPROMISED, WORST, agreeing
 
@@ -40,12 +42,13 @@ def load(name, request):
 
 def outputs(document):
     """Returns the text of each output by format; HTML without its markup."""
-    page = to_html(document)
+    page, totals = to_html(document), Totals(trust_lines)
+    totals.add(document)
     return {
         "json": dumps(document),
         "markdown": to_markdown(document),
         "html": unescape(re.sub(r"<style>.*?</style>|<[^>]+>", " ", page, flags=re.DOTALL)),
-        "console": "\n".join(format_summary(document, Path("out"), 0, 1.0)),
+        "console": "\n".join(totals.lines(Path("out"), 1.0, 0, 0)),
     }
 
 

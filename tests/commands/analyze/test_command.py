@@ -4,39 +4,26 @@ import json
 import shutil
 
 import pytest
-from jsonschema import Draft202012Validator
 
-from datamodules.tasks import schemas
+from commands.analyze import command
+from datamodules.sources.scanner_report import read_report
 from lightning_modules.generation import response_cache
 from main import main
-from tests.helpers.trained_run import REPORT, analyze, make_run, short
+from tests.helpers.analysis_document import check_document
+from tests.helpers.trained_run import (
+    REPORT,
+    analyze,
+    analyze_all,
+    make_run,
+    no_model_is_loaded,
+    short,
+    single_report,
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory, tiny_llama, chatml_tokenizer):
     return make_run(tmp_path_factory.mktemp("runs") / "version_0", tiny_llama, chatml_tokenizer)
-
-
-def check(document, ground_truth_schema=None):
-    """Validates a document against the schemas of the project, and its references against its ids."""
-    if ground_truth_schema is not None:
-        Draft202012Validator(ground_truth_schema).validate(document)
-    ids = [finding["id"] for finding in document["enriched_findings"]]
-    assert len(set(ids)) == len(ids)
-    risk = Draft202012Validator({**schemas.RISK, "required": list(schemas.RISK["properties"])})
-    for finding in document["enriched_findings"]:
-        risk.validate({name: finding[name] for name in schemas.RISK["properties"]})
-        assert isinstance(finding["risk_score"], int)
-    correlation = Draft202012Validator(schemas.correlation(8))
-    known = set(schemas.correlation(8)["properties"])
-    for item in document["correlations"]:
-        correlation.validate({name: value for name, value in item.items() if name in known})
-        assert set(item["related_finding_ids"]) <= set(ids)
-    assert {row["id"] for row in document["reductions"]["top_findings"]} <= set(ids)
-    for action in document["actions"]:
-        assert set(action["finding_ids"]) <= set(ids)
-    assert document["summaries"]["executive_summary"]
-    assert document["summaries"]["triage_summary"]
 
 
 @pytest.fixture
@@ -50,7 +37,7 @@ def test_every_real_report_becomes_a_valid_document(run, shared_data, ground_tru
     options = short("--batch_size", "32", *(("--limit", "40") if name == "host_scan" else ()))
     status, document = analyze(run, report, tmp_path / "out" / "enriched.json", *options)
     assert status == 0
-    check(document, ground_truth_schema)
+    check_document(document, ground_truth_schema)
     value = json.loads(report.read_text())
     count = sum(len(result["findings"]) for result in value["results"])
     assert len(document["enriched_findings"]) == min(count, 40)
@@ -62,7 +49,7 @@ def test_every_constrained_answer_is_valid(run, ground_truth_schema, tmp_path):
     few = ("--max_new_tokens", "1600", "--limit", "2", "--actions", "0", "--correlations", "0")
     status, document = analyze(run, REPORT, tmp_path / "e.json", *few)
     assert status == 0
-    check(document, ground_truth_schema)
+    check_document(document, ground_truth_schema)
     report = document["enrichment_results"]["model_report"]
     assert report["constrained"] is True
     assert report["answers"]["risk"] == {"asked": 2, "by_model": 2, "by_rule": {}}
@@ -119,7 +106,7 @@ def test_instructions_in_a_finding_change_no_type_and_no_other_finding(run, grou
     victim |= {"title": INJECTION, "description": INJECTION * 3, "metadata": {"command": INJECTION, "path": "$(id)"}}
     _, plain = analyze(run, REPORT, tmp_path / "plain.json", *short("--max_new_tokens", "40"))
     _, after = analyze(run, hostile, tmp_path / "hostile.json", *short("--max_new_tokens", "40"))
-    check(after, ground_truth_schema)
+    check_document(after, ground_truth_schema)
     by_id = [{f["id"]: f for f in document["enriched_findings"]} for document in (plain, after)]
     graph = ("correlation_refs", "graph_degree")
     for name in ("ioc2", "n4"):
@@ -210,10 +197,12 @@ MISTAKES = {
     "no model": ({"--model": "nowhere"}, "--model nowhere: no such folder"),
     "an empty model folder": ({"--model": "empty"}, "neither a run folder"),
     "the report as output": ({"--output": "report.json"}, "is the report itself"),
-    "a folder as output": ({"--output": "empty"}, "is a folder"),
+    "a folder's file as output": ({"--output": "report.json/out.json"}, "--output report.json/out.json: "),
+    "a device as report": ({"--report": "/dev/zero"}, "--report /dev/zero: a device, not a regular file. Fix: "),
+    "too deep": ({"--report": "deep.json"}, "deep.json: not readable as JSON: nested too deep"),
+    "no file of a glob": ({"--report": "x*.json"}, "none of the 1 reports can be read; x*.json: no file matches"),
     "a limit of zero": ({"--limit": "0"}, "--limit 0: too small. Fix: give at least 1."),
     "no such format": ({"--format": "pdf"}, "format"),
-    "no such device": ({"--device": "abacus"}, "--device abacus"),
 }
 
 
@@ -223,12 +212,55 @@ def test_a_user_error_is_one_line_and_exit_status_2(run, tmp_path, monkeypatch, 
     (tmp_path / "empty").mkdir()
     (tmp_path / "report.json").write_text(json.dumps(REPORT))
     (tmp_path / "broken.json").write_text('{"results": [\n  {"scanner": }\n]}')
+    (tmp_path / "deep.json").write_text("[" * 100_000)
     (tmp_path / "other.json").write_text('{"weather": "fine"}')
     (tmp_path / "unusable.json").write_text('{"results": [{"scanner": "x", "findings": [7]}]}')
     (tmp_path / "unreadable.json").write_text('{"results": [{"scanner": "x", "finding_count": 3}]}')
+    monkeypatch.setattr(command, "build_generator", no_model_is_loaded)
     given = {"--model": str(run), "--report": "report.json", "--output": "out.json"} | options
     assert main(["analyze", *(part for pair in given.items() for part in pair)]) == 2
     error = capsys.readouterr().err
     assert message in error
     assert len(error.strip().splitlines()) == 1
     assert not (tmp_path / "out.json").exists()
+
+
+def test_an_unknown_device_is_a_user_error(run, tmp_path, capsys):
+    status, document = analyze(run, REPORT, tmp_path / "e.json", "--device", "abacus")
+    assert (status, document) == (2, None)
+    assert "--device abacus" in capsys.readouterr().err
+
+
+def test_version_4_holds_the_raw_scan_and_can_be_analysed_again(run, tmp_path):
+    options = ("--format", "v4", "--limit", "2")
+    assert analyze_all(run, tmp_path / "v4.json", single_report(tmp_path), options=options) == 0
+    document = json.loads((tmp_path / "v4.json").read_text())
+    check_document(document)
+    assert document["version"] == "ground_truth_v1"
+    assert document["raw_reference"]["results"] == REPORT["results"]
+    assert document["raw_reference"]["meta"] == REPORT["meta"]
+    assert len(document["enriched_findings"]) == 2
+    again, before = read_report(document).document, read_report(REPORT).document
+    assert [(f.id, f.severity) for f in again.findings] == [(f.id, f.severity) for f in before.findings]
+
+
+def test_version_4_validates_against_its_schema(run, tmp_path, ground_truth_schema):
+    assert analyze_all(run, tmp_path / "v4.json", single_report(tmp_path), options=("--format", "v4")) == 0
+    check_document(json.loads((tmp_path / "v4.json").read_text()), ground_truth_schema)
+
+
+def test_the_limit_reports_what_it_skipped(run, tmp_path, capsys):
+    assert analyze_all(run, tmp_path / "e.json", single_report(tmp_path), options=("--limit", "1")) == 0
+    printed = capsys.readouterr().out
+    assert "skipped      2 of 3 findings were not analysed (--limit 1); the scanner rates them 1 critical" in printed
+    reference = json.loads((tmp_path / "e.json").read_text())["raw_reference"]
+    assert (reference["findings"], reference["limit"], reference["skipped"]["findings"]) == (3, 1, 2)
+
+
+@pytest.mark.parametrize("output", ["/proc/out.json", "/proc/out", "/dev/null", "file/out/"])
+def test_an_output_that_cannot_be_written_fails_before_the_model_is_loaded(run, tmp_path, monkeypatch, capsys, output):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("x")
+    monkeypatch.setattr(command, "build_generator", no_model_is_loaded)
+    assert analyze_all(run, output, single_report(tmp_path)) == 2
+    assert capsys.readouterr().err.startswith("error: --output ")

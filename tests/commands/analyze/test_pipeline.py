@@ -47,6 +47,20 @@ def run(script, findings=FINDINGS, correlations=(), trust="higher", **limits):
     return analysis(Document("report", "", 0, list(findings), list(correlations)))
 
 
+@pytest.mark.parametrize("rationale", [False, True])
+def test_a_model_with_rationales_is_asked_for_them(rationale):
+    tasks = []
+
+    def generate(questions, progress):
+        tasks.extend(task for task, _ in questions)
+        return [Response("", True) for _ in questions]
+
+    Analysis(generate, ["risk"], rationale=rationale)(Document("report", "", 0, [make("a")], []))
+    (task,) = {id(task): task for task in tasks}.values()
+    assert ("rationale" in task.instruction) == rationale
+    assert ("rationale" in task.answer_schema["required"]) == rationale
+
+
 def counts(document, task):
     return document["enrichment_results"]["model_report"]["answers"][task]
 

@@ -54,9 +54,9 @@ def test_the_certificate_measures_what_the_agent_loads(nf4_run, tmp_path):
     assert 0 < certificate["reference"]["kl_mean"] < 1e-3
 
 
-def test_the_agents_parser_reads_every_answer(shared_data):
-    names = ["risk", "correlation", "summary", "triage", "remediation", "agent_summarize", "agent_triage"]
-    tasks = build_tasks(names, agent_templates=str(shared_data / "agent_prompt_templates"))
+def test_the_agents_parser_reads_every_answer():
+    names = ["risk", "correlation", "summary", "triage", "remediation", "agent_chat_summary", "agent_chat_triage"]
+    tasks = build_tasks(names)
     findings = [
         Finding(f"id{n}", "Text {with} braces }", '{"severity": "x"} }{', "network", "high", 70.0, 70.0)
         for n in range(3)
@@ -64,8 +64,8 @@ def test_the_agents_parser_reads_every_answer(shared_data):
     document = Document("source", "", 0, findings=findings)
     completions = {name: [pair.completion for pair in task.pairs(document)] for name, task in tasks.items()}
     assert completions["risk"]
-    assert completions["agent_summarize"]
-    assert completions["agent_triage"]
+    assert completions["agent_chat_summary"]
+    assert completions["agent_chat_triage"]
     for completion in (text for texts in completions.values() for text in texts):
         assert parse_as_the_agent_does(completion) == json.loads(completion)
         assert parse_as_the_agent_does(f" {completion}</s>") == json.loads(completion)

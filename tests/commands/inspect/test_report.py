@@ -36,7 +36,10 @@ def full_report(**changes):
     }  # fmt: skip
     return {
         "sources": ["a.json", "b\x1b[31m.json"], "seconds": 1.5, "warnings": ["a high rate"],
-        "records": {"complete": False, "documents": 2, "findings": 1200, "correlations": 7, "skipped": {"no id": 4}},
+        "records": {
+            "complete": False, "documents": 2, "findings": 1200, "rationales": 321, "correlations": 7,
+            "skipped": {"no id": 4},
+        },
         "repaired": 3, "repairs": {"risk_score": 3}, "quarantined": 0, "quarantine": {}, "duplicates": 5,
         "conflicts": 6, "merged": 2, "overflow": {"risk": 8, "triage": 0}, "unsupervised_examples": 0,
         "near_duplicates": {

@@ -6,6 +6,7 @@ import pytest
 
 from datamodules.batch import IGNORE_INDEX
 from datamodules.findings import FindingsDataModule
+from datamodules.sources import parse
 from datamodules.statistics.scan import MODES, scan_dataset
 from datamodules.statistics.summary import report_counts
 from datamodules.synthetic import synthesize
@@ -73,6 +74,9 @@ def test_counts_are_those_of_the_data_module(module, folder):
     list(data.train_batches())
     report = report_counts(summary, data)
     assert report["records"]["findings"] == 480
+    documents = [parse(raw).document for source in data.document_processor.sources for raw in source.raw_documents()]
+    with_rationale = sum(bool(finding.rationale) for document in documents for finding in document.findings)
+    assert report["records"]["rationales"] == with_rationale > 0
     assert report["duplicates"] == data.counts["duplicates"] > 0
     assert report["conflicts"] == data.counts["conflicts"]
     assert report["examples"] == {task: data.counts[f"examples.{task}"] for task in TASKS}

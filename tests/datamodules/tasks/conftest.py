@@ -1,18 +1,12 @@
-"""Fixtures for the tests of the tasks."""
+"""Fixtures of the tasks' tests."""
 
 import pytest
 
 from datamodules.tasks import TASKS, build_tasks
-from tests.helpers.tasks_data import write_templates
-
-
-@pytest.fixture(scope="session")
-def templates(tmp_path_factory) -> str:
-    """Folder with an agent template."""
-    return write_templates(tmp_path_factory.mktemp("templates"))
+from datamodules.tasks.agent_prompts import AGENT_TASKS
 
 
 @pytest.fixture
-def tasks(templates):
-    """Every task, with the one of the agent template."""
-    return build_tasks([*TASKS, "agent_summarize"], agent_templates=templates)
+def tasks():
+    """Every task, with the agent's own prompts."""
+    return build_tasks([*TASKS, *AGENT_TASKS])

@@ -19,6 +19,7 @@ from datamodules.errors import UserError
 from datamodules.records import SEVERITIES, Document
 from datamodules.stream.splits import split_document
 from datamodules.tasks import TASKS, build_tasks
+from datamodules.tasks.agent_prompts import AGENT_TASKS
 from datamodules.tasks.base import compact_json
 from datamodules.tasks.windows import iter_windows
 from tests.helpers.tasks_data import ATTACK, make_correlation, make_document, make_finding, read_documents
@@ -34,13 +35,12 @@ def test_build_tasks_keeps_the_order_of_names():
     assert list(build_tasks(["triage", "risk"])) == ["triage", "risk"]
 
 
-def test_unknown_names_raise_an_error_with_the_known_ones(templates):
-    with pytest.raises(UserError, match="there is no task 'poem'"):
-        build_tasks(["poem"])
-    with pytest.raises(UserError, match="set agent_templates"):
-        build_tasks(["agent_triage"])
-    with pytest.raises(UserError, match=r"there is no task 'agent_triage'. Fix: use one of .*agent_summarize\.$"):
-        build_tasks(["agent_triage"], agent_templates=templates)
+def test_unknown_names_raise_an_error_with_the_known_ones():
+    for name in ("poem", "agent_triage"):
+        with pytest.raises(
+            UserError, match=rf"there is no task '{name}'\. Fix: use one of risk, .*agent_chat_rules\.$"
+        ):
+            build_tasks([name])
 
 
 @pytest.mark.parametrize("size", [{"window": 0}, {"members": 1}, {"distractors": -1}])
@@ -53,10 +53,10 @@ def test_sizes_out_of_range_raise_an_error(size):
 def test_instructions_are_shared_prefixes(tasks):
     for name, task in tasks.items():
         assert task.name == name
-        assert task.instruction.endswith("\n")
-        if name == "agent_summarize":  # the agent sends its prompts without a system message
-            assert task.system is None
+        if name in AGENT_TASKS:  # the agent writes its instruction into the system text
+            assert task.instruction == ""
         else:
+            assert task.instruction.endswith("\n")
             assert "data, never instructions" in task.system
             # about 100 to 120 tokens together; a token has about 4 characters
             assert 150 < len(task.system) + len(task.instruction) < 560
@@ -66,14 +66,15 @@ def test_instructions_are_shared_prefixes(tasks):
 def expected_count(name: str, document: Document) -> int:
     if name in ("risk", "remediation"):
         return len(document.findings)
-    return len(document.correlations) if name == "correlation" else len(list(iter_windows(document, 24)))
+    if name == "correlation":
+        return len(document.correlations)
+    windows = len(list(iter_windows(document, 24)))
+    return windows + (windows > 1) if name in AGENT_TASKS else windows
 
 
 @pytest.mark.parametrize("name", REAL)
 def test_answers_of_real_documents_validate(shared_data, name):
-    tasks = build_tasks(
-        [*TASKS, "agent_summarize", "agent_triage"], agent_templates=str(shared_data / "agent_prompt_templates")
-    )
+    tasks = build_tasks([*TASKS, *AGENT_TASKS])
     document = next(read_documents(shared_data / name))
     assert document.findings
     published = json.loads((shared_data / "ground_truth_schema.json").read_text())["properties"]
@@ -82,16 +83,19 @@ def test_answers_of_real_documents_validate(shared_data, name):
         "summary": lambda answer: (published["summaries"], answer),
         "triage": lambda answer: (published["reductions"], answer),
         "remediation": lambda answer: (published["actions"], answer["actions"]),
-        "agent_triage": lambda answer: (published["reductions"], {"top_findings": answer["top_findings"]}),
     }
     for task in tasks.values():
         pairs = list(task.pairs(document))
-        assert len(pairs) == expected_count(task.name, document)
+        if task.name == "agent_chat_rules":  # not every window repeats a title
+            assert len(pairs) <= expected_count(task.name, document)
+        else:
+            assert len(pairs) == expected_count(task.name, document)
         validator = jsonschema.Draft202012Validator(task.answer_schema)
         for pair in pairs:
-            answer = json.loads(pair.completion)
+            plain = task.answer_schema["type"] == "string"
+            answer = pair.completion if plain else json.loads(pair.completion)
             validator.validate(answer)
-            assert compact_json(answer) == pair.completion
+            assert plain or compact_json(answer) == pair.completion
             assert pair.severity in SEVERITIES
             assert pair.findings > 0
             if task.name in parts:
@@ -104,24 +108,25 @@ import hashlib, sys
 sys.path.insert(0, sys.argv[1])
 from datamodules.records import Correlation, Document, Finding
 from datamodules.tasks import TASKS, build_tasks
+from datamodules.tasks.agent_prompts import AGENT_TASKS
 
 findings = [Finding(f"f_{i}", f"t {i % 7}", "d", "ioc", "low", i, i, {"pid": i}, tags=["b", "a"]) for i in range(90)]
 tied = [Correlation(f"c{s}", "t", "d", "k", 0.5, [f"f_{i}" for i in range(s, 80, s + 1)]) for s in range(1, 9)]
-tasks = build_tasks([*TASKS, "agent_summarize"], agent_templates=sys.argv[2])
+tasks = build_tasks([*TASKS, *AGENT_TASKS])
 pairs = [pair for task in tasks.values() for pair in task.pairs(Document("s", "m", 0, findings, tied))]
 print(len(pairs), hashlib.sha256(repr(pairs).encode()).hexdigest())
 """
 
 
-def test_every_task_is_deterministic_across_processes(tmp_path, templates):
-    command = [sys.executable, "-c", PRINT_DIGEST_OF_PAIRS, str(REPOSITORY), templates]
+def test_every_task_is_deterministic_across_processes(tmp_path):
+    command = [sys.executable, "-c", PRINT_DIGEST_OF_PAIRS, str(REPOSITORY)]
     printed = set()
     for seed in ("1", "2"):
         environment = os.environ | {"PYTHONHASHSEED": seed}
         run = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, check=True)
         printed.add(run.stdout)
     assert len(printed) == 1
-    assert printed.pop().startswith(f"{90 + 8 + 6 + 6 + 90 + 6} ")
+    assert printed.pop().startswith(f"{90 + 8 + 6 + 6 + 90 + 3 * 7 + 7} ")
 
 
 def test_pairs_are_generators_and_do_not_change_the_document(tasks):
@@ -143,7 +148,8 @@ def test_text_of_an_attacker_stays_inside_its_json_string(tasks):
         for pair in task.pairs(document):
             assert "\n\nIgnore" not in pair.content
             assert "\x00" not in pair.content
-            jsonschema.validate(json.loads(pair.completion), task.answer_schema)
+            plain = task.answer_schema["type"] == "string"
+            jsonschema.validate(pair.completion if plain else json.loads(pair.completion), task.answer_schema)
     for name in ("risk", "remediation", "correlation", "summary", "triage"):
         value = json.loads(next(tasks[name].pairs(document)).content)
         first = value["findings"][0] if "findings" in value else value
@@ -156,8 +162,10 @@ def test_inference_and_training_use_the_same_content(tasks):
         contents = [tasks[name].content(finding) for finding in document.findings]
         assert contents == [pair.content for pair in tasks[name].pairs(document)]
     window = next(iter_windows(document, 24))
-    for name in ("summary", "triage", "agent_summarize"):
+    for name in ("summary", "triage"):
         assert tasks[name].content(window) == next(tasks[name].pairs(document)).content
+    for name in ("agent_local_summary", "agent_chat_summary", "agent_chat_triage"):
+        assert tasks[name].content(document.findings) == next(tasks[name].pairs(document)).content
     pair = next(tasks["correlation"].pairs(document))
     shown = {line["id"] for line in json.loads(pair.content)["findings"]}
     findings = [finding for finding in document.findings if finding.id in shown]

@@ -43,6 +43,27 @@ def test_parts_that_the_document_lacks_are_left_out():
     jsonschema.validate(json.loads(pair.completion), task.answer_schema)
 
 
+def test_a_rationale_is_trained_on_request():
+    reasons = ["It listens on every address.", "x" * 300]
+    finding = make_finding(1, "high", rationale=reasons)
+    (plain,) = RiskTask().pairs(Document("s", "m", 0, [finding]))
+    assert "rationale" not in plain.completion + RiskTask().instruction
+    task = RiskTask(rationale=True)
+    (pair,) = task.pairs(Document("s", "m", 0, [finding]))
+    assert "tags (list of strings), rationale (the reasons in one or two sentences), severity" in task.instruction
+    answer = json.loads(pair.completion)
+    assert list(answer)[:3] == ["tags", "rationale", "severity"]
+    assert answer["rationale"].startswith("It listens on every address. xxx")
+    assert len(answer["rationale"]) == 240
+    assert {key: value for key, value in answer.items() if key != "rationale"} == json.loads(plain.completion)
+    assert pair.content == plain.content
+    jsonschema.validate(answer, task.answer_schema)
+    (bare,) = task.pairs(Document("s", "m", 0, [make_finding(1)]))
+    assert "rationale" not in bare.completion
+    jsonschema.validate(json.loads(bare.completion), task.answer_schema)
+    assert RiskTask().answer_schema is RiskTask.answer_schema
+
+
 def test_a_real_finding_with_its_answer_is_an_enriched_finding_of_the_published_schema(shared_data):
     schema = json.loads((shared_data / "ground_truth_schema.json").read_text())
     items = jsonschema.Draft202012Validator(schema["properties"]["enriched_findings"]["items"])

@@ -4,6 +4,7 @@ import pytest
 
 from datamodules.records import SEVERITIES
 from datamodules.tasks import TASKS, build_tasks
+from datamodules.tasks.agent_prompts import AGENT_TASKS
 from datamodules.tasks.schemas import PRIORITIES, array, closed, correlation, is_valid, number, text
 
 KEYWORDS = {
@@ -26,9 +27,10 @@ def assert_supported(schema: dict) -> None:
         assert_supported(schema["items"])
 
 
-@pytest.mark.parametrize("name", [*TASKS, "agent_summarize"])
-def test_every_schema_is_closed_and_bounded(name, templates):
-    assert_supported(build_tasks([name], agent_templates=templates)[name].answer_schema)
+@pytest.mark.parametrize("name", [*TASKS, *AGENT_TASKS])
+@pytest.mark.parametrize("rationale", [False, True])
+def test_every_schema_is_closed_and_bounded(name, rationale):
+    assert_supported(build_tasks([name], rationale=rationale)[name].answer_schema)
 
 
 def test_the_builders_accept_values_up_to_their_bounds():

@@ -54,12 +54,12 @@ def test_a_window_is_a_sample_of_the_whole_document():
 
 
 def test_only_a_window_of_the_whole_document_has_its_texts():
-    texts = {"summaries": {"executive_summary": " Ten findings. "}, "actions": [{"title": "Look"}]}
+    texts = {"summaries": {"executive_summary": " Ten findings. "}}
     (whole,) = iter_windows(make_document(24, **texts), 24)
-    assert (whole.whole, whole.actions) == (True, [{"title": "Look"}])
+    assert whole.whole
     assert whole.own_summary("executive_summary") == "Ten findings."
     for part in iter_windows(make_document(25, **texts), 24):
-        assert (part.whole, part.actions, part.own_summary("executive_summary")) == (False, [], "")
+        assert (part.whole, part.own_summary("executive_summary")) == (False, "")
 
 
 def test_long_empty_and_repeated_ids_are_replaced_by_the_position():

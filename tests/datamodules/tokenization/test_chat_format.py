@@ -166,23 +166,29 @@ def test_hard_text_equals_mistral_common(text, real_chat, mistral_common_ids):
     assert [*example.prompt_ids, *example.completion_ids] == expected
 
 
-def test_the_agents_prompt_equals_the_one_that_the_agent_sends(chat, tokenizer, shared_data):
-    """Its provider calls the tokenizer on the filled template, with no chat template around it."""
-    (task,) = build_tasks(["agent_triage"], agent_templates=str(shared_data / "agent_prompt_templates")).values()
+def test_the_agents_local_prompt_has_the_ids_of_its_chatml_text(embedded_model, shared_data):
+    """llama.cpp parses control tokens in the text that the agent sends, as the Hugging Face tokenizer does."""
+    tokenizer = load_tokenizer(str(embedded_model))
+    chat, (task,) = ChatFormat(tokenizer), build_tasks(["agent_local_summary"]).values()
     reader = Reader("batches", "batch_001", 0)
     reader.read_bytes((shared_data / "batches/batch_001_20250919_081119.json").read_bytes())
     pairs = list(task.pairs(reader.parsed.document))[:3]
     for example, source in zip(chat.encode(task, pairs), pairs, strict=True):
-        prompt = task.instruction + source.content
-        assert example.prompt_ids.tolist() == tokenizer(prompt)["input_ids"]
-        assert example.completion_ids[-1] == chat.eos_id
-        text = tokenizer.decode([*example.prompt_ids, *example.completion_ids], skip_special_tokens=True)
-        assert text == f"{prompt} {source.completion}"
-        assert chat.decode(example.completion_ids, task) == source.completion
-    assert chat.prompt_ids(task, [source.content])[0] == example.prompt_ids.tolist()
-    cut, missing = chat.truncate_prompt(task, source.content, len(example.prompt_ids) - 9)
-    assert len(cut) <= len(example.prompt_ids) - 9
-    assert missing >= 9
+        text = f"<|im_start|>system\n{task.system}<|im_end|>\n<|im_start|>user\n{source.content}<|im_end|>\n"
+        assert example.prompt_ids.tolist() == tokenizer(text + "<|im_start|>assistant\n")["input_ids"]
+        assert example.prefix_length == len(tokenizer(text.partition("user\n")[0] + "user\n")["input_ids"])
+        assert chat.decode(example.completion_ids) == source.completion
+
+
+def test_a_chatml_prompt_needs_a_chatml_tokenizer(mistral_tokenizer, chatml_tokenizer):
+    (task,) = build_tasks(["agent_local_summary"]).values()
+    with pytest.raises(UserError, match=r"agent_local_summary is a ChatML prompt, and tokenizer .* has another chat"):
+        ChatFormat(mistral_tokenizer).prefix_ids(task)
+    other = chatml_tokenizer.chat_template.replace('turn.role + "', 'turn.role + ":')
+    assert other != chatml_tokenizer.chat_template
+    with pytest.raises(UserError, match="ChatML"):
+        ChatFormat(with_template(chatml_tokenizer, other)).prefix_ids(task)
+    assert ChatFormat(chatml_tokenizer).prefix_ids(task)
 
 
 # --- text stays text -------------------------------------------------------------------------------------------------

@@ -2,32 +2,56 @@
 
 import json
 import math
+from types import SimpleNamespace
 
 import pytest
 
+from datamodules.tasks import schemas
 from datamodules.tasks.base import Pair
 from lightning_modules.evaluation.answer_parsing import (
     as_number,
     embedded,
-    extract_object,
+    extract_json,
     identifiers,
     named_ids,
     numbers,
+    object_schema,
     parse,
     parse_answer,
+    parse_as,
     strings,
     words,
 )
 from tests.helpers.answers import RISK, answer, parsed
+
+OBJECT = schemas.closed({"a": schemas.number(0, 9)})
 
 
 def test_parsing_is_strict_and_extraction_is_not():
     assert parse('{"a": 1}\n') == {"a": 1}
     for text in ("", "[1]", '{"a": 1} ok', "```json\n{}\n```", '{"a": NaN}', '{"a": 1', '"{}"', "\ud800"):
         assert parse(text) is None
-    assert parse(extract_object('Sure! {"a": {"b": 2}} Bye')) == {"a": {"b": 2}}
-    assert extract_object("no brace }") == ""
-    assert extract_object("} {") == ""
+    assert parse(extract_json('Sure! {"a": {"b": 2}} Bye', OBJECT)) == {"a": {"b": 2}}
+    assert extract_json("no brace }", OBJECT) == ""
+    assert extract_json("} {", OBJECT) == ""
+
+
+def test_arrays_and_plain_text_are_objects_with_one_key():
+    rules, sentence = schemas.array(schemas.text(9), 2), schemas.text(9)
+    assert parse_as('["a"]', rules) == {"items": ["a"]}
+    assert object_schema(rules) == schemas.closed({"items": rules})
+    for other in ('{"a": 1}', '"a"', "", '["a"] ok', "\ud800"):
+        assert parse_as(other, rules) is None
+    assert extract_json('Here: ["a"] Bye', rules) == '["a"]'
+    assert parse_as('{"a": 1}', sentence) == {"text": '{"a": 1}'}
+    assert parse_as(" \n", sentence) is None
+    assert extract_json(" Text. ", sentence) == " Text. "
+    assert parse_as('{"a": 1}', OBJECT) == {"a": 1}
+    assert object_schema(OBJECT) is OBJECT
+    item = parse_answer(
+        SimpleNamespace(answer_schema=sentence), Pair("t", "c", "Good.", "low", "", 1), "Too long it is"
+    )
+    assert (item.expected, item.answer, item.valid) == ({"text": "Good."}, {"text": "Too long it is"}, False)
 
 
 def test_a_parsed_answer_has_both_parses_and_the_pair():

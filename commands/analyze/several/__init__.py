@@ -1,0 +1,1 @@
+"""Names, shared batches and sums of several reports that one command analyses."""
