@@ -29,7 +29,7 @@ ALLOWED = frozenset({
 CLASS_ARGUMENTS = ("objective", "optimizer", "lr_scheduler")  #: a string here is an import path in any case
 #: keys of plain texts, from which nothing is imported: data sources and file names often look like import paths
 PLAIN_KEYS = frozenset({
-    "adapter", "agent_templates", "cache_dir", "ckpt_path", "default_root_dir", "dir", "dirpath", "filename", "monitor",
+    "adapter", "cache_dir", "ckpt_path", "default_root_dir", "dir", "dirpath", "filename", "monitor",
     "model_name_or_path", "name", "quarantine_path", "revision", "save_dir", "sources", "sub_dir", "tokenizer",
     "version",
 })  # fmt: skip
